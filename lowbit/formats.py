@@ -1,0 +1,264 @@
+"""How numbers are stored: a format is a value, not a class.
+
+A format says what each code means, in units of a scale; how long a block shares one scale; and which parts a packed
+tensor has. fp32, bf16 and fp16 are formats too, so that "compressed" is never a special case. The torch arithmetic
+that turns numbers into codes is in `codec`; where the codes of a tensor lie in memory is in `packed`.
+
+Choice: the catalogue is a list of literals, each with its source. Adding a format is adding one literal; the tests find
+it, every optimizer can store its state in it, and every recipe can use it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import struct
+import zlib
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
+from typing import Literal
+
+import torch
+
+Kind = Literal["float", "integer", "codebook", "affine", "log"]
+
+# The smallest scale: below it 1/scale would overflow fp32. 2**-126 is fp32's smallest normal number.
+TINY = 2.0**-126
+
+
+@dataclass(frozen=True)
+class Format:
+    """One way to store a number.
+
+    A code `k` of a block with scale `s` stands for `values[k] * s`, or `(values[k] * s)**2` where `square` is set.
+    `bits` is the width of a code, `block` the (rows, columns) that share one scale, `ties` where a value half way
+    between two codes goes: to the even code (IEEE) or down to the smaller value (bitsandbytes' codebooks).
+
+    Kinds: `float` (a torch dtype, no scale), `integer` (values are the code itself, two's complement when signed),
+    `codebook` (values listed), `affine` ((code - zero) * scale) and `log` (scale * base**code, base per block).
+    """
+
+    name: str
+    bits: int
+    signed: bool
+    about: str
+    kind: Kind = "codebook"
+    block: tuple[int, int] = (1, 128)
+    square: bool = False
+    ties: Literal["even", "down"] = "even"
+    limit: int = 0  # integer kinds: the largest code in use
+    table: tuple[float, ...] = ()  # codebook kinds: the value of each code, in code order
+    dtype: torch.dtype | None = None  # float kinds
+    partner: str = ""  # what stores a non-negative operand when this signed format is asked for, and the reverse
+    parts: tuple[str, ...] = ("codes", "scale")
+
+    @cached_property
+    def values(self) -> tuple[float, ...]:
+        """What each code stands for, in code order and in units of the scale (before squaring)."""
+        if self.kind == "integer" and self.signed:
+            half = 1 << (self.bits - 1)
+            return tuple(float(k if k < half else k - 2 * half) for k in range(2 * half))
+        if self.kind == "integer":
+            return tuple(float(k) for k in range(1 << self.bits))
+        if self.kind == "codebook":
+            return self.table
+        raise ValueError(f"format {self.name!r} is {self.kind}: its codes have no fixed values")
+
+    @cached_property
+    def top(self) -> float:
+        """The value that a block's largest magnitude is mapped to: scale = absmax / top."""
+        if self.kind in ("integer", "affine"):
+            return float(self.limit)
+        return 1.0 if self.kind == "log" else max(v for v in self.values if math.isfinite(v))
+
+    @cached_property
+    def sign_magnitude(self) -> bool:
+        """Whether the top bit of a code is a sign (so that -0 is a code of its own)."""
+        if self.kind != "codebook" or not self.signed:
+            return False
+        half = 1 << (self.bits - 1)
+        return all(a == -b or (a != a and b != b) for a, b in zip(self.values[:half], self.values[half:], strict=True))
+
+    @cached_property
+    def ladder(self) -> tuple[tuple[float, int], ...]:
+        """The finite (value, code) pairs in ascending order that encoding chooses from (magnitudes for sign-magnitude)."""
+        count = 1 << (self.bits - 1) if self.sign_magnitude else 1 << self.bits
+        if self.kind == "integer":
+            pairs = [(v, k) for k, v in enumerate(self.values) if abs(v) <= self.limit]
+        else:
+            pairs = [(v, k) for k, v in enumerate(self.values[:count]) if math.isfinite(v)]
+        return tuple(sorted(pairs))
+
+    @cached_property
+    def thresholds(self) -> tuple[float, ...]:
+        """fp32 numbers t such that the rank of u on the ladder is the count of t < u, ties included.
+
+        A tie that goes up is a threshold one ulp lower. This is the meaning of rounding to nearest for every format
+        with fixed values; arithmetic that is faster must agree with it everywhere (tests/test_codec.py).
+        """
+        out = []
+        for (low, low_code), (high, _) in zip(self.ladder, self.ladder[1:], strict=False):
+            middle = _fp32((_fp32(low) + _fp32(high)) / 2)
+            goes_up = self.ties == "even" and low_code % 2 == 1
+            out.append(_below(middle) if goes_up else middle)
+        return tuple(out)
+
+    @cached_property
+    def zero_code(self) -> int | None:
+        """The code that means exactly 0, or None when the format has no zero."""
+        if self.kind in ("affine", "log"):
+            return None
+        return next((k for k, v in enumerate(self.values) if v == 0), None)
+
+    @cached_property
+    def tag(self) -> int:
+        """A number that names this format in a checkpoint (states may hold numbers, not strings)."""
+        return zlib.crc32(f"{self.name}/{self.bits}/{self.block}".encode()) & 0x7FFFFFFF
+
+    @property
+    def compressed(self) -> bool:
+        """Whether values are stored as uint8 codes with a scale, rather than as a torch dtype."""
+        return self.kind != "float"
+
+    @property
+    def bytes_per_value(self) -> float:
+        """Storage per value with full blocks: codes, and every other part at 4 bytes (1 for `zero`) a block."""
+        extra = sum({"codes": 0, "zero": 1}.get(part, 4) for part in self.parts) if self.compressed else 0
+        return self.bits / 8 + extra / (self.block[0] * self.block[1])
+
+    def with_block(self, block: int) -> Format:
+        """The same format with one scale per `block` values along the row, named `name:block`."""
+        if block < 1:
+            raise ValueError(f"block must be at least 1, not {block}")
+        return replace(self, block=(1, block), name=f"{self.name.split(':')[0]}:{block}")
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def _fp32(x: float) -> float:
+    return struct.unpack("f", struct.pack("f", x))[0]
+
+
+def _below(x: float) -> float:
+    """The next fp32 number toward minus infinity."""
+    return torch.nextafter(torch.tensor(x, dtype=torch.float32), torch.tensor(-math.inf)).item()
+
+
+def _with_negatives(magnitudes: tuple[float, ...]) -> tuple[float, ...]:
+    return magnitudes + tuple(-v for v in magnitudes)
+
+
+def _fp8(dtype: torch.dtype) -> tuple[float, ...]:
+    return tuple(torch.arange(256, dtype=torch.uint8).view(dtype).float().tolist())
+
+
+def _dynamic_map(signed: bool, exponent_bits: int, bits: int) -> tuple[float, ...]:
+    """The dynamic-exponent tree of Dettmers 2015 (https://arxiv.org/abs/1511.04561), as bitsandbytes builds it.
+
+    Decade `i` of `exponent_bits` has twice the values of the one below; each is the middle of a linear cell of [.1, 1].
+    Computed in fp32 as there, so that the tables are equal to the last bit.
+    """
+    values = [0.0, 1.0]
+    for i in range(exponent_bits):
+        cells = 2 ** (i + bits - 1 - exponent_bits + (0 if signed else 1))
+        edges = torch.linspace(0.1, 1, cells + 1)
+        decade = (10 ** (i - exponent_bits + 1) * ((edges[:-1] + edges[1:]) / 2)).tolist()
+        values += decade + ([-v for v in decade] if signed else [])
+    return tuple(sorted(values))
+
+
+# QLoRA's NormalFloat, https://arxiv.org/abs/2305.14314, appendix E, with bitsandbytes' fp32 values.
+_NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+
+
+@cache
+def catalogue() -> dict[str, Format]:
+    """Every named format, by name. Built at first use: nothing is computed at import."""
+    f = Format
+    listed = [
+        # What torch stores natively.
+        f("fp32", 32, True, "IEEE single precision", "float", dtype=torch.float32),
+        f("bf16", 16, True, "bfloat16", "float", dtype=torch.bfloat16),
+        f("fp16", 16, True, "IEEE half precision", "float", dtype=torch.float16),
+        # 8-bit states. Arithmetic codes: no codebook search (docs/decisions/001-state-formats.md).
+        f("int8", 8, True, "-127..127 times absmax/127", "integer", (1, 256), limit=127, partner="sqrt8"),
+        f("sqrt8", 8, False, "linear in the root: (k/255)^2", "integer", (1, 256), True, limit=255, partner="int8"),
+        f("dyn8", 8, True, "bitsandbytes' signed dynamic map", block=(1, 256), ties="down",
+          table=_dynamic_map(True, 7, 8), partner="udyn8"),
+        f("udyn8", 8, False, "bitsandbytes' unsigned dynamic map", block=(1, 256), ties="down",
+          table=_dynamic_map(False, 7, 8), partner="dyn8"),
+        # 4-bit and 2-bit states.
+        f("int4", 4, True, "-7..7 times absmax/7", "integer", limit=7, partner="sqrt4"),
+        f("sqrt4", 4, False, "linear in the root: (k/15)^2", "integer", square=True, limit=15, partner="int4"),
+        f("dyn4", 4, True, "lpmm's and torchao's signed dynamic map", ties="down",
+          table=_dynamic_map(True, 3, 4), partner="ulin4"),
+        f("ulin4", 4, False, "(k+1)/16: lpmm's and torchao's map without a zero", ties="down",
+          table=tuple((k + 1) / 16 for k in range(16)), partner="dyn4"),
+        f("log4", 4, False, "0 and 15 powers of two: 2^-14..1", ties="down",
+          table=(0.0, *(2.0**-k for k in range(14, -1, -1))), partner="dyn4"),
+        f("solo4", 4, False, "SOLO: absmax * base^k, base per block", "log", parts=("codes", "scale", "base"),
+          partner="dyn4"),
+        f("solo2", 2, False, "SOLO: absmax * base^k, base per block", "log", parts=("codes", "scale", "base"),
+          partner="dyn4"),
+        # Weights and activations.
+        f("int4-affine", 4, True, "(code - zero) * scale, the range always holding 0", "affine", (1, 32),
+          limit=15, parts=("codes", "scale", "zero")),
+        f("e2m1", 4, True, "OCP FP4: 0 .5 1 1.5 2 3 4 6", block=(1, 32),
+          table=_with_negatives((0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0))),
+        f("e1m2", 4, True, "FP4 with 2 mantissa bits: 0 .5 .. 3.5, a uniform grid", block=(1, 32),
+          table=_with_negatives(tuple(k / 2 for k in range(8)))),
+        f("e3m0", 4, True, "FP4 of powers of two: 0 .25 .. 16", block=(1, 32),
+          table=_with_negatives((0.0, *(2.0**k for k in range(-2, 5))))),
+        f("nf4", 4, True, "NormalFloat (QLoRA)", block=(1, 64), ties="down", table=_NF4),
+        f("bnb-fp4", 4, True, "bitsandbytes' own FP4, not E2M1", block=(1, 64), ties="down",
+          table=_with_negatives(tuple(_fp32(v / 12) for v in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)))),
+        f("e4m3", 8, True, "FP8 E4M3 (no infinity, max 448)", table=_fp8(torch.float8_e4m3fn)),
+        f("e5m2", 8, True, "FP8 E5M2 (max 57344)", table=_fp8(torch.float8_e5m2)),
+    ]  # fmt: skip
+    return {fmt.name: fmt for fmt in listed}
+
+
+def formats() -> tuple[str, ...]:
+    """The names `format` knows.
+
+    >>> "nf4" in formats()
+    True
+    """
+    return tuple(catalogue())
+
+
+def format(name: str | Format) -> Format:
+    """Look a format up by name; `name:n` is the same format with one scale per n values.
+
+    Raises `ValueError` with the nearest match for an unknown name.
+
+    >>> format("e2m1").values[:8]
+    (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+    >>> format("int4:32").block
+    (1, 32)
+    """
+    if isinstance(name, Format):
+        return name
+    base, _, block = str(name).partition(":")
+    if base not in catalogue():
+        raise ValueError(f"unknown format {name!r}{nearest(base, formats())}; known: {', '.join(formats())}")
+    found = catalogue()[base]
+    if not block:
+        return found
+    if not found.compressed:
+        raise ValueError(f"format {base!r} has no blocks, so {name!r} means nothing")
+    if not block.isdecimal() or int(block) < 1:
+        raise ValueError(f"format {name!r}: what follows the colon is a block length, a positive whole number")
+    return found if int(block) == found.block[1] else found.with_block(int(block))
+
+
+def nearest(word: str, known: tuple[str, ...] | list[str]) -> str:
+    """` (did you mean 'x'?)` for the closest known word, or an empty string."""
+    match = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.5)
+    return f" (did you mean {match[0]!r}?)" if match else ""

@@ -1,0 +1,203 @@
+"""Where the codes of a tensor lie in memory: rows own their blocks.
+
+A tensor is seen as rows, `(shape[0], prod(shape[1:]))`. Blocks run along a row and never cross into the next; the last
+block of a row may be short. Codes are one uint8 tensor [rows, ceil(cols * bits / 8)], a little-endian bit stream per
+row (element 0 in the low bits), unused bits 0. Scales, and every other part, are [rows, ceil(cols / block)].
+
+Why rows: a compressed state is then plain tensors that are sharded on dimension 0 exactly like their parameter, so
+FSDP2, DCP, `torch.save` and safetensors need no tensor subclass; and rows are the contraction axis of a linear layer.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import codec
+from .formats import Format
+from .formats import format as find_format
+from .rounding import bits16, key, uniform
+
+
+def rows_of(shape: tuple[int, ...] | torch.Size) -> tuple[int, int]:
+    """(rows, cols) of a tensor's shape: (n, 1) for a vector of n values, (1, 1) for a scalar.
+
+    >>> rows_of((8, 3, 3, 3))
+    (8, 27)
+    """
+    return (shape[0], math.prod(shape[1:])) if shape else (1, 1)
+
+
+def row_bytes(cols: int, bits: int) -> int:
+    """Bytes of one row of codes.
+
+    >>> row_bytes(5, 4)
+    3
+    """
+    return -(-cols * bits // 8)
+
+
+def step_width(cols: int) -> int:
+    """Values of a row that are worked on together, the step block: 256, or the next power of two for shorter rows.
+
+    >>> step_width(5461), step_width(64), step_width(33), step_width(1)
+    (256, 64, 64, 1)
+    """
+    return min(256, 1 << max(0, cols - 1).bit_length())
+
+
+def row_stride(cols: int) -> int:
+    """The element index of (row, col) is row * row_stride + col: whole step blocks, so it never depends on a shard.
+
+    >>> row_stride(300), row_stride(64)
+    (512, 64)
+    """
+    width = step_width(cols)
+    return -(-cols // width) * width
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """uint8 codes [rows, cols], one per byte, to [rows, ceil(cols * bits / 8)].
+
+    >>> pack(torch.tensor([[1, 2, 3]], dtype=torch.uint8), 4).tolist()
+    [[33, 3]]
+    """
+    if bits == 8:
+        return codes
+    per_byte = 8 // bits
+    lanes = F.pad(codes, (0, -codes.shape[1] % per_byte)).unflatten(1, (-1, per_byte))
+    packed = lanes[..., 0].clone()
+    for lane in range(1, per_byte):
+        packed |= lanes[..., lane] << (bits * lane)
+    return packed
+
+
+def unpack(packed: Tensor, bits: int, cols: int) -> Tensor:
+    """The inverse of `pack`: [rows, cols] codes, one per byte."""
+    if bits == 8:
+        return packed
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
+    lanes = (packed.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)
+    return lanes.flatten(1)[:, :cols]
+
+
+def part_shapes(fmt: Format, shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of each part of a tensor of this shape; float formats keep the tensor's own shape."""
+    if not fmt.compressed:
+        assert fmt.dtype is not None
+        return {"codes": (tuple(shape), fmt.dtype)}
+    rows, cols = rows_of(shape)
+    per_block = (rows, -(-cols // fmt.block[1]))
+    dtypes = {"scale": torch.float32, "base": torch.float32, "zero": torch.uint8}
+    shapes = {part: (per_block, dtypes[part]) for part in fmt.parts if part != "codes"}
+    return {"codes": ((rows, row_bytes(cols, fmt.bits)), torch.uint8), **shapes}
+
+
+def zeros(fmt: Format, shape: tuple[int, ...], device: torch.device) -> dict[str, Tensor]:
+    """The parts of a tensor of zeros (a scale of 0 decodes every code to 0)."""
+    return {part: torch.zeros(s, dtype=d, device=device) for part, (s, d) in part_shapes(fmt, shape).items()}
+
+
+def encode_rows(
+    fmt: Format, x: Tensor, noise: tuple[int, int] | None = None, *, live: bool = False
+) -> dict[str, Tensor]:
+    """A float matrix [rows, cols] to packed parts; `noise` is the key of stochastic rounding."""
+    cols = x.shape[1]
+    bits = None if noise is None else _row_bits(noise, x)
+    if not fmt.compressed:
+        return codec.encode(fmt, x.float(), bits=bits)
+    block = fmt.block[1]
+
+    def blocks(values: Tensor) -> Tensor:
+        return F.pad(values, (0, -cols % block)).unflatten(1, (-1, block))
+
+    parts = codec.encode(fmt, blocks(x.float()), None if bits is None else blocks(uniform(bits)), live=live)
+    parts["codes"] = pack(parts["codes"].flatten(1)[:, :cols], fmt.bits)
+    return parts
+
+
+def decode_rows(fmt: Format, parts: dict[str, Tensor], cols: int) -> Tensor:
+    """The inverse of `encode_rows`: fp32 [rows, cols]."""
+    if not fmt.compressed:
+        return parts["codes"].float().reshape(-1, cols)
+    block = fmt.block[1]
+    codes = F.pad(unpack(parts["codes"], fmt.bits, cols), (0, -cols % block)).unflatten(1, (-1, block))
+    return codec.decode(fmt, {**parts, "codes": codes}).flatten(1)[:, :cols]
+
+
+def _row_bits(noise: tuple[int, int], x: Tensor) -> Tensor:
+    rows, cols = x.shape
+    stride = row_stride(cols)
+    return bits16(noise, 0, rows * stride, x.device).view(rows, stride)[:, :cols]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A tensor stored in a format: named plain tensors, its format and its shape. A container, not a tensor subclass."""
+
+    format: Format
+    shape: tuple[int, ...]
+    parts: dict[str, Tensor] = field(repr=False)
+
+    @property
+    def codes(self) -> Tensor:
+        """uint8 [rows, ceil(cols * bits / 8)], or the tensor itself for float formats."""
+        return self.parts["codes"]
+
+    @property
+    def scale(self) -> Tensor | None:
+        """fp32 [rows, ceil(cols / block)]; None for float formats."""
+        return self.parts.get("scale")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parts together."""
+        return sum(part.nbytes for part in self.parts.values())
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The tensor the codes stand for, in its own shape, computed in fp32 and then rounded to `dtype`."""
+        cols = _row_shape(self.shape)[1]
+        return decode_rows(self.format, self.parts, cols).reshape(self.shape).to(dtype)
+
+
+def quantize(x: Tensor, format: str | Format, *, stochastic: bool = False, seed: int = 0) -> Packed:
+    """Store a tensor in a format.
+
+    Args:
+        x: any shape, float32, bfloat16 or float16. Blocks run along the last dimensions of each `x[i]`; a vector is one
+            row. A non-finite value makes its block decode to NaN.
+        format: a name (`lowbit.formats()`), `name:block`, or a `Format`.
+        stochastic: round up or down at random, unbiased, instead of to nearest.
+        seed: of the random bits; equal seeds give equal codes on every machine.
+
+    Returns:
+        A `Packed` whose `codes` are uint8 (a torch dtype's own tensor for fp32, bf16, fp16).
+
+    Raises:
+        TypeError: x is not a floating-point tensor.
+        ValueError: the format is unknown, or unsigned while x holds a negative value.
+
+    >>> packed = quantize(torch.tensor([[0.0, -1.0, 3.0, 6.0]]), "e2m1")
+    >>> packed.codes.tolist(), packed.dequantize().tolist()
+    ([[160, 117]], [[0.0, -1.0, 3.0, 6.0]])
+    """
+    fmt = find_format(format)
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(f"quantize: x must be float32, bfloat16 or float16, not {x.dtype}")
+    if fmt.compressed and not fmt.signed and bool((x < 0).any()):
+        raise ValueError(f"quantize: x holds negative values and {fmt.name!r} is unsigned; use {fmt.partner!r}")
+    noise = key(seed, 0, 0, 0) if stochastic else None
+    rows, cols = _row_shape(tuple(x.shape))
+    parts = encode_rows(fmt, x.detach().reshape(rows, cols), noise)
+    if not fmt.compressed:
+        parts["codes"] = parts["codes"].reshape(x.shape)
+    return Packed(fmt, tuple(x.shape), parts)
+
+
+def _row_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Like `rows_of`, but a vector is one row: on its own it has no rows to shard by."""
+    return (1, shape[0]) if len(shape) == 1 else rows_of(shape)
