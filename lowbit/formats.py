@@ -81,7 +81,7 @@ class Format:
 
     @cached_property
     def ladder(self) -> tuple[tuple[float, int], ...]:
-        """The finite (value, code) pairs in ascending order that encoding chooses from (magnitudes for sign-magnitude)."""
+        """The finite (value, code) pairs, ascending, that encoding chooses from; magnitudes for sign-magnitude."""
         count = 1 << (self.bits - 1) if self.sign_magnitude else 1 << self.bits
         if self.kind == "integer":
             pairs = [(v, k) for k, v in enumerate(self.values) if abs(v) <= self.limit]

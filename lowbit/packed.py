@@ -137,7 +137,7 @@ def _row_bits(noise: tuple[int, int], x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Packed:
-    """A tensor stored in a format: named plain tensors, its format and its shape. A container, not a tensor subclass."""
+    """A tensor stored in a format: named plain tensors, its format and its shape. Not a tensor subclass."""
 
     format: Format
     shape: tuple[int, ...]

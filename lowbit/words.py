@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 
-def lerp(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
+def lerp(a: Tensor, b: Tensor | float, weight: Tensor) -> Tensor:
     """a + weight * (b - a)."""
     return a + weight * (b - a)
 
@@ -21,6 +21,20 @@ def lerp(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
 def sqrt(a: Tensor) -> Tensor:
     """The correctly rounded square root."""
     return a.double().sqrt().float()
+
+
+def reciprocal(a: Tensor) -> Tensor:
+    """1 / a, by one IEEE division."""
+    return torch.ones_like(a) / a
+
+
+def binade(a: Tensor) -> Tensor:
+    """The largest power of two that is not above a, for positive a; at least 2**-126.
+
+    >>> binade(torch.tensor([5.0, 1.0, 0.3])).tolist()
+    [4.0, 1.0, 0.25]
+    """
+    return (a.view(torch.int32) & 0x7F800000).view(torch.float32).clamp(min=2.0**-126)
 
 
 def abs(a: Tensor) -> Tensor:

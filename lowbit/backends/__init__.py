@@ -1,0 +1,31 @@
+"""Where the work runs. A backend is a module with one function, `step(jobs)`.
+
+`reference` is torch on any device and defines every bit. `LOWBIT_BACKEND` forces a backend; it is never changed
+silently.
+"""
+
+from __future__ import annotations
+
+import os
+from types import ModuleType
+
+import torch
+
+from ..formats import nearest
+from . import reference
+
+BACKENDS = {"reference": reference}
+
+
+def choose(device: torch.device) -> ModuleType:
+    """The backend for tensors on a device.
+
+    Raises `ValueError` when `LOWBIT_BACKEND` names no backend.
+    """
+    forced = os.environ.get("LOWBIT_BACKEND", "")
+    if forced and forced not in BACKENDS:
+        known = ", ".join(BACKENDS)
+        raise ValueError(
+            f"LOWBIT_BACKEND={forced!r} is no backend{nearest(forced, list(BACKENDS))}; there are: {known}"
+        )
+    return BACKENDS[forced or "reference"]

@@ -1,0 +1,343 @@
+"""The reference backend: plain torch, on any device, and the meaning of every bit.
+
+It works on step blocks (256 values of a row, or a whole shorter row), many at a time: tensors with the same formats are
+cut into pieces of whole rows, and pieces are gathered into chunks of about a quarter of a million values. So a model of
+many small tensors costs a few large torch operations, and no temporary is larger than a chunk (or one row).
+
+A sum has one meaning (DESIGN §5): inside a step block a halving tree in fp32; block sums by the same tree in float64
+along the row; rows, and tensors, by the same tree. Before squaring, nothing is rescaled: `measure` functions square
+values that an earlier maximum has bounded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import codec, masters
+from ..formats import Format
+from ..packed import pack, row_stride, step_width, unpack
+from ..rounding import bits16, uniform
+from ..stages import Job, Namespace, Program, Stage
+
+CHUNK = 1 << 18  # values worked on at a time: temporaries of 1 MB, which stay in cache
+
+
+@torch.no_grad()
+def step(jobs: list[Job]) -> None:
+    """Step every job: parameters, moments, scalars and skip counts are written in place.
+
+    Programs run side by side, so that a measurement over all tensors sees the tensors of every program.
+    """
+    runs = [_Step(same).run() for same in _grouped(jobs, lambda job: (id(job.program), job.param.device))]
+    totals: list[Tensor | None] = [None] * len(runs)
+    while runs:
+        asked = []
+        for run, total in zip(runs, totals, strict=True):
+            with contextlib.suppress(StopIteration):
+                asked.append((run, *run.send(total)))
+        runs = [run for run, _, _ in asked]
+        if asked:
+            each = torch.cat([values.cpu().double() for _, values, _ in asked])
+            total = each.amax() if asked[0][2] == "max" else halve(each)
+            totals = [total] * len(runs)
+
+
+def _grouped(jobs: list[Job], key: Any) -> list[list[Job]]:
+    groups: dict[Any, list[Job]] = defaultdict(list)
+    for job in jobs:
+        groups[key(job)].append(job)
+    return list(groups.values())
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Rows first..last of the job at `index`."""
+
+    index: int
+    first: int
+    last: int
+
+
+class _Step:
+    """All jobs of one program on one device."""
+
+    def __init__(self, jobs: list[Job]):
+        self.jobs = jobs
+        self.program: Program = jobs[0].program
+        self.device = jobs[0].param.device
+        self.old = self._stack([job.scalars for job in jobs])
+        self.scalars = Namespace(self.old)
+        names = jobs[0].constants
+        self.constants = Namespace(
+            {name: torch.tensor([job.constants[name] for job in jobs], device=self.device) for name in names}
+        )
+        self.skip = torch.zeros(len(jobs), dtype=torch.bool, device=self.device)
+        self.lost = torch.zeros(len(jobs), dtype=torch.int64, device=self.device)
+        # A parameter or gradient that is not contiguous is worked on in a contiguous copy and written back.
+        self.params = [job.param.detach().reshape(job.rows, job.cols) for job in jobs]
+        self.grads = [job.grad.detach().reshape(job.rows, job.cols) for job in jobs]
+
+    def _stack(self, rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        return {name: torch.stack([row[name] for row in rows]) for name in self.program.scalars}
+
+    def run(self) -> Generator[tuple[Tensor, str], Tensor | None, None]:
+        """One step. Yields (a number per job, how to reduce them) where a number over all tensors is needed."""
+        done: list[Stage] = []  # the update stages that a later sweep must repeat
+        measured: Tensor | None = None
+        for stage in self.program.stages:
+            if stage.kind == "update":
+                done.append(stage)
+            elif stage.kind == "fold":
+                stage({"s": self.scalars, "c": self.constants, "x": measured})
+            else:
+                measured = self._measure(stage, done)
+                if stage.over == "all":  # a tensor that will be left alone does not count
+                    total = yield torch.where(self.skip, 0.0, measured), stage.reduce
+                    assert total is not None
+                    measured = total.to(self.device).float().expand(len(self.jobs)).clone()
+        if self.program.guarded and self.program.measures:
+            for value in self.scalars.values():
+                self.skip |= ~torch.isfinite(value)
+        for chunk in self._chunks():
+            self._update(chunk, done)
+        self._finish()
+
+    # ---- sweeps
+
+    def _measure(self, stage: Stage, before: list[Stage]) -> Tensor:
+        """One number per job: fp32, or float64 for sums."""
+        partial: dict[int, list[Tensor]] = defaultdict(list)
+        needed = {name for s in (*before, stage) for name in s.reads}
+        for chunk in self._chunks():
+            blocks = _Blocks(self, chunk, needed)
+            if self.program.guarded:
+                bad = ~torch.isfinite(blocks.operands["g"]).all(-1)
+                self.skip |= self._per_job(blocks, bad) > 0
+            for earlier in before:
+                blocks.apply(earlier)
+            values = stage(blocks.operands)
+            per_block = values.amax(-1) if stage.reduce == "max" else halve(values)
+            for piece, part in zip(chunk, blocks.split(per_block), strict=True):
+                partial[piece.index].append(part.amax(0, True) if stage.reduce == "max" else _row_sums(part, piece))
+        each = [torch.cat(partial[index]) for index in range(len(self.jobs))]
+        reduced = torch.stack([values.amax() if stage.reduce == "max" else halve(values) for values in each])
+        return reduced if stage.over == "all" else reduced.float()
+
+    def _per_job(self, blocks: _Blocks, flags: Tensor) -> Tensor:
+        """How many of a chunk's blocks are flagged, per job."""
+        return torch.zeros_like(self.lost).index_add_(0, blocks.owner, flags.long())
+
+    def _update(self, chunk: list[_Piece], stages: list[Stage]) -> None:
+        blocks = _Blocks(self, chunk, {"p", "g", *self.program.moments})
+        finite = torch.isfinite(blocks.operands["g"]).all(-1) if self.program.guarded else None
+        for stage in stages:
+            blocks.apply(stage)
+        stored = {letter: blocks.encode(letter) for letter in self.program.moments}
+        parameter = blocks.narrow()
+        keep = None
+        if finite is not None:
+            finite &= torch.isfinite(parameter[0].float()).all(-1)
+            for parts in stored.values():
+                check = parts.get("scale", parts["codes"])
+                finite &= torch.isfinite(check.flatten(1)).all(-1)
+            keep = finite & ~self.skip[blocks.owner]
+            self.lost += self._per_job(blocks, ~keep)
+        blocks.store(parameter, stored, keep)
+
+    def _finish(self) -> None:
+        for name, new in self.scalars.items():
+            if name in self.program.scalars:  # the others are temporaries of this step
+                kept = torch.where(self.skip, self.old[name], new)
+                torch._foreach_copy_(  # pyright: ignore[reportPrivateImportUsage]
+                    [job.scalars[name] for job in self.jobs], list(kept.unbind())
+                )
+        counted = torch.stack([self.lost, self.skip.long()], 1)
+        torch._foreach_add_(  # pyright: ignore[reportPrivateImportUsage]
+            [job.skipped for job in self.jobs], list(counted.unbind())
+        )
+        for job, written in zip(self.jobs, self.params, strict=True):
+            if written.data_ptr() != job.param.data_ptr():
+                job.param.copy_(written.view(job.param.shape))
+
+    # ---- pieces and chunks
+
+    def _chunks(self) -> Iterator[list[_Piece]]:
+        """Pieces of jobs that can share torch operations, about CHUNK values at a time."""
+        kinds: dict[Any, list[int]] = defaultdict(list)
+        for index, job in enumerate(self.jobs):
+            stochastic = tuple(sorted(job.noise))
+            formats = tuple(job.formats.items())
+            kinds[job.param.dtype, formats, step_width(job.cols), job.master, stochastic].append(index)
+        for indices in kinds.values():
+            chunk: list[_Piece] = []
+            room = CHUNK
+            for index in indices:
+                first, stride = 0, row_stride(self.jobs[index].cols)
+                while first < self.jobs[index].rows:
+                    last = min(self.jobs[index].rows, first + max(1, room // stride))
+                    chunk.append(_Piece(index, first, last))
+                    room -= (last - first) * stride
+                    first = last
+                    if room <= 0 or last < self.jobs[index].rows:
+                        yield chunk
+                        chunk, room = [], CHUNK
+            if chunk:
+                yield chunk
+
+
+class _Blocks:
+    """The operands of a chunk as step blocks, fp32 [blocks, width], zero beyond the end of a row."""
+
+    def __init__(self, step: _Step, chunk: list[_Piece], needed: set[str]):
+        self.step, self.chunk = step, chunk
+        jobs = step.jobs
+        self.job = jobs[chunk[0].index]  # formats and dtypes are the same for all
+        self.width = step_width(self.job.cols)
+        self.counts = [(p.last - p.first) * row_stride(jobs[p.index].cols) // self.width for p in chunk]
+        index = torch.tensor([p.index for p in chunk], device=step.device)
+        self.owner = index.repeat_interleave(torch.tensor(self.counts, device=step.device))
+        self.operands: dict[str, Any] = {"g": self._gather(step.grads).float()}
+        if "p" in needed:
+            self.raw = self._gather(step.params)
+            self.companion = self._companion()
+            self.operands["p"] = masters.load(self.job.master, self.raw, self.companion)
+        self.old: dict[str, dict[str, Tensor]] = {}
+        for letter in step.program.moments:
+            if letter in needed:
+                self.old[letter] = self._moment(letter)
+                self.operands[letter] = codec.decode(self.job.formats[letter], self.old[letter]).reshape(-1, self.width)
+        self.operands["s"] = self._broadcast(step.scalars)
+        self.operands["c"] = self._broadcast(step.constants)
+
+    def apply(self, stage: Stage) -> None:
+        result = stage(self.operands)
+        results = result if len(stage.writes) > 1 else (result,)
+        self.operands.update(zip(stage.writes, results, strict=True))
+
+    def split(self, values: Tensor) -> tuple[Tensor, ...]:
+        return values.split(self.counts)
+
+    # ---- loading
+
+    def _broadcast(self, values: Namespace) -> Namespace:
+        return Namespace({name: value[self.owner].unsqueeze(-1) for name, value in values.items()})
+
+    def _gather(self, matrices: list[Tensor]) -> Tensor:
+        return torch.cat([self._in_blocks(matrices[p.index][p.first : p.last], p) for p in self.chunk])
+
+    def _in_blocks(self, rows: Tensor, piece: _Piece) -> Tensor:
+        cols = self.step.jobs[piece.index].cols
+        return F.pad(rows, (0, row_stride(cols) - cols)).reshape(-1, self.width)
+
+    def _companion(self) -> Tensor | None:
+        if self.job.companion is None:
+            return None
+        jobs = self.step.jobs
+        return self._gather([c.view(j.rows, j.cols) if (c := j.companion) is not None else j.param for j in jobs])
+
+    def _sub_block(self, fmt: Format) -> int:
+        """Values that share a scale inside a step block."""
+        return min(fmt.block[1], self.width)
+
+    def _moment(self, letter: str) -> dict[str, Tensor]:
+        """A moment's parts as blocks: codes [blocks, k, sub-block] one per byte, others [blocks, k]."""
+        fmt = self.job.formats[letter]
+        jobs, parts = self.step.jobs, defaultdict(list)
+        for piece in self.chunk:
+            job = jobs[piece.index]
+            for part, tensor in job.moments[letter].items():
+                rows = tensor.view(job.rows, -1)[piece.first : piece.last]
+                if part != "codes":
+                    pad = row_stride(job.cols) // self._sub_block(fmt) - rows.shape[1]
+                    parts[part].append(F.pad(rows, (0, pad)).reshape(-1, self.width // self._sub_block(fmt)))
+                elif fmt.compressed:
+                    parts[part].append(self._in_blocks(unpack(rows, fmt.bits, job.cols), piece))
+                else:
+                    parts[part].append(self._in_blocks(rows, piece))
+        whole = {part: torch.cat(pieces) for part, pieces in parts.items()}
+        if fmt.compressed:
+            whole["codes"] = whole["codes"].view(-1, self.width // self._sub_block(fmt), self._sub_block(fmt))
+        return whole
+
+    # ---- storing
+
+    def _bits(self, operand: str) -> Tensor | None:
+        """16 random bits per value, by the global element index; None where rounding is to nearest."""
+        if operand not in self.job.noise:
+            return None
+        drawn = []
+        for piece in self.chunk:
+            job = self.step.jobs[piece.index]
+            stride = row_stride(job.cols)
+            count = (piece.last - piece.first) * stride
+            drawn.append(bits16(job.noise[operand], piece.first * stride, count, self.step.device))
+        return torch.cat(drawn).view(-1, self.width)
+
+    def encode(self, letter: str) -> dict[str, Tensor]:
+        fmt, moment = self.job.formats[letter], self.step.program.moments[letter]
+        bits, values = self._bits(letter), self.operands[letter]
+        if not fmt.compressed:
+            return codec.encode(fmt, values, bits=bits)
+        shape = (-1, self.width // self._sub_block(fmt), self._sub_block(fmt))
+        noise = None if bits is None else uniform(bits).view(shape)
+        return codec.encode(fmt, values.reshape(shape), noise, live=not moment.signed)
+
+    def narrow(self) -> tuple[Tensor, Tensor | None]:
+        return masters.store(self.job.master, self.operands["p"], self.raw.dtype, self._bits("p"))
+
+    def store(
+        self, parameter: tuple[Tensor, Tensor | None], stored: dict[str, dict[str, Tensor]], keep: Tensor | None
+    ) -> None:
+        """Write everything back; blocks outside `keep` get what they had."""
+        self._write(self.step.params, _kept(keep, parameter[0], self.raw))
+        if parameter[1] is not None:
+            assert self.companion is not None
+            companions = [c.view(j.rows, j.cols) if (c := j.companion) is not None else j.param for j in self.step.jobs]
+            self._write(companions, _kept(keep, parameter[1], self.companion))
+        for letter, parts in stored.items():
+            fmt = self.job.formats[letter]
+            for part, new in parts.items():
+                self._write_part(letter, fmt, part, _kept(keep, new, self.old[letter][part]))
+
+    def _write(self, matrices: list[Tensor], blocks: Tensor) -> None:
+        for piece, rows in zip(self.chunk, self.split(blocks), strict=True):
+            matrix = matrices[piece.index]
+            matrix[piece.first : piece.last] = rows.reshape(piece.last - piece.first, -1)[:, : matrix.shape[1]]
+
+    def _write_part(self, letter: str, fmt: Format, part: str, blocks: Tensor) -> None:
+        for piece, rows in zip(self.chunk, self.split(blocks), strict=True):
+            job = self.step.jobs[piece.index]
+            target = job.moments[letter][part].view(job.rows, -1)
+            lines = rows.reshape(piece.last - piece.first, -1)
+            if part == "codes" and fmt.compressed:
+                lines = pack(lines[:, : job.cols], fmt.bits)
+            target[piece.first : piece.last] = lines[:, : target.shape[1]]
+
+
+def _kept(keep: Tensor | None, new: Tensor, old: Tensor) -> Tensor:
+    return new if keep is None else torch.where(keep.view(-1, *[1] * (new.dim() - 1)), new, old)
+
+
+def halve(values: Tensor) -> Tensor:
+    """The sum over the last dimension by a halving tree: x[i] + x[i + n/2], zeros padded to a power of two."""
+    length = values.shape[-1]
+    if length == 0:
+        return values.new_zeros(values.shape[:-1])
+    values = F.pad(values, (0, (1 << (length - 1).bit_length()) - length))
+    while values.shape[-1] > 1:
+        half = values.shape[-1] // 2
+        values = values[..., :half] + values[..., half:]
+    return values[..., 0]
+
+
+def _row_sums(per_block: Tensor, piece: _Piece) -> Tensor:
+    """Block sums of whole rows to row sums, in float64."""
+    return halve(per_block.double().reshape(piece.last - piece.first, -1))

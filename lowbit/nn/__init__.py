@@ -1,0 +1,8 @@
+"""Layers whose matmuls run on low-bit operands: recipes, the layer, and the conversion of a model."""
+
+from .convert import quantize_, to_dense_
+from .linear import QuantLinear
+from .recipe import Operand, Recipe, recipes
+from .report import Report
+
+__all__ = ["Operand", "QuantLinear", "Recipe", "Report", "quantize_", "recipes", "to_dense_"]

@@ -1,0 +1,241 @@
+"""Turn a model's linear layers into quantized ones, in place, and back.
+
+Choice: a layer is converted by changing its class, not by putting a new module in its place. The module, its
+parameters, its hooks and every reference to it stay the same objects, so an optimizer built before is still right, tied
+weights stay tied, state dict keys do not change, and even a model that *is* an nn.Linear can be converted. PyTorch's own
+`torch.nn.utils.parametrize` does the same. The price is that a class swap must not meet a layer that is called in some
+other way than by `nn.Linear.forward`; everything below that says "refuse" is about that.
+
+Refusals are not errors: they are listed in the report with the reason. What must never happen is a layer that looks
+quantized and is not, or that changed without being asked. All checks run before the first change.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .linear import QuantLinear
+from .recipe import Recipe, find_recipe
+from .report import Entry, Report
+
+
+def quantize_(
+    model: nn.Module,
+    recipe: str | Recipe,
+    *,
+    skip: str | Sequence[str] = ("lm_head",),
+    filter_fn: Callable[[nn.Module, str], bool] | None = None,
+) -> Report:
+    """Make a model's linear layers compute with quantized operands, in place.
+
+    Only modules of the exact class `nn.Linear` are converted; embeddings, norms and everything else stay as they are.
+    Weights keep a float master: parameters, optimizer and state dict do not change.
+
+    Args:
+        model: any module.
+        recipe: a name (`lowbit.recipes()`) or a `Recipe`.
+        skip: globs on dotted names of layers to leave alone. A pattern matches the whole name or its end after a dot:
+            "lm_head" matches "model.lm_head", "layers.0.*" everything below it.
+        filter_fn: called with (module, name) for each layer that would be converted; False leaves it alone.
+
+    Returns:
+        A `Report`: print it to see what became of each weight and why.
+
+    Raises:
+        ValueError: the recipe is unknown, or a layer is quantized already. Nothing has been changed.
+
+    >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
+    >>> list(quantize_(model, "int4", skip=["2"]).converted)
+    ['0']
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"quantize_: model must be a torch.nn.Module, not {type(model).__name__}")
+    found = find_recipe(recipe)
+    patterns = [skip] if isinstance(skip, str) else list(skip)
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLinear):
+            raise ValueError(f"quantize_: {name or 'the model'} is quantized already; undo it with to_dense_ first")
+
+    reasons = _outside_forward(model)
+    chosen: dict[str, nn.Linear] = {}
+    for name, module in model.named_modules():
+        if name in reasons or not _weights(module):
+            continue
+        reason = _unfit(module) or _skipped(name, patterns) or _filtered(module, name, filter_fn)
+        if reason:
+            reasons[name] = reason
+        else:
+            assert isinstance(module, nn.Linear)
+            chosen[name] = module
+    for name, reason in _tied(model, chosen).items():
+        del chosen[name]
+        reasons[name] = reason
+
+    report = _report(model, found, chosen, reasons, _unused(model, patterns))
+    for name, module in chosen.items():
+        module.__class__ = QuantLinear
+        assert isinstance(module, QuantLinear)
+        module._adopt(found, name)
+    if not chosen:
+        warnings.warn(f"quantize_ converted nothing. {_why_nothing(reasons)}", UserWarning, stacklevel=2)
+    return report
+
+
+@torch.no_grad()
+def to_dense_(model: nn.Module, dtype: torch.dtype | None = torch.bfloat16) -> nn.Module:
+    """Make quantized layers plain nn.Linear again, holding the weights that their forward pass used, in place.
+
+    The float masters are replaced by the dequantized weights; activations are no longer quantized. Other layers are not
+    touched, so a model in another dtype than `dtype` needs `.to(dtype)` or autocast before it can run.
+
+    Args:
+        model: a model after `quantize_`.
+        dtype: of the converted layers' weights and biases; None keeps each one's own.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: no layer is quantized, or dtype is not a floating-point dtype.
+    """
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"to_dense_: dtype must be a floating-point dtype or None, not {dtype}")
+    layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
+    if not layers:
+        raise ValueError("to_dense_: no layer of this model is quantized")
+    done: set[int] = set()  # a tied weight is dequantized once: doing it twice may change it
+    for layer in layers:
+        if id(layer.weight) not in done:
+            _store(layer.weight, layer.quantized_weight(), dtype)
+        if layer.bias is not None and id(layer.bias) not in done:
+            _store(layer.bias, layer.bias, dtype)
+        done |= {id(layer.weight), id(layer.bias)}
+        layer.__class__ = nn.Linear
+        for name in ("recipe", "_layer_id", "_calls"):
+            del layer.__dict__[name]
+    return model
+
+
+def _store(parameter: nn.Parameter, values: Tensor, dtype: torch.dtype | None) -> None:
+    dtype = dtype or parameter.dtype
+    if parameter.dtype != dtype:
+        parameter.grad = None  # it must have the parameter's dtype
+    parameter.data = values.to(dtype)
+
+
+def _weights(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The module's own parameters that a matmul could use: two dimensions or more."""
+    own = module.named_parameters(recurse=False)
+    lazy = nn.parameter.UninitializedParameter
+    weights = [(name, p) for name, p in own if isinstance(p, lazy) or p.dim() >= 2]
+    # A Linear whose weight is no parameter (an old-style weight norm makes it from others) must still be accounted for.
+    return weights or ([("weight", nn.Parameter())] if type(module) is nn.Linear else [])
+
+
+def _outside_forward(model: nn.Module) -> dict[str, str]:
+    """Layers whose parents read their weights without calling them: a converted one would silently not be quantized."""
+    found = {}
+    for name, module in model.named_modules():
+        prefix = f"{name}." if name else ""
+        if isinstance(module, nn.MultiheadAttention):
+            for child, inner in module.named_modules():
+                if child and _weights(inner):
+                    found[prefix + child] = "nn.MultiheadAttention reads its weight without calling it"
+        if isinstance(module, nn.TransformerEncoderLayer):
+            for child in ("linear1", "linear2"):
+                found[prefix + child] = "nn.TransformerEncoderLayer reads its weight without calling it in its fast path"
+    return found
+
+
+def _unfit(module: nn.Module) -> str | None:
+    """Why this module cannot be converted, whatever the user wants; None if it can."""
+    kind = type(module).__name__
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        return "embeddings stay dense"
+    if isinstance(module, nn.MultiheadAttention):
+        return "nn.MultiheadAttention multiplies with it directly: there is no linear layer to convert"
+    if kind == "Conv1D":  # Hugging Face's GPT-2 layer
+        return "Conv1D keeps its weight transposed; replace it by nn.Linear to quantize it"
+    if type(module) is not nn.Linear:
+        if isinstance(module, nn.Linear):
+            return f"{kind} is a subclass of nn.Linear, which may compute something else"
+        if any(p.dim() >= 3 for _, p in _weights(module) if not isinstance(p, nn.parameter.UninitializedParameter)):
+            return f"{kind} is not nn.Linear; weights of 3 or more dimensions (fused experts, convolutions) stay dense"
+        return f"{kind} is not nn.Linear"
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return "its weight is not a parameter (weight_norm, spectral_norm or pruning computes it)"
+    if type(weight) is not nn.Parameter and type(weight).__name__ != "DTensor":
+        return f"its weight is a {type(weight).__name__}, not a plain parameter"
+    if not weight.is_floating_point():
+        return f"its weight is {weight.dtype}, not floating point"
+    if "forward" in module.__dict__:
+        return "its forward was replaced on the instance (by accelerate hooks, for example)"
+    return None
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"*.{pattern}")
+
+
+def _skipped(name: str, patterns: list[str]) -> str | None:
+    hit = next((pattern for pattern in patterns if _matches(name, pattern)), None)
+    return hit and f"skip={hit!r}"
+
+
+def _filtered(module: nn.Module, name: str, filter_fn: Callable[[nn.Module, str], bool] | None) -> str | None:
+    return None if filter_fn is None or filter_fn(module, name) else "filter_fn returned False"
+
+
+def _unused(model: nn.Module, patterns: list[str]) -> list[str]:
+    """Patterns that match no module: perhaps a typing error."""
+    names = [name for name, _ in model.named_modules()]
+    return [p for p in patterns if p != "lm_head" and not any(_matches(name, p) for name in names)]
+
+
+def _tied(model: nn.Module, chosen: dict[str, nn.Linear]) -> dict[str, str]:
+    """Chosen layers whose weight another module uses and that is not chosen too, with the reason."""
+    owners: dict[int, list[str]] = defaultdict(list)
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners[id(parameter)].append(name)
+    refused = {}
+    for name, module in chosen.items():
+        others = [other for other in owners[id(module.weight)] if other not in chosen]
+        if others:
+            refused[name] = f"its weight is tied to {others[0] or 'the model itself'}, which stays dense"
+    return refused
+
+
+def _report(
+    model: nn.Module, recipe: Recipe, chosen: dict[str, nn.Linear], reasons: dict[str, str], unused: list[str]
+) -> Report:
+    entries = []
+    seen: set[int] = set()
+    listed: set[int] = set()
+    for name, module in model.named_modules():
+        for key, parameter in _weights(module):
+            shape = () if isinstance(parameter, nn.parameter.UninitializedParameter) else tuple(parameter.shape)
+            full = name if key == "weight" else f"{name}.{key}" if name else key
+            count = 0 if id(parameter) in seen or not shape else parameter.numel()
+            entries.append(Entry(full, shape, count, None if name in chosen else reasons[name]))
+            seen.add(id(parameter))
+            listed.add(id(parameter))
+    rest = [
+        p for p in model.parameters() if id(p) not in listed and not isinstance(p, nn.parameter.UninitializedParameter)
+    ]
+    return Report(recipe, tuple(entries), len(rest), sum(p.numel() for p in rest), tuple(unused))
+
+
+def _why_nothing(reasons: dict[str, str]) -> str:
+    if not reasons:
+        return "The model has no nn.Linear."
+    shown = [f"{name or 'the model'}: {reason}" for name, reason in reasons.items()]
+    return "; ".join(shown[:3]) + (f"; and {len(shown) - 3} more" if len(shown) > 3 else "") + "."

@@ -1,0 +1,121 @@
+"""AdamW.
+
+Kingma & Ba 2015, https://arxiv.org/abs/1412.6980, Algorithm 1, with the decoupled decay of
+Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101, Algorithm 2; AMSGrad is
+Reddi et al. 2018, https://openreview.net/forum?id=ryQu7f-RZ, Algorithm 2, as torch has it (the maximum
+before debiasing).
+
+The averages are debiased by their accumulated weight rather than by 1 - beta**t: the same number while beta is
+constant, and the right one when it is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from ..stages import Moment, Stage, fold, update
+from ..words import lerp, maximum, reciprocal, sqrt
+from .base import Params, Rule
+
+
+def descend(p, m, v, c, s):
+    """The step both updates take: decay, then down the debiased average over its root mean square."""
+    return c.keep * p - s.step_size * (m / (sqrt(v) * s.root + c.eps))
+
+
+@fold
+def debias(s, c):
+    """Each average's accumulated weight, and what the update needs of it."""
+    s.exp_avg_weight = lerp(s.exp_avg_weight, 1.0, c.rate1)
+    s.exp_avg_sq_weight = lerp(s.exp_avg_sq_weight, 1.0, c.rate2)
+    s.step_size = c.lr / s.exp_avg_weight
+    s.root = reciprocal(sqrt(s.exp_avg_sq_weight))
+
+
+@update("p m v")
+def adamw(p, g, m, v, c, s):
+    """Algorithm 2 of the AdamW paper."""
+    m = lerp(m, g, c.rate1)
+    v = lerp(v, g * g, c.rate2)
+    p = descend(p, m, v, c, s)
+    return p, m, v
+
+
+@update("p m v h")
+def amsgrad(p, g, m, v, h, c, s):
+    """The same with the largest second moment so far."""
+    m = lerp(m, g, c.rate1)
+    v = lerp(v, g * g, c.rate2)
+    h = maximum(h, v)
+    p = descend(p, m, h, c, s)
+    return p, m, v, h
+
+
+class AdamW(Rule):
+    """Adam with decoupled weight decay and states in any format.
+
+    Args:
+        params: see `lowbit.optim.Rule`, as all keyword arguments not listed here.
+        lr: learning rate, a float or a 0-d tensor.
+        betas: decay of the first and of the second moment.
+        eps: added to the denominator.
+        weight_decay: decoupled: p shrinks by lr * weight_decay each step, before the update.
+        amsgrad: use the largest second moment so far.
+        **options: states, seed, master, rounding, state_rounding, stabilize, policy, roles.
+
+    >>> import torch
+    >>> w = torch.nn.Parameter(torch.ones(64, 64))
+    >>> opt = AdamW([("w", w)], lr=0.1, states="4bit")
+    >>> w.sum().backward()
+    >>> opt.step()
+    >>> round(w[0, 0].item(), 4), opt.state[w]["exp_avg"].dtype
+    (0.899, torch.uint8)
+    """
+
+    moments: ClassVar = {
+        "m": Moment("exp_avg", weight="exp_avg_weight"),
+        "v": Moment("exp_avg_sq", signed=False, weight="exp_avg_sq_weight"),
+    }
+    scalars: ClassVar = {"exp_avg_weight": 0.0, "exp_avg_sq_weight": 0.0}
+    folds: tuple[Stage, ...] = (debias,)
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        **options: Any,
+    ):
+        hyper = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad}
+        super().__init__(params, hyper, **options)
+
+    def check_group(self, group: Mapping[str, Any]) -> None:
+        """See `Rule.check_group`."""
+        if len(group["betas"]) != 2:
+            raise ValueError(f"betas must be two numbers, not {group['betas']!r}")
+
+    def plan(self, group: Mapping[str, Any]) -> tuple[Mapping[str, Moment], tuple[Stage, ...]]:
+        """See `Rule.plan`."""
+        if not group["amsgrad"]:
+            return self.moments, (*self.folds, adamw)
+        largest = {"h": Moment("max_exp_avg_sq", signed=False)}
+        return {**self.moments, **largest}, (*self.folds, amsgrad)
+
+    def betas(self, group: Mapping[str, Any]) -> tuple[float, float]:
+        """Beta1 and beta2 of this step."""
+        return group["betas"]
+
+    def constants(self, group: Mapping[str, Any], t: int) -> dict[str, float]:
+        """See `Part.constants`."""
+        lr, (beta1, beta2) = float(group["lr"]), self.betas(group)
+        return {
+            "lr": lr,
+            "keep": 1 - lr * group["weight_decay"],
+            "rate1": 1 - beta1,
+            "rate2": 1 - beta2,
+            "eps": group["eps"],
+        }

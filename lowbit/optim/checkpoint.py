@@ -1,0 +1,241 @@
+"""State dicts: checked before anything changes, dtypes kept, formats converted.
+
+`torch.optim.Optimizer.load_state_dict` casts every floating state to the parameter's dtype, which ruins codes and
+scales. So a pre-hook, which runs last, checks the incoming states, converts them to what this optimizer stores, and
+wraps every value in an object that torch's cast does not look into; `Rule.__setstate__` unwraps them. User hooks see
+plain tensors on both sides.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .. import packed
+from ..formats import Format, catalogue
+from ..policy import PRESETS_VERSION
+
+if TYPE_CHECKING:
+    from .base import Rule
+
+# How states are stored belongs to the optimizer that is running, not to the file.
+OWN_KEYS = ("states", "master")
+
+
+class _Keep:
+    """A value that torch's load_state_dict must not touch."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: Any):
+        self.value = value
+
+
+def unwrap(state: dict[str, Any]) -> None:
+    """Take every value out of its wrapper, in place."""
+    for values in state["state"].values():
+        for name, value in values.items():
+            if isinstance(value, _Keep):
+                values[name] = value.value
+
+
+def keep_state_dtypes(rule: Rule) -> None:
+    """Register the pre-hook (again after a copy: hooks do not survive one)."""
+    rule.register_load_state_dict_pre_hook(_prepare)
+
+
+def _prepare(rule: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+    saved_groups = _checked_groups(rule, state_dict)
+    groups, states = [], {}
+    for index, (saved, group) in enumerate(zip(saved_groups, rule.param_groups, strict=True)):
+        order = _order(saved, group, index)
+        incoming = [saved["params"][i] for i in order]
+        new = {**saved, **{k: group[k] for k in OWN_KEYS}, "params": incoming}
+        if "param_names" in group:
+            new["param_names"] = group["param_names"]
+        new.setdefault("steps", _steps(state_dict, incoming))
+        new.setdefault("seed", group["seed"])
+        new["states_version"] = PRESETS_VERSION
+        rule._check({**group, **{k: v for k, v in new.items() if k != "params"}})
+        groups.append(new)
+        for number, p in zip(incoming, group["params"], strict=True):
+            slot = rule._slots[p]
+            saved_state = state_dict["state"].get(number)
+            if saved_state:
+                converted = _Conversion(slot, new, saved).run(saved_state)
+                states[number] = {name: _Keep(value) for name, value in converted.items()}
+    return {**state_dict, "state": states, "param_groups": groups}
+
+
+def _checked_groups(rule: Any, state_dict: Any) -> list[dict[str, Any]]:
+    if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= set(state_dict):
+        keys = list(state_dict)[:5] if isinstance(state_dict, Mapping) else type(state_dict).__name__
+        raise ValueError(f"not an optimizer's state dict: it needs 'state' and 'param_groups', and has {keys}")
+    groups = state_dict["param_groups"]
+    have, want = [len(g["params"]) for g in groups], [len(g["params"]) for g in rule.param_groups]
+    if have != want:
+        raise ValueError(f"the checkpoint's groups have {have} parameters and this optimizer's {want}")
+    return groups
+
+
+def _order(saved: Mapping[str, Any], group: Mapping[str, Any], index: int) -> list[int]:
+    """Positions in the saved group of this group's parameters: by name where both have names."""
+    from .base import clean_name
+
+    count = len(group["params"])
+    if "param_names" not in saved or "param_names" not in group:
+        return list(range(count))
+    there = {clean_name(name): i for i, name in enumerate(saved["param_names"])}
+    missing = [name for name in group["param_names"] if clean_name(name) not in there]
+    if missing:
+        raise ValueError(f"group {index}: the checkpoint has no state for {missing[0]!r}; it has {list(there)[:3]} …")
+    return [there[clean_name(name)] for name in group["param_names"]]
+
+
+def _steps(state_dict: Mapping[str, Any], numbers: list[Any]) -> int:
+    steps = [state_dict["state"].get(n, {}).get("step", 0) for n in numbers]
+    return max((int(s) for s in steps), default=0)
+
+
+@cache
+def _by_tag() -> dict[int, Format]:
+    """Every format a state can be stored in, by the number that checkpoints hold."""
+    blocks = [1 << k for k in range(9)]
+    stored = [f for f in catalogue().values() if f.compressed]
+    return {v.tag: v for f in stored for v in (f, *(f.with_block(b) for b in blocks if b != f.block[1]))}
+
+
+class _Conversion:
+    """One parameter's saved state to the state this optimizer keeps."""
+
+    def __init__(self, slot: Any, group: Mapping[str, Any], saved_group: Mapping[str, Any]):
+        self.slot, self.group, self.saved_group = slot, group, saved_group
+        self.shape = tuple(slot.param.shape)
+        self.device = slot.param.device
+
+    def run(self, saved: Mapping[str, Any]) -> dict[str, Any]:
+        state = self.slot.fresh()
+        state["step"] = torch.as_tensor(saved.get("step", 0.0), dtype=torch.float32).reshape(()).cpu()
+        for letter, moment in self.slot.program.moments.items():
+            state.update(self._moment(moment.name, self.slot.formats[letter], moment.signed, saved))
+            if moment.weight and moment.weight not in saved:
+                state[moment.weight].fill_(self._weight(letter, int(state["step"])))
+        for name in (*self.slot.program.scalars, "skipped"):
+            if name in saved:
+                state[name] = self._tensor(saved, name, tuple(state[name].shape), state[name].dtype)
+        if "master" in state and "master" in saved and self.saved_group.get("master") == self.group["master"]:
+            state["master"] = self._tensor(saved, "master", tuple(state["master"].shape), state["master"].dtype)
+        return state
+
+    def _moment(self, name: str, fmt: Format, signed: bool, saved: Mapping[str, Any]) -> dict[str, Any]:
+        from .base import state_key
+
+        if name not in saved:
+            if name.startswith("max_"):
+                raise ValueError(f"{self.slot.label}: the checkpoint has no {name!r}; it was made without amsgrad")
+            raise ValueError(f"{self.slot.label}: the checkpoint has no {name!r}; it has {sorted(map(str, saved))}")
+        tag = saved.get(f"{name}_format")
+        stored = self._stored_format(name, tag, saved[name])
+        parts = {}
+        for part, (shape, dtype) in packed.part_shapes(stored, self.shape).items():
+            parts[part] = self._tensor(saved, state_key(name, part), shape, dtype)
+        if stored != fmt:
+            rows, cols = packed.rows_of(self.shape)
+            values = packed.decode_rows(stored, parts, cols) if rows * cols else torch.zeros(rows, cols)
+            if not stored.compressed:
+                values = parts["codes"].float().reshape(rows, cols)
+            parts = packed.encode_rows(fmt, values, live=not signed)
+            if not fmt.compressed:
+                parts["codes"] = parts["codes"].reshape(self.shape)
+        result: dict[str, Any] = {state_key(name, part): tensor for part, tensor in parts.items()}
+        return {**result, f"{name}_format": fmt.tag} if fmt.compressed else result
+
+    def _stored_format(self, name: str, tag: Any, value: Any) -> Format:
+        if tag is not None:
+            own = {f.tag: f for f in self.slot.formats.values()}
+            found = own.get(int(tag)) or _by_tag().get(int(tag))
+            if found is None:
+                raise ValueError(
+                    f"{self.slot.label}: {name!r} is stored in a format this version does not know ({tag})"
+                )
+            return found
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            raise ValueError(f"{self.slot.label}: {name!r} is neither a floating-point tensor nor codes with a format")
+        return next((f for f in catalogue().values() if f.dtype == value.dtype), catalogue()["fp32"])
+
+    def _tensor(self, saved: Mapping[str, Any], name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        value = saved.get(name)
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{self.slot.label}: the checkpoint's {name!r} is missing; it must have shape {shape}")
+        if tuple(value.shape) != shape:
+            got = f"has shape {tuple(value.shape)}"
+            raise ValueError(f"{self.slot.label}: the checkpoint's {name!r} {got}; it must have shape {shape}")
+        if value.dtype != dtype and (value.is_floating_point() != dtype.is_floating_point):
+            raise ValueError(f"{self.slot.label}: the checkpoint's {name!r} is {value.dtype}; it must be {dtype}")
+        return value.detach().to(device=self.device, dtype=dtype, copy=True).contiguous()
+
+    def _weight(self, letter: str, t: int) -> float:
+        """The accumulated weight that t steps of torch's own Adam stand for."""
+        betas = self.group.get("betas", (0.0,))
+        beta = float(betas[0] if letter == "m" else betas[-1])
+        return 1 - beta**t
+
+
+def save_optimizer(opt: Rule, path: str | Path) -> None:
+    """Write an optimizer's state dict as one safetensors file (no pickle): tensors as they are, the rest as metadata.
+
+    The file is written under a temporary name and moved into place, so a crash leaves the old one.
+    """
+    from safetensors.torch import save_file
+
+    state_dict = opt.state_dict()
+    tensors, numbers = {}, {}
+    for number, state in state_dict["state"].items():
+        for name, value in state.items():
+            if isinstance(value, Tensor):
+                tensors[f"{number}.{name}"] = value.detach().cpu().contiguous()
+            else:
+                numbers[f"{number}.{name}"] = value
+    groups = [{k: _plain(v) for k, v in group.items()} for group in state_dict["param_groups"]]
+    target = Path(path)
+    draft = target.with_name(target.name + ".part")
+    save_file(tensors, str(draft), {"lowbit": json.dumps({"groups": groups, "numbers": numbers})})
+    draft.replace(target)
+
+
+def load_optimizer(opt: Rule, path: str | Path) -> None:
+    """Load what `save_optimizer` wrote; formats are converted as in `load_state_dict`.
+
+    Raises `ValueError` before anything has changed when the file is not one of ours or is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    state: dict[int, dict[str, Any]] = {}
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            header = json.loads((file.metadata() or {})["lowbit"])
+            for full in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                number, _, name = full.partition(".")
+                state.setdefault(int(number), {})[name] = file.get_tensor(full)
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(f"{path}: not a file written by lowbit.save_optimizer, or damaged ({error})") from error
+    for full, value in header["numbers"].items():
+        number, _, name = full.partition(".")
+        state.setdefault(int(number), {})[name] = value
+    groups = [{k: tuple(v) if k == "betas" else v for k, v in group.items()} for group in header["groups"]]
+    opt.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _plain(value: Any) -> Any:
+    """A group's value as JSON has it."""
+    if isinstance(value, Tensor):
+        return value.tolist()
+    if isinstance(value, Format):
+        return value.name
+    return {k: _plain(v) for k, v in value.items()} if isinstance(value, Mapping) else value

@@ -1,0 +1,97 @@
+"""What an optimizer keeps for each tensor, as a table."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .base import Rule
+
+
+@dataclass(frozen=True)
+class Row:
+    """One parameter."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    role: str
+    formats: dict[str, str]
+    why: str
+    state_bytes: int
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The rows, and totals. `str()` is a table for people, `rows` are for programs."""
+
+    optimizer: str
+    rows: tuple[Row, ...]
+    sweeps: int
+    stages: tuple[str, ...]
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of all states."""
+        return sum(row.state_bytes for row in self.rows)
+
+    @property
+    def parameters(self) -> int:
+        """How many values the parameters have."""
+        total = 0
+        for row in self.rows:
+            count = 1
+            for size in row.shape:
+                count *= size
+            total += count
+        return total
+
+    def __str__(self) -> str:
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(title=f"{self.optimizer}: where the state of each parameter goes", title_justify="left")
+        for column in ("parameter", "shape", "dtype", "role", "state formats", "decided by"):
+            table.add_column(column)
+        table.add_column("state bytes", justify="right")
+        for row in self.rows:
+            formats = ", ".join(f"{moment} {fmt}" for moment, fmt in row.formats.items())
+            shape = "×".join(map(str, row.shape)) or "scalar"
+            table.add_row(row.name, shape, row.dtype, row.role, formats, row.why, f"{row.state_bytes:,}")
+        out = io.StringIO()
+        console = Console(file=out, width=160)
+        console.print(table)
+        per = self.state_bytes / max(1, self.parameters)
+        console.print(
+            f"{self.parameters:,} parameters, {self.state_bytes:,} bytes of state ({per:.3f} per parameter). "
+            f"A step reads the gradient {self.sweeps} time{'s' if self.sweeps > 1 else ''}: {' → '.join(self.stages)}."
+        )
+        return out.getvalue()
+
+
+def explain(rule: Rule) -> Explanation:
+    """See `Rule.explain`."""
+    rows = []
+    for group in rule.param_groups:
+        for p, label in rule._labelled(group):
+            slot = rule._slots[p]
+            state: dict[str, Any] = rule.state.get(p, {})
+            moments = slot.program.moments
+            rows.append(
+                Row(
+                    name=label,
+                    shape=tuple(p.shape),
+                    dtype=str(p.dtype).removeprefix("torch."),
+                    role=slot.role,
+                    formats={moments[letter].name: fmt.name for letter, fmt in slot.formats.items()} if state else {},
+                    why="; ".join(dict.fromkeys(d.why for d in slot.decisions.values())) if state else "frozen",
+                    state_bytes=sum(v.nbytes for v in state.values() if isinstance(v, Tensor)),
+                )
+            )
+    program = rule.program(rule.param_groups[0])
+    stages = tuple(stage.function.__name__ for stage in program.stages)
+    return Explanation(type(rule).__name__, tuple(rows), program.sweeps, stages)

@@ -1,0 +1,259 @@
+"""What any optimizer can put in front of its update: AdaClip, AdaGN, MomentumReset, SpikeClip, GlobalClip.
+
+The first three are Stable-SPAM (https://arxiv.org/abs/2502.17055v1, Algorithm 1); SpikeClip is SPAM's
+(https://arxiv.org/abs/2501.06842); GlobalClip is clipping to a global norm (Pascanu et al. 2013,
+https://arxiv.org/abs/1211.5063). AdaGN alone is GradientStabilizer (2502.17055v4).
+
+Every average starts at 0 and keeps its accumulated weight beside it: `w <- lerp(w, 1, rate)`, debias by dividing by w.
+That is exact when the rate changes over time and when steps are skipped. The released Stable-SPAM instead divides by
+1 - gamma**k with a counter k that momentum resets restart; `closed_form=True` reproduces that.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+from ..stages import Stage, fold, measure, update
+from ..words import abs, binade, lerp, minimum, reciprocal, sign, sqrt, where
+from .base import Stabilizer
+
+
+def annealing(group: Mapping[str, Any]) -> float:
+    """Stable-SPAM's factor on beta1 and gamma1: a cosine from 1 to `eta_min` over `total_steps`, then constant.
+
+    The released code lets the cosine rise again after the end; `variant="official"` keeps that.
+    """
+    total = group.get("total_steps")
+    if total is None:
+        return 1.0
+    t = group["steps"] if group.get("variant") == "official" else min(group["steps"], total + 1)
+    return group["eta_min"] + (1 - group["eta_min"]) * (1 + math.cos(math.pi * t / (total + 1))) / 2
+
+
+def _fraction(group: Mapping[str, Any], *names: str) -> None:
+    for name in names:
+        if not 0 <= group[name] < 1:
+            raise ValueError(f"{name} must be in [0, 1), not {group[name]}")
+
+
+@measure("max")
+def peak(g):
+    """The tensor's largest gradient."""
+    return abs(g)
+
+
+@fold
+def weigh_peak(s, c):
+    """The weight of the average so far."""
+    s.m_max_weight = lerp(s.m_max_weight, 1.0, c.peak_rate)
+
+
+@fold
+def peak_weight(s, c):
+    """The released code's 1 - gamma3**k."""
+    s.m_max_weight = c.peak_weight
+
+
+@fold
+def limit(x, s, c):
+    """The average largest gradient, spikes included, and what a spike is multiplied by."""
+    s.m_max_t = lerp(s.m_max_t, x, c.peak_rate)
+    s.clip_limit = s.m_max_t / s.m_max_weight
+    s.clip_share = s.clip_limit / where(x > 0, x, c.one)
+    s.unit = reciprocal(binade(minimum(x, s.clip_limit)))
+
+
+@update("g")
+def clip_spikes(g, s):
+    """Values above the limit become their share of it."""
+    return where(abs(g) > s.clip_limit, g * s.clip_share, g)
+
+
+class AdaClip(Stabilizer):
+    """Clip each tensor's spikes to a moving average of its largest gradient. One sweep.
+
+    A value above the limit becomes its share of the largest one times the limit, as the paper has it.
+    """
+
+    scalars: ClassVar = {"m_max_t": 0.0, "m_max_weight": 0.0}
+
+    def __init__(self, gamma3: float = 0.999, closed_form: bool = False):
+        super().__init__(gamma3=gamma3)
+        weight = peak_weight if closed_form else weigh_peak
+        self.stages = (peak, weight, limit, clip_spikes)
+
+    def check(self, group: Mapping[str, Any]) -> None:
+        """See `Stabilizer.check`."""
+        _fraction(group, "gamma3")
+
+    def constants(self, group: Mapping[str, Any], t: int) -> dict[str, float]:
+        """See `Part.constants`."""
+        return {"one": 1.0, "peak_rate": 1 - group["gamma3"], "peak_weight": 1 - group["gamma3"] ** t}
+
+
+@fold
+def plain_unit(s, c):
+    """Without a known maximum, squares are taken as they are."""
+    s.unit = c.one
+
+
+@measure("sum")
+def energy(g, s):
+    """The squared norm, in squares of `unit`."""
+    g = g * s.unit
+    return g * g
+
+
+@fold
+def weigh_norm(s, c):
+    """The weights of the averages so far."""
+    s.m_norm_weight = lerp(s.m_norm_weight, 1.0, c.norm_rate)
+    s.v_norm_weight = lerp(s.v_norm_weight, 1.0, c.energy_rate)
+
+
+@fold
+def norm_weight(s, c):
+    """The released code's 1 - gamma**k."""
+    s.m_norm_weight = c.norm_weight
+    s.v_norm_weight = c.energy_weight
+
+
+@fold
+def gain(x, s, c):
+    """The average norm over the root mean squared norm, for a gradient of norm 1."""
+    norm = sqrt(x) / s.unit
+    s.m_norm_t = lerp(s.m_norm_t, norm, c.norm_rate)
+    s.v_norm_t = lerp(s.v_norm_t, norm * norm, c.energy_rate)
+    wanted = (s.m_norm_t / s.m_norm_weight) / (sqrt(s.v_norm_t / s.v_norm_weight) + c.norm_eps)
+    s.norm_gain = where(x > 0, wanted / sqrt(where(x > 0, x, c.one)), reciprocal(s.unit))
+
+
+@update("g")
+def normalize(g, s):
+    """Rescale; a zero gradient stays zero."""
+    return g * s.unit * s.norm_gain
+
+
+class AdaGN(Stabilizer):
+    """Give each tensor's gradient the norm that its own history suggests: an average norm over a root mean square.
+
+    One sweep. The gradient's own norm no longer matters, only its direction: norms come out near 1.
+    """
+
+    scalars: ClassVar = {"m_norm_t": 0.0, "v_norm_t": 0.0, "m_norm_weight": 0.0, "v_norm_weight": 0.0}
+
+    def __init__(self, gamma1: float = 0.7, gamma2: float = 0.9, closed_form: bool = False, after_clip: bool = False):
+        super().__init__(gamma1=gamma1, gamma2=gamma2)
+        weight = norm_weight if closed_form else weigh_norm
+        # After AdaClip the largest value is known, and squares are taken in units of its power of two: no overflow.
+        unit: tuple[Stage, ...] = () if after_clip else (plain_unit,)
+        self.stages = (*unit, energy, weight, gain, normalize)
+
+    def check(self, group: Mapping[str, Any]) -> None:
+        """See `Stabilizer.check`."""
+        _fraction(group, "gamma1", "gamma2")
+
+    def constants(self, group: Mapping[str, Any], t: int) -> dict[str, float]:
+        """See `Part.constants`."""
+        gamma1, gamma2 = group["gamma1"] * annealing(group), group["gamma2"]
+        return {
+            "one": 1.0,
+            "norm_eps": group.get("eps", 1e-8),
+            "norm_rate": 1 - gamma1,
+            "energy_rate": 1 - gamma2,
+            "norm_weight": 1 - gamma1**t,
+            "energy_weight": 1 - gamma2**t,
+        }
+
+
+class MomentumReset(Stabilizer):
+    """Set all moments to zero every `reset_interval` steps (0: never), before they are used; debiasing restarts.
+
+    No sweep: a reset writes zero codes and scales. `late` is the released code's order: the step of the reset still
+    uses the old moments.
+    """
+
+    def __init__(self, reset_interval: int = 1000, late: bool = False):
+        super().__init__(reset_interval=reset_interval)
+        self.late = late
+
+    def check(self, group: Mapping[str, Any]) -> None:
+        """See `Stabilizer.check`."""
+        interval = group["reset_interval"]
+        if int(interval) != interval or interval < 0:
+            raise ValueError(f"reset_interval must be a whole number >= 0 (0: never), not {interval}")
+
+    def resets(self, group: Mapping[str, Any]) -> Literal["", "before", "after"]:
+        """See `Part.resets`."""
+        interval = group["reset_interval"]
+        due = interval > 0 and group["steps"] % interval == 0
+        return ("after" if self.late else "before") if due else ""
+
+
+@update("g")
+def clip_to_moment(g, v, c):
+    """SPAM's clip at threshold times the second moment."""
+    limit = c.spike_threshold * v
+    return where((v > 0) & (g * g > limit), sign(g) * sqrt(limit), g)
+
+
+class SpikeClip(Stabilizer):
+    """SPAM's clip: a value whose square is over `threshold` times its second moment is brought down to that. No sweep.
+
+    Where the second moment is still 0 nothing is clipped: the released SPAM clips such values to 0, so that v stays 0
+    and the parameter is frozen.
+    """
+
+    def __init__(self, threshold: float = 5000.0):
+        super().__init__(threshold=threshold)
+        self.stages = (clip_to_moment,)
+
+    def check(self, group: Mapping[str, Any]) -> None:
+        """See `Stabilizer.check`."""
+        if not group["threshold"] > 0:
+            raise ValueError(f"threshold must be above 0, not {group['threshold']}")
+
+    def constants(self, group: Mapping[str, Any], t: int) -> dict[str, float]:
+        """See `Part.constants`."""
+        return {"spike_threshold": group["threshold"]}
+
+
+@measure("sum", over="all")
+def energy_of_all(g):
+    """The squared norm over all tensors."""
+    return g * g
+
+
+@fold
+def share(x, s, c):
+    """1, or what brings the norm down to max_norm."""
+    s.global_share = minimum(c.one, c.max_norm / (sqrt(x) + c.norm_floor))
+
+
+@update("g")
+def scale_all(g, s):
+    """Scale the gradient."""
+    return g * s.global_share
+
+
+class GlobalClip(Stabilizer):
+    """Scale all gradients together so that their common norm is at most `max_norm`. One sweep.
+
+    As `torch.nn.utils.clip_grad_norm_`, but gradients are not written to, and a tensor with a non-finite gradient is
+    left out instead of spoiling all.
+    """
+
+    def __init__(self, max_norm: float = 1.0):
+        super().__init__(max_norm=max_norm)
+        self.stages = (energy_of_all, share, scale_all)
+
+    def check(self, group: Mapping[str, Any]) -> None:
+        """See `Stabilizer.check`."""
+        if not group["max_norm"] > 0:
+            raise ValueError(f"max_norm must be above 0, not {group['max_norm']}")
+
+    def constants(self, group: Mapping[str, Any], t: int) -> dict[str, float]:
+        """See `Part.constants`."""
+        return {"one": 1.0, "max_norm": group["max_norm"], "norm_floor": 1e-6}

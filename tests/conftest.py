@@ -1,0 +1,25 @@
+import importlib.util
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+# The same examples on every run and every machine: a red test is red for everyone, and a slow machine is not a defect.
+settings.register_profile("lowbit", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("lowbit")
+
+# What a matmul returns depends on the number of threads. Two is what every machine has.
+torch.set_num_threads(2)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    missing = [name for name in ("torchao", "bitsandbytes") if importlib.util.find_spec(name) is None]
+    reasons = {}
+    if not torch.cuda.is_available():
+        reasons["gpu"] = "no CUDA device"
+    if missing:
+        reasons["rivals"] = f"not installed: {', '.join(missing)}"
+    for item in items:
+        for marker, reason in reasons.items():
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
