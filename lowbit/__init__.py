@@ -4,24 +4,36 @@ Three uses: wrap a model (`quantize_`), choose an optimizer and how its state is
 Adam (`lowbit bench` on the command line).
 """
 
-from importlib.metadata import version as _version
-
-from . import optim
+from . import nn, optim
 from .formats import Format, format, formats
+from .nn import Operand, Recipe, Report, quantize_, recipes, to_dense_
 from .optim import load_optimizer, save_optimizer
 from .packed import Packed, quantize
 from .policy import Policy
 
-__version__ = _version("lowbit")
-
 __all__ = [
     "Format",
+    "Operand",
     "Packed",
     "Policy",
+    "Recipe",
+    "Report",
     "format",
     "formats",
     "load_optimizer",
+    "nn",
     "optim",
     "quantize",
+    "quantize_",
+    "recipes",
     "save_optimizer",
+    "to_dense_",
 ]
+
+
+def __getattr__(name: str) -> str:
+    if name == "__version__":  # read when asked for: importing reads no files
+        from importlib.metadata import version
+
+        return version("lowbit")
+    raise AttributeError(f"module 'lowbit' has no attribute {name!r}")

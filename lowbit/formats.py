@@ -130,6 +130,8 @@ class Format:
         """The same format with one scale per `block` values along the row, named `name:block`."""
         if block < 1:
             raise ValueError(f"block must be at least 1, not {block}")
+        if self.block == (1, block):
+            return self
         return replace(self, block=(1, block), name=f"{self.name.split(':')[0]}:{block}")
 
     def __str__(self) -> str:
@@ -200,8 +202,8 @@ def catalogue() -> dict[str, Format]:
           table=_dynamic_map(True, 3, 4), partner="ulin4"),
         f("ulin4", 4, False, "(k+1)/16: lpmm's and torchao's map without a zero", ties="down",
           table=tuple((k + 1) / 16 for k in range(16)), partner="dyn4"),
-        f("log4", 4, False, "0 and 15 powers of two: 2^-14..1", ties="down",
-          table=(0.0, *(2.0**-k for k in range(14, -1, -1))), partner="dyn4"),
+        f("log4", 4, False, "0 and 15 levels a third of an octave apart: 2^-4.67..1", ties="down",
+          table=(0.0, *(_fp32(2.0 ** (-k / 3)) for k in range(14, -1, -1))), partner="nf4"),
         f("solo4", 4, False, "SOLO: absmax * base^k, base per block", "log", parts=("codes", "scale", "base"),
           partner="dyn4"),
         f("solo2", 2, False, "SOLO: absmax * base^k, base per block", "log", parts=("codes", "scale", "base"),
@@ -215,7 +217,7 @@ def catalogue() -> dict[str, Format]:
           table=_with_negatives(tuple(k / 2 for k in range(8)))),
         f("e3m0", 4, True, "FP4 of powers of two: 0 .25 .. 16", block=(1, 32),
           table=_with_negatives((0.0, *(2.0**k for k in range(-2, 5))))),
-        f("nf4", 4, True, "NormalFloat (QLoRA)", block=(1, 64), ties="down", table=_NF4),
+        f("nf4", 4, True, "NormalFloat (QLoRA)", block=(1, 64), ties="down", table=_NF4, partner="log4"),
         f("bnb-fp4", 4, True, "bitsandbytes' own FP4, not E2M1", block=(1, 64), ties="down",
           table=_with_negatives(tuple(_fp32(v / 12) for v in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)))),
         f("e4m3", 8, True, "FP8 E4M3 (no infinity, max 448)", table=_fp8(torch.float8_e4m3fn)),

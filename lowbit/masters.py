@@ -44,10 +44,12 @@ def load(master: str, p: Tensor, companion: Tensor | None) -> Tensor:
         return p.float()
     if master == "fp32":
         return torch.where(companion.to(p.dtype) == p, companion, p.float())
-    if master == "kahan":
-        return p.float() + companion.float()
+    if master == "kahan":  # more than half an ulp belongs to what the parameter was before somebody else wrote to it
+        error = companion.float()
+        return p.float() + torch.where(error.abs() <= _half_ulp(p), error, 0.0)
     if master == "split16" and p.dtype == torch.bfloat16:
-        return (p.float().view(torch.int32) + companion.int()).view(torch.float32)
+        low = torch.where((p == 0) & (companion < 0), 0, companion.int())  # below the bits of 0 are those of NaNs
+        return (p.float().view(torch.int32) + low).view(torch.float32)
     steps = 127 if master == "split8" else 2**13
     return p.float() + companion.float() / steps * _half_ulp(p)
 

@@ -107,7 +107,7 @@ def encode_rows(
 ) -> dict[str, Tensor]:
     """A float matrix [rows, cols] to packed parts; `noise` is the key of stochastic rounding."""
     cols = x.shape[1]
-    bits = None if noise is None else _row_bits(noise, x)
+    bits = None if noise is None else row_bits(noise, x)
     if not fmt.compressed:
         return codec.encode(fmt, x.float(), bits=bits)
     block = fmt.block[1]
@@ -129,7 +129,8 @@ def decode_rows(fmt: Format, parts: dict[str, Tensor], cols: int) -> Tensor:
     return codec.decode(fmt, {**parts, "codes": codes}).flatten(1)[:, :cols]
 
 
-def _row_bits(noise: tuple[int, int], x: Tensor) -> Tensor:
+def row_bits(noise: tuple[int, int], x: Tensor) -> Tensor:
+    """16 random bits for each value of a matrix, by its element index."""
     rows, cols = x.shape
     stride = row_stride(cols)
     return bits16(noise, 0, rows * stride, x.device).view(rows, stride)[:, :cols]

@@ -22,7 +22,7 @@ PRESETS: dict[str, tuple[str, str]] = {
     "fp32": ("fp32", "fp32"),
     "bf16": ("bf16", "bf16"),
     "8bit": ("int8", "sqrt8"),
-    "4bit": ("dyn4", "sqrt4"),
+    "4bit": ("nf4:128", "log4"),
 }
 PRESETS_VERSION = 1
 
@@ -114,7 +114,10 @@ def resolve(storage: Storage, moment: str, signed: bool) -> Format:
     ('sqrt8', 'sqrt4')
     """
     if isinstance(storage, Mapping):
-        return resolve(storage.get(moment, "fp32"), moment, signed)
+        wanted = storage.get(moment, "fp32")
+        if signed and wanted not in PRESETS and not find_format(wanted).signed:
+            raise ValueError(f"states: {moment!r} is signed and format {find_format(wanted).name!r} is not")
+        return resolve(wanted, moment, signed)
     if isinstance(storage, str) and storage in PRESETS:
         return find_format(PRESETS[storage][0 if signed else 1])
     fmt = find_format(storage)

@@ -13,9 +13,11 @@ prints); nothing else in the library states a formula.
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, Literal
 
 from torch import Tensor
@@ -45,6 +47,17 @@ class Stage:
 
     def __call__(self, operands: Mapping[str, Any]) -> Any:
         return self.function(*(operands[name] for name in self.reads))
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str, str]]:
+        # The decorator took the function's name, so what pickle finds there is the stage.
+        return _named, (self.function.__module__, self.function.__qualname__)
+
+    def __deepcopy__(self, memo: Any) -> Stage:
+        return self
+
+
+def _named(module: str, name: str) -> Stage:
+    return attrgetter(name)(importlib.import_module(module))
 
 
 def _reads(function: Callable[..., Any]) -> tuple[str, ...]:

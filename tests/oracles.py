@@ -1,7 +1,7 @@
 """Second opinions: what the library should compute, stated independently of how it computes it.
 
-Slow, exact and short: searches in float64, which holds the middle of any two codes exactly, and hashes in plain Python integers.
-Nothing here calls the library's arithmetic; a `Format` is only read for the list of its values and its tie rule.
+Slow, exact and short: searches in float64, which holds the middle of any two codes exactly, and hashes in plain Python
+integers. Nothing here calls the library's arithmetic; a `Format` is only read for its values and its tie rule.
 """
 
 import math
@@ -36,7 +36,7 @@ def values(fmt: Format) -> np.ndarray:
 
 
 def rungs(fmt: Format) -> list[tuple[float, int]]:
-    """(value, code) in ascending order, without what encoding never produces: NaN, infinities, -0 and -2**(bits-1)."""
+    """(value, code) in ascending order, without what encoding never gives: NaN, infinities, -0, -2**(bits-1)."""
     usable = [(v, k) for k, v in enumerate(fmt.values) if math.isfinite(v) and not (v == 0 and math.copysign(1, v) < 0)]
     if fmt.kind == "integer":
         usable = [(v, k) for v, k in usable if abs(v) <= fmt.limit]
@@ -50,10 +50,10 @@ def middles(fmt: Format) -> np.ndarray:
 
 
 def nearest(fmt: Format, u: np.ndarray) -> np.ndarray:
-    """The code nearest to u (fp32, in units of the scale); negative numbers of sign-magnitude formats keep their sign at 0.
+    """The code nearest to u (fp32, in units of the scale); sign-magnitude formats keep the sign of what becomes 0.
 
-    A tie goes to the even code or to the smaller magnitude or value. The tie is where fp32 sees it: at the middle rounded
-    to fp32, which is what bitsandbytes and torchao compare with.
+    A tie goes to the even code, or to the smaller magnitude or value. The tie is where fp32 sees it: at the middle
+    rounded to fp32, which is what bitsandbytes and torchao compare with.
     """
     assert u.dtype == np.float32
     x = np.abs(u) if fmt.sign_magnitude else u

@@ -26,7 +26,9 @@ def test_sqrt_is_correctly_rounded():
 
 
 def test_sqrt_over_two_binades_exhaustively():
-    x = (np.arange(1 << 24, dtype=np.uint32) + 0x3F800000).view(np.float32)  # [1, 4): every mantissa, both exponent parities
+    x = (np.arange(1 << 24, dtype=np.uint32) + 0x3F800000).view(
+        np.float32
+    )  # [1, 4): every mantissa, both exponent parities
     assert same_bits(words.sqrt(torch.from_numpy(x)), torch.from_numpy(np.sqrt(x)))
 
 

@@ -12,6 +12,7 @@ from types import ModuleType
 import torch
 
 from ..formats import nearest
+from ..stages import Job
 from . import reference
 
 BACKENDS = {"reference": reference}
@@ -29,3 +30,10 @@ def choose(device: torch.device) -> ModuleType:
             f"LOWBIT_BACKEND={forced!r} is no backend{nearest(forced, list(BACKENDS))}; there are: {known}"
         )
     return BACKENDS[forced or "reference"]
+
+
+def step(jobs: list[Job]) -> None:
+    """Step every job, each backend once: what is measured over all tensors sees all tensors of its backend."""
+    chosen = [choose(job.param.device) for job in jobs]
+    for backend in dict.fromkeys(chosen):
+        backend.step([job for job, its in zip(jobs, chosen, strict=True) if its is backend])

@@ -77,7 +77,10 @@ class _Step:
         self.scalars = Namespace(self.old)
         names = jobs[0].constants
         self.constants = Namespace(
-            {name: torch.tensor([job.constants[name] for job in jobs], device=self.device) for name in names}
+            {
+                name: torch.tensor([job.constants[name] for job in jobs], dtype=torch.float32, device=self.device)
+                for name in names
+            }
         )
         self.skip = torch.zeros(len(jobs), dtype=torch.bool, device=self.device)
         self.lost = torch.zeros(len(jobs), dtype=torch.int64, device=self.device)
@@ -100,6 +103,8 @@ class _Step:
             else:
                 measured = self._measure(stage, done)
                 if stage.over == "all":  # a tensor that will be left alone does not count
+                    if self.program.guarded:
+                        self.skip |= ~torch.isfinite(measured.float())
                     total = yield torch.where(self.skip, 0.0, measured), stage.reduce
                     assert total is not None
                     measured = total.to(self.device).float().expand(len(self.jobs)).clone()
@@ -123,7 +128,7 @@ class _Step:
                 self.skip |= self._per_job(blocks, bad) > 0
             for earlier in before:
                 blocks.apply(earlier)
-            values = stage(blocks.operands)
+            values = blocks.masked(stage(blocks.operands))
             per_block = values.amax(-1) if stage.reduce == "max" else halve(values)
             for piece, part in zip(chunk, blocks.split(per_block), strict=True):
                 partial[piece.index].append(part.amax(0, True) if stage.reduce == "max" else _row_sums(part, piece))
@@ -203,6 +208,7 @@ class _Blocks:
         self.width = step_width(self.job.cols)
         self.counts = [(p.last - p.first) * row_stride(jobs[p.index].cols) // self.width for p in chunk]
         index = torch.tensor([p.index for p in chunk], device=step.device)
+        self.inside = self._inside()
         self.owner = index.repeat_interleave(torch.tensor(self.counts, device=step.device))
         self.operands: dict[str, Any] = {"g": self._gather(step.grads).float()}
         if "p" in needed:
@@ -220,15 +226,30 @@ class _Blocks:
     def apply(self, stage: Stage) -> None:
         result = stage(self.operands)
         results = result if len(stage.writes) > 1 else (result,)
-        self.operands.update(zip(stage.writes, results, strict=True))
+        self.operands.update(zip(stage.writes, map(self.masked, results), strict=True))
+
+    def masked(self, values: Tensor) -> Tensor:
+        """What a stage makes of the zeros beyond the end of a row is no value: it counts in no scale and no sum."""
+        return values if self.inside is None else torch.where(self.inside, values, 0.0)
 
     def split(self, values: Tensor) -> tuple[Tensor, ...]:
         return values.split(self.counts)
 
     # ---- loading
 
+    def _inside(self) -> Tensor | None:
+        """Which values lie in a row rather than beyond its end; None when all do."""
+        shapes = [(p.last - p.first, self.step.jobs[p.index].cols) for p in self.chunk]
+        if all(row_stride(cols) == cols for _, cols in shapes):
+            return None
+        rows = [(torch.arange(row_stride(cols), device=self.step.device) < cols).repeat(n) for n, cols in shapes]
+        return torch.cat(rows).view(-1, self.width)
+
     def _broadcast(self, values: Namespace) -> Namespace:
-        return Namespace({name: value[self.owner].unsqueeze(-1) for name, value in values.items()})
+        if not values:
+            return Namespace()
+        table = torch.stack(list(values.values()), 1)[self.owner]
+        return Namespace(zip(values, table.split(1, 1), strict=True))
 
     def _gather(self, matrices: list[Tensor]) -> Tensor:
         return torch.cat([self._in_blocks(matrices[p.index][p.first : p.last], p) for p in self.chunk])

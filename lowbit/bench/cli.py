@@ -54,7 +54,7 @@ def run(argv: list[str]) -> int:
     top = Parser(
         "lowbit", description=_TOP, formatter_class=argparse.RawDescriptionHelpFormatter, usage="lowbit COMMAND …"
     )
-    top.add_argument("command", metavar="COMMAND", help=f"{', '.join(commands)}; each has its own --help")
+    top.add_argument("command", metavar="COMMAND", nargs="?", help=f"{', '.join(commands)}; each has its own --help")
     top.add_argument("--version", action="version", version=_version())
     if not argv:
         top.print_help()

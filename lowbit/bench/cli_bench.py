@@ -6,13 +6,19 @@ import argparse
 import json
 import math
 import shlex
+import signal
+import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import BenchError
 
 if TYPE_CHECKING:
+    from .compute import Compute
     from .runner import Plan
 
 _ABOUT = """\
@@ -93,14 +99,14 @@ def main(args: argparse.Namespace, argv: list[str]) -> int:
 
     say = Console(stderr=True, soft_wrap=True, highlight=False)
     out = _folder(args)
-    plan = make_plan(args, shlex.join(argv))
-    workers, threads = runner.workers_and_threads(plan, args.jobs)
+    plan, workers, threads = make_plan(args, shlex.join(argv), out)
     if not args.quiet:
         for line in _announcement(plan, out, workers, threads):
             say.print(line)
     started = time.monotonic()
     try:
-        results = runner.run(plan, out, resume=args.resume, jobs=args.jobs, quiet=args.quiet)
+        with terminable():
+            results = runner.run(plan, out, resume=args.resume, workers=workers, threads=threads, quiet=args.quiet)
     except KeyboardInterrupt:
         if (out / "results.jsonl").exists():
             report.build(out, say.print)
@@ -111,7 +117,7 @@ def main(args: argparse.Namespace, argv: list[str]) -> int:
     if args.json:
         print(json.dumps(summary, indent=1, allow_nan=False))
     else:
-        report.show(summary, Console())
+        report.show(summary, Console(width=None if sys.stdout.isatty() else 120))
     failed = [r for r in results if r["status"] != "ok"]
     say.print(f"{len(results)} runs, {time.monotonic() - started:.0f} s; report: {out / 'report.html'}")
     if failed:
@@ -121,12 +127,25 @@ def main(args: argparse.Namespace, argv: list[str]) -> int:
     return 1 if failed else 0
 
 
-def make_plan(args: argparse.Namespace, command: str) -> Plan:
-    """What the options ask for, checked as a whole before anything is run."""
+@contextmanager
+def terminable() -> Iterator[None]:
+    """A polite kill leaves a usable folder, as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def make_plan(args: argparse.Namespace, command: str, out: Path) -> tuple[Plan, int, int]:
+    """What the options ask for, checked as a whole before anything is run; with it processes and threads of each."""
     from . import data, methods
-    from .compute import choose_compute
+    from .compute import choose_compute, choose_device
     from .model import preset
-    from .runner import Plan
+    from .runner import Plan, workers_and_threads
     from .spike import Spike
     from .train import Settings
 
@@ -157,14 +176,27 @@ def make_plan(args: argparse.Namespace, command: str) -> Plan:
     corpus = data.load(args.data, text_key=args.text_key, vocab_size=args.vocab_size,
                        max_bytes=_positive("--data-bytes", args.data_bytes))  # fmt: skip
     corpus.check_window(seq)
+    runs = len(chosen) * len(lrs) * len(seeds)
+    device = choose_device()
+    workers, threads = workers_and_threads(shape.parameters(corpus.vocab_size), runs, args.jobs, device)
     settings = Settings(
         preset=shape, steps=steps, batch=batch, micro_batch=min(batch, shape.micro_batch), seq=seq,
         vocab=corpus.vocab_size, warmup=args.warmup, embed_lr_mult=args.embed_lr_mult,
         val_windows=_positive("--val-windows", args.val_windows), spike=args.spike,
-        compute=choose_compute(shape, corpus.vocab_size, seq, args.compute),
+        compute=remembered(args, out) or choose_compute(shape, corpus.vocab_size, seq, threads, device, args.compute),
     )  # fmt: skip
     title = "demo" if args.demo else "full comparison" if args.full else "benchmark"
-    return Plan(chosen, lrs, seeds, settings, corpus, reference, title, command)
+    return Plan(chosen, lrs, seeds, settings, corpus, reference, title, command), workers, threads
+
+
+def remembered(args: argparse.Namespace, out: Path) -> Compute | None:
+    """The arithmetic that a continued folder was begun with: a probe could choose differently the second time."""
+    from .compute import Compute
+    from .folder import Folder
+
+    if not args.resume or args.compute != "auto" or not Folder(out).settings_path.exists():
+        return None
+    return Compute(**Folder(out).document()["settings"]["compute"])
 
 
 def _announcement(plan: Plan, out: Path, workers: int, threads: int) -> list[str]:
@@ -195,8 +227,9 @@ def _words(option: str, text: str) -> list[str]:
 
 
 def _numbers(option: str, text: str) -> list[float]:
+    words = _words(option, text)
     try:
-        found = sorted({float(w) for w in _words(option, text)})
+        found = sorted({float(w) for w in words})
     except ValueError as error:
         raise BenchError(f"{option} takes numbers such as 1e-3,3e-3, not {text!r}") from error
     if not all(math.isfinite(v) and v > 0 for v in found):
@@ -205,8 +238,9 @@ def _numbers(option: str, text: str) -> list[float]:
 
 
 def _seeds(text: str) -> list[int]:
+    words = _words("--seeds", text)
     try:
-        found = [int(w) for w in _words("--seeds", text)]
+        found = [int(w) for w in words]
     except ValueError as error:
         raise BenchError(f"--seeds takes a count or a list such as 10,11,12, not {text!r}") from error
     if len(found) == 1 and "," not in text:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import os
 
@@ -22,10 +21,11 @@ def formats_arguments(parser: argparse.ArgumentParser) -> None:
 
 def formats_main(args: argparse.Namespace, argv: list[str]) -> int:
     """Print the table of formats."""
-    lowbit = importlib.import_module("lowbit")
+    from ..formats import format, formats
+
     rows = []
-    for name in lowbit.formats():
-        f = lowbit.format(name)
+    for name in formats():
+        f = format(name)
         rows.append({
             "name": name, "bits": f.bits, "signed": f.signed, "block": list(f.block) if f.compressed else None,
             "bytes_per_value": f.bytes_per_value, "about": f.about,
@@ -84,7 +84,8 @@ def _backend() -> tuple[str | None, str]:
     import torch
 
     try:
-        backends = importlib.import_module("lowbit.backends")
+        from .. import backends
+
         name = backends.choose(torch.device("cpu")).__name__.rsplit(".", 1)[-1]
     except Exception as error:
         return None, f"no backend: {type(error).__name__}: {error}"

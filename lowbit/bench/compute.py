@@ -13,7 +13,7 @@ import torch
 
 from .machine import cpu_flags
 from .model import Llama, Preset
-from .storage import Weights
+from .storage import Weights, round_to_bf16
 
 BF16_FLAGS = ("amx_bf16", "avx512_bf16")
 _ENOUGH = 1.15  # bf16 must win by this much: a tie that flips from run to run would make runs incomparable
@@ -34,33 +34,48 @@ class Compute:
         return f"{where}, bf16-rounded storage, {self.device.upper()}"
 
 
-def choose_compute(shape: Preset, vocab: int, seq: int, wanted: str = "auto") -> Compute:
-    """Pick the device and the arithmetic: `wanted` is auto, fp32 or bf16."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+def choose_device() -> str:
+    """CUDA where there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def choose_compute(shape: Preset, vocab: int, seq: int, threads: int, device: str, wanted: str = "auto") -> Compute:
+    """Pick the arithmetic: `wanted` is auto, fp32 or bf16; `threads` is what a run will have."""
     if wanted != "auto":
         return Compute(device, wanted == "bf16", "asked for with --compute")
     flags = [f for f in BF16_FLAGS if f in cpu_flags()]
     if device == "cpu" and not flags:
         return Compute(device, False, "this CPU has no bf16 instructions (avx512_bf16, amx_bf16)")
-    fp32, bf16 = (_milliseconds(shape, vocab, seq, device, autocast) for autocast in (False, True))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        fp32, bf16 = probe(shape, vocab, seq, device)
+    finally:
+        torch.set_num_threads(before)
     what = "CUDA" if device == "cuda" else f"CPU with {', '.join(flags)}"
     reason = f"{what}; a probe of {shape.name} took {fp32:.1f} ms in fp32, {bf16:.1f} ms in bf16 autocast"
     return Compute(device, bf16 * _ENOUGH < fp32, reason)
 
 
-def _milliseconds(shape: Preset, vocab: int, seq: int, device: str, autocast: bool) -> float:
-    """Forward and backward of a few windows: the best of the repetitions that fit in about 20 ms (at least 3)."""
-    model = Llama(shape, vocab, seq).to(torch.bfloat16).to(device)
-    weights = Weights(model, master=False, autocast=autocast)
+def probe(shape: Preset, vocab: int, seq: int, device: str) -> tuple[float, float]:
+    """Milliseconds of forward and backward of a few windows, in fp32 and in bf16 autocast.
+
+    The two take turns, so that a busy machine slows both, and the best of several turns counts.
+    """
+    model = round_to_bf16(Llama(shape, vocab, seq).initialise(0)).to(device)
     tokens = torch.zeros(min(shape.micro_batch, 8), seq, dtype=torch.int64, device=device)
-    best, spent, rounds = float("inf"), 0.0, -1  # the first round only warms up
-    while rounds < 3 or spent < 20:
-        start = time.perf_counter()
-        weights.forward(tokens).sum().backward()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        elapsed = 1000 * (time.perf_counter() - start)
-        rounds += 1
-        if rounds:
-            best, spent = min(best, elapsed), spent + elapsed
-    return best
+    ways = [Weights(model, master=False, autocast=autocast) for autocast in (False, True)]
+    best, spent = [float("inf")] * 2, 0.0
+    for turn in range(16):
+        for i, weights in enumerate(ways):
+            start = time.perf_counter()
+            weights.forward(tokens).sum().backward()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            elapsed = 1000 * (time.perf_counter() - start)
+            if turn:  # the first turn only warms up
+                best[i] = min(best[i], elapsed)
+            spent += elapsed
+        if turn and spent > 500:
+            break
+    return best[0], best[1]

@@ -62,8 +62,8 @@ class Corpus:
         """Fixed windows spread evenly over the validation part; fewer if it is too short to hold that many apart."""
         length = self.tokens.numel() - self.split
         windows = max(1, min(windows, (length - 1) // seq))
-        stride = (length - 1 - seq) / max(1, windows - 1)
-        return self._windows([self.split + int(i * stride) for i in range(windows)], seq)
+        last, gaps = length - 1 - seq, max(1, windows - 1)
+        return self._windows([self.split + i * last // gaps for i in range(windows)], seq)
 
     def _windows(self, starts: list[int], seq: int) -> tuple[torch.Tensor, torch.Tensor]:
         rows = torch.stack([self.tokens[s : s + seq + 1].to(torch.int64) for s in starts])

@@ -7,7 +7,6 @@ high-precision counterpart (the same optimizer, fp32 states, no quantized layers
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from dataclasses import dataclass, field
 from typing import Any
@@ -105,10 +104,11 @@ def find_optimizer(name: str) -> OptimizerSpec:
     """The optimizer called `name`: one of ours, or any class of `lowbit.optim` by its name (in any case)."""
     if name in OPTIMIZERS:
         return OPTIMIZERS[name]
-    optim = importlib.import_module("lowbit.optim")
+    from .. import optim
+
     classes = {
         c.lower(): c for c in getattr(optim, "__all__", dir(optim))
-        if inspect.isclass(getattr(optim, c)) and issubclass(getattr(optim, c), torch.optim.Optimizer)
+        if c != "Rule" and inspect.isclass(k := getattr(optim, c)) and issubclass(k, torch.optim.Optimizer)
     }  # fmt: skip
     if name.lower() not in classes:
         raise unknown("optimizer", name, [*OPTIMIZERS, *classes.values()])
@@ -164,13 +164,15 @@ def check(m: Method) -> None:
     spec = m.spec
     if not m.low_bit and m.uses_torch:
         return
-    lowbit = importlib.import_module("lowbit")
-    if m.recipe != "none" and m.recipe not in lowbit.recipes():
-        raise unknown("recipe", m.recipe, ["none", *lowbit.recipes()])
-    known = {"fp32", "bf16", "8bit", "4bit", *lowbit.formats()}
+    from .. import nn, optim
+    from ..formats import formats
+
+    if m.recipe != "none" and m.recipe not in nn.recipes():
+        raise unknown("recipe", m.recipe, ["none", *nn.recipes()])
+    known = {"fp32", "bf16", "8bit", "4bit", *formats()}
     if m.states not in known:
         raise unknown("state format", m.states, known)
-    if not hasattr(lowbit.optim, spec.cls):
+    if not hasattr(optim, spec.cls):
         raise BenchError(f"{m.name} needs lowbit.optim.{spec.cls}, which this version does not have")
 
 
@@ -182,7 +184,8 @@ def build(
     if m.uses_torch:
         betas = spec.betas or (0.9, 0.999)
         return torch.optim.AdamW(groups, lr=lr, betas=betas, weight_decay=0.0, fused=True), spec.clip
-    optim = importlib.import_module("lowbit.optim")
+    from .. import optim
+
     cls = getattr(optim, spec.cls)
     wanted: dict[str, Any] = {"lr": lr, "states": m.states, "seed": seed, "weight_decay": 0.0, **spec.extra}
     if spec.betas is not None:

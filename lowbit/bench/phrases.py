@@ -62,7 +62,7 @@ def cannot_show(summary: dict) -> str:
     tokens = summary["settings"]["steps"] * summary["settings"]["batch"] * summary["settings"]["seq"]
     unit = summary["corpus"]["unit"]
     return (
-        f"This model has {parameters / 1e6:.3g} million parameters and saw {tokens / 1e6:.3g} million {unit}s: the "
+        f"This model has {parameters / 1e6:.3g} million parameters and saw {tokens:,} {unit}s: the "
         "first minutes of training, which reward fast optimizers. Such a run can show how sensitive a method is to its "
         "learning rate, what memory it needs, and whether 4 bits cost something at this size. It cannot show late "
         "divergence, behaviour at billions of parameters, a speed-up from 4-bit hardware, or that the ranking of "

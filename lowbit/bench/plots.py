@@ -74,7 +74,9 @@ def _curves(summary: dict, figure: Any) -> bool:
     axes.set_xlim(0, steps)
     axes.set_xlabel("step")
     axes.set_ylabel(f"validation loss (nats/{summary['corpus']['unit']})")
-    axes.legend(loc="upper right", title="method, final loss", alignment="left")
+    axes.legend(
+        loc="upper right", title="method, final loss", alignment="left", frameon=True, edgecolor="white", framealpha=1
+    )
     _title(axes, summary, "Validation loss, mean over seeds")
     return True
 

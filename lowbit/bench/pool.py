@@ -11,7 +11,7 @@ import os
 import signal
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
@@ -33,13 +33,15 @@ class Event:
     result: dict | None = None
 
 
-def run_jobs(jobs: list[Job], settings: Settings, handle: dict, workers: int, threads: int) -> Iterator[Event]:
+def run_jobs(
+    jobs: list[Job], settings: Settings, handle: dict, workers: int, threads: int
+) -> Generator[Event, None, None]:
     """Do the jobs in `workers` processes of `threads` threads each; yields what happens, results as they come.
 
     With `workers` = 0 the jobs are done in this process, one after the other (for debugging, and for tests).
     """
     if workers == 0:
-        yield from _inline(jobs, settings, handle)
+        yield from _inline(jobs, settings, handle, threads)
         return
     pool = _Pool(settings, handle, threads)
     try:
@@ -63,13 +65,19 @@ def _attempt(job: Job, settings: Settings, corpus: Corpus, progress: Callable[[i
         return failure(job, f"{type(error).__name__}: {error}", traceback.format_exc())
 
 
-def _inline(jobs: list[Job], settings: Settings, handle: dict) -> Iterator[Event]:
+def _inline(jobs: list[Job], settings: Settings, handle: dict, threads: int) -> Iterator[Event]:
+    import torch
+
     from .data import restore
 
-    corpus = restore(handle)
+    corpus, before = restore(handle), torch.get_num_threads()
     for job in jobs:
         yield Event(0, job)
-        result = _attempt(job, settings, corpus, lambda step, loss: None)
+        torch.set_num_threads(threads)
+        try:
+            result = _attempt(job, settings, corpus, lambda step, loss: None)
+        finally:
+            torch.set_num_threads(before)
         yield Event(0, job, settings.steps, result=result)
 
 

@@ -47,7 +47,12 @@ def show(summary: dict, console: Console) -> None:
         if grid.detail:
             continue
         table = Table(
-            title=grid.title, caption=grid.caption, title_justify="left", caption_justify="left", box=SIMPLE_HEAD, padding=(0, 1)
+            title=grid.title,
+            caption=grid.caption,
+            title_justify="left",
+            caption_justify="left",
+            box=SIMPLE_HEAD,
+            padding=(0, 1),
         )
         for i, head in enumerate(grid.heads):
             table.add_column(head, justify="right" if i else "left", no_wrap=i == 0)

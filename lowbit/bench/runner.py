@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,24 +46,26 @@ class Plan:
         }  # fmt: skip
 
 
-def workers_and_threads(plan: Plan, wanted: int | None) -> tuple[int, int]:
+def workers_and_threads(parameters: int, runs: int, wanted: int | None, device: str) -> tuple[int, int]:
     """Processes, and threads in each: small models one thread per core, others all cores for one run."""
     cores = machine.cores()
-    if plan.settings.compute.device != "cpu":
-        return (1 if wanted is None else wanted), max(1, cores // 2)
-    small = plan.settings.preset.parameters(plan.settings.vocab) <= SMALL
-    workers = wanted if wanted is not None else (min(cores, len(plan.jobs())) if small else 1)
-    return workers, max(1, cores // max(1, workers))
+    small = device == "cpu" and parameters <= SMALL
+    workers = wanted if wanted is not None else min(cores, runs) if small else 1
+    # Never two threads for small work: on a busy machine they mostly wait for each other (measured: 100 times slower).
+    return workers, 1 if small else max(1, cores // max(1, workers))
 
 
-def run(plan: Plan, out: Path, *, resume: bool = False, jobs: int | None = None, quiet: bool = False) -> list[dict]:
+def run(
+    plan: Plan, out: Path, *, resume: bool = False, workers: int = 0, threads: int = 1, quiet: bool = False
+) -> list[dict]:
     """Do what the folder `out` does not have yet; returns all results of the folder.
 
     Args:
         plan: what to run.
         out: the run folder; created, or continued with `resume`.
         resume: continue a folder that has runs already.
-        jobs: processes; None chooses, 0 runs in this process.
+        workers: processes; 0 does the runs in this process.
+        threads: of each process.
         quiet: no progress.
     """
     folder = Folder(out)
@@ -70,13 +73,14 @@ def run(plan: Plan, out: Path, *, resume: bool = False, jobs: int | None = None,
     finished = folder.finished()
     everything = plan.jobs()
     todo = [j for j in everything if j.key not in finished]
-    workers, threads = workers_and_threads(plan, jobs)
     if todo:
-        with tempfile.TemporaryDirectory(prefix="lowbit-bench-") as scratch:
+        watcher = progress(len(everything), len(everything) - len(todo), plan.settings.steps, quiet=quiet)
+        with tempfile.TemporaryDirectory(prefix="lowbit-bench-") as scratch, watcher:
             handle = plan.corpus.store(Path(scratch) / "tokens")
-            with progress(len(everything), len(everything) - len(todo), plan.settings.steps, quiet=quiet) as watching:
-                for event in run_jobs(todo, plan.settings, handle, workers, threads):
-                    watching.event(event)
+            events = run_jobs(todo, plan.settings, handle, workers, threads)
+            with closing(events):  # an interrupt must stop the processes before anything else is done
+                for event in events:
+                    watcher.event(event)
                     if event.result is not None:
                         folder.append(event.result)
     return folder.results()

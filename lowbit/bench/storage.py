@@ -12,6 +12,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 
+def round_to_bf16(model: nn.Module) -> nn.Module:
+    """Turn every parameter into a bf16 tensor, in place; buffers (the rotary tables) stay in fp32."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    return model
+
+
 class Weights:
     """The parameters of one run, by name, and the way through the model with them."""
 

@@ -77,7 +77,7 @@ def _row(m: dict, runs: list[dict], losses: dict, chosen: dict, document: dict) 
         "ms_model": mean(r["ms_model"] for r in runs), "ms_optimizer": mean(r["ms_optimizer"] for r in runs),
         "bytes": runs[0]["bytes"], "parameters": runs[0]["parameters"],
         "bytes_per_parameter": sum(runs[0]["bytes"].values()) / runs[0]["parameters"],
-        "peak_rss": max(r["peak_rss"] for r in runs),
+        "peak_rss": max(r["peak_rss"] for r in runs), "peak_device": max(r["peak_device"] or 0 for r in runs) or None,
         "grad_norm": {k: _mean(r["grad_norm"][k] for r in runs) for k in ("median", "p99", "max")},
         "curve": _mean_curve(runs), "curves": [r["curve"] for r in runs],
     }  # fmt: skip

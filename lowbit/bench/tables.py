@@ -91,30 +91,31 @@ def _cell(point: dict | None) -> str:
 
 def memory(s: dict) -> Grid:
     """Bytes measured from the tensors."""
-    heads = ["method", "weights", "fp32 master", "states", "gradients", "B/param", "peak RSS"]
+    gpu = any(r["peak_device"] for r in s["methods"])
+    heads = ["method", "weights", "fp32 master", "states", "gradients", "B/param", "peak GPU" if gpu else "peak RSS"]
     parts = ("weights", "master", "states", "gradients")
     rows = [
         [r["name"], *(phrases.size(r["bytes"][k]) if r["bytes"][k] else "–" for k in parts),
-         f"{r['bytes_per_parameter']:.2f}", phrases.size(r["peak_rss"])]
+         f"{r['bytes_per_parameter']:.2f}", phrases.size(r["peak_device"] or r["peak_rss"])]
         for r in s["methods"]
     ]  # fmt: skip
     caption = (
         f"Counted from the tensors between backward pass and step ({s['compute']}). The fp32 image of gradients that a "
-        "master's optimizer wants for a moment is not counted. Peak RSS is of the whole process, mostly torch itself."
+        "master's optimizer wants for a moment is not counted. Peak: whole process, with activations and torch itself."
     )
     return Grid("Memory", heads, rows, caption)
 
 
 def speed(s: dict) -> Grid:
     """Throughput, time per step, gradient norms."""
-    heads = ["method", "tokens/s", "CPU s", "model ms", "step ms", "|g| p50", "p99", "max"]
+    heads = ["method", "tok/s", "CPU s", "model ms", "step ms", "|g| p50", "p99", "max"]
     rows = [
         [r["name"], f"{r['tokens_per_second']:,.0f}", f"{r['cpu_seconds']:.1f}", f"{r['ms_model']:.1f}",
          f"{r['ms_optimizer']:.2f}", *(phrases.number(r["grad_norm"][k]) for k in ("median", "p99", "max"))]
         for r in s["methods"]
     ]  # fmt: skip
     caption = (
-        f"{s['compute']}. CPU seconds of a whole run with its evaluations; milliseconds per training step, 'step' being "
+        f"{s['compute']}. CPU seconds of a whole run with its evaluations; milliseconds per training step, 'step' is "
         "everything from gradients to new stored weights; gradient norms before any clipping."
     )
     return Grid("Speed and gradients", heads, rows, caption)

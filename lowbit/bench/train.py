@@ -6,7 +6,6 @@ weights differ.
 
 from __future__ import annotations
 
-import importlib
 import math
 import time
 from collections.abc import Callable
@@ -17,13 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..nn import quantize_
 from .compute import Compute
 from .data import Corpus
 from .machine import PeakMemory
 from .methods import Method, build
 from .model import Llama, Preset
 from .spike import Spike
-from .storage import Weights
+from .storage import Weights, round_to_bf16
 
 Progress = Callable[[int, float], None]
 
@@ -74,15 +74,18 @@ def learning_rate(step: int, steps: int, warmup: float) -> float:
 
 def train(job: Job, settings: Settings, corpus: Corpus, progress: Progress = lambda step, loss: None) -> dict:
     """Do one run and return its result."""
-    memory = PeakMemory()
+    memory, on_gpu = PeakMemory(), settings.compute.device == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
     run = _Run(job, settings, corpus)
     started, started_cpu = time.perf_counter(), time.process_time()
     run.loop(progress)
     return {
         "method": job.method.name, "lr": job.lr, "seed": job.seed, "status": "ok", **run.result(),
         "wall_seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - started_cpu,
-        "peak_rss": memory.peak(), "rss_before": memory.before, "compute": settings.compute.label,
-        "torch": torch.__version__,
+        "peak_rss": memory.peak(), "rss_before": memory.before,
+        "peak_device": torch.cuda.max_memory_allocated() if on_gpu else None,
+        "compute": settings.compute.label, "torch": torch.__version__,
     }  # fmt: skip
 
 
@@ -95,10 +98,9 @@ class _Run:
         self.device = settings.compute.device
         self.plain = Llama(settings.preset, settings.vocab, settings.seq).to(self.device)
         model = Llama(settings.preset, settings.vocab, settings.seq).initialise(job.seed)
-        model = model.to(torch.bfloat16).to(self.device)
-        model.cos, model.sin = self.plain.cos, self.plain.sin
+        model = round_to_bf16(model).to(self.device)
         if job.method.recipe != "none":
-            importlib.import_module("lowbit").quantize_(model, job.method.recipe)
+            quantize_(model, job.method.recipe)
         self.weights = Weights(model, master=job.method.master, autocast=settings.compute.autocast)
         groups = self.weights.groups(settings.embed_lr_mult)
         self.optimizer, self.clip = build(job.method, groups, job.lr, settings.steps, job.seed)

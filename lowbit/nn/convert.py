@@ -1,10 +1,10 @@
 """Turn a model's linear layers into quantized ones, in place, and back.
 
 Choice: a layer is converted by changing its class, not by putting a new module in its place. The module, its
-parameters, its hooks and every reference to it stay the same objects, so an optimizer built before is still right, tied
-weights stay tied, state dict keys do not change, and even a model that *is* an nn.Linear can be converted. PyTorch's own
-`torch.nn.utils.parametrize` does the same. The price is that a class swap must not meet a layer that is called in some
-other way than by `nn.Linear.forward`; everything below that says "refuse" is about that.
+parameters, its hooks and every reference to it stay the same objects: an optimizer built before is still right, tied
+weights stay tied, state dict keys do not change, and even a model that *is* an nn.Linear can be converted. PyTorch's
+own `torch.nn.utils.parametrize` does the same. The price is that the class must be exactly nn.Linear, and that nobody
+may compute with the layer in some other way than by calling it; the refusals below are about that.
 
 Refusals are not errors: they are listed in the report with the reason. What must never happen is a layer that looks
 quantized and is not, or that changed without being asked. All checks run before the first change.
@@ -35,13 +35,14 @@ def quantize_(
     """Make a model's linear layers compute with quantized operands, in place.
 
     Only modules of the exact class `nn.Linear` are converted; embeddings, norms and everything else stay as they are.
-    Weights keep a float master: parameters, optimizer and state dict do not change.
+    Weights keep a float master: parameters, optimizer and state dict do not change. Modules of torch that read a
+    layer's weight without calling it are known and left alone; if one of yours does that, name its layers in `skip`.
 
     Args:
         model: any module.
         recipe: a name (`lowbit.recipes()`) or a `Recipe`.
-        skip: globs on dotted names of layers to leave alone. A pattern matches the whole name or its end after a dot:
-            "lm_head" matches "model.lm_head", "layers.0.*" everything below it.
+        skip: globs on dotted names of layers to leave alone, with everything below them. A pattern matches the whole
+            name or its end after a dot: "lm_head" matches "model.lm_head", "layers.0" all of "model.layers.0".
         filter_fn: called with (module, name) for each layer that would be converted; False leaves it alone.
 
     Returns:
@@ -116,26 +117,28 @@ def to_dense_(model: nn.Module, dtype: torch.dtype | None = torch.bfloat16) -> n
         if layer.bias is not None and id(layer.bias) not in done:
             _store(layer.bias, layer.bias, dtype)
         done |= {id(layer.weight), id(layer.bias)}
-        layer.__class__ = nn.Linear
+        layer.__class__ = nn.Linear  # pyright: ignore[reportAttributeAccessIssue]
         for name in ("recipe", "_layer_id", "_calls"):
             del layer.__dict__[name]
     return model
 
 
-def _store(parameter: nn.Parameter, values: Tensor, dtype: torch.dtype | None) -> None:
+def _store(parameter: Tensor, values: Tensor, dtype: torch.dtype | None) -> None:
     dtype = dtype or parameter.dtype
     if parameter.dtype != dtype:
         parameter.grad = None  # it must have the parameter's dtype
     parameter.data = values.to(dtype)
 
 
-def _weights(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """The module's own parameters that a matmul could use: two dimensions or more."""
-    own = module.named_parameters(recurse=False)
+def _weights(module: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """The module's own parameters that a matmul could use (two dimensions or more), by name.
+
+    A linear layer always has one entry, even where a parametrization makes its weight from other parameters or none of
+    its own: it must be accounted for.
+    """
     lazy = nn.parameter.UninitializedParameter
-    weights = [(name, p) for name, p in own if isinstance(p, lazy) or p.dim() >= 2]
-    # A Linear whose weight is no parameter (an old-style weight norm makes it from others) must still be accounted for.
-    return weights or ([("weight", nn.Parameter())] if type(module) is nn.Linear else [])
+    own = {n: p for n, p in module.named_parameters(recurse=False) if not isinstance(p, lazy) and p.dim() >= 2}
+    return {"weight": list(own.values())} if isinstance(module, nn.Linear) else {n: [p] for n, p in own.items()}
 
 
 def _outside_forward(model: nn.Module) -> dict[str, str]:
@@ -149,7 +152,7 @@ def _outside_forward(model: nn.Module) -> dict[str, str]:
                     found[prefix + child] = "nn.MultiheadAttention reads its weight without calling it"
         if isinstance(module, nn.TransformerEncoderLayer):
             for child in ("linear1", "linear2"):
-                found[prefix + child] = "nn.TransformerEncoderLayer reads its weight without calling it in its fast path"
+                found[prefix + child] = "nn.TransformerEncoderLayer's fast path reads its weight without calling it"
     return found
 
 
@@ -165,7 +168,7 @@ def _unfit(module: nn.Module) -> str | None:
     if type(module) is not nn.Linear:
         if isinstance(module, nn.Linear):
             return f"{kind} is a subclass of nn.Linear, which may compute something else"
-        if any(p.dim() >= 3 for _, p in _weights(module) if not isinstance(p, nn.parameter.UninitializedParameter)):
+        if any(p.dim() >= 3 for weights in _weights(module).values() for p in weights):
             return f"{kind} is not nn.Linear; weights of 3 or more dimensions (fused experts, convolutions) stay dense"
         return f"{kind} is not nn.Linear"
     weight = module._parameters.get("weight")
@@ -185,7 +188,9 @@ def _matches(name: str, pattern: str) -> bool:
 
 
 def _skipped(name: str, patterns: list[str]) -> str | None:
-    hit = next((pattern for pattern in patterns if _matches(name, pattern)), None)
+    parts = name.split(".")
+    parents = [".".join(parts[:i]) for i in range(len(parts), 0, -1)]
+    hit = next((pattern for pattern in patterns if any(_matches(parent, pattern) for parent in parents)), None)
     return hit and f"skip={hit!r}"
 
 
@@ -219,19 +224,17 @@ def _report(
 ) -> Report:
     entries = []
     seen: set[int] = set()
-    listed: set[int] = set()
     for name, module in model.named_modules():
-        for key, parameter in _weights(module):
-            shape = () if isinstance(parameter, nn.parameter.UninitializedParameter) else tuple(parameter.shape)
+        for key, parameters in _weights(module).items():
             full = name if key == "weight" else f"{name}.{key}" if name else key
-            count = 0 if id(parameter) in seen or not shape else parameter.numel()
+            linear = isinstance(module, nn.Linear)
+            shape = (module.out_features, module.in_features) if linear else tuple(parameters[0].shape)
+            count = sum(p.numel() for p in parameters if id(p) not in seen)
             entries.append(Entry(full, shape, count, None if name in chosen else reasons[name]))
-            seen.add(id(parameter))
-            listed.add(id(parameter))
-    rest = [
-        p for p in model.parameters() if id(p) not in listed and not isinstance(p, nn.parameter.UninitializedParameter)
-    ]
-    return Report(recipe, tuple(entries), len(rest), sum(p.numel() for p in rest), tuple(unused))
+            seen |= {id(p) for p in parameters}
+    lazy = nn.parameter.UninitializedParameter
+    rest = [p.numel() for p in model.parameters() if id(p) not in seen and not isinstance(p, lazy)]
+    return Report(recipe, tuple(entries), len(rest), sum(rest), tuple(unused))
 
 
 def _why_nothing(reasons: dict[str, str]) -> str:

@@ -12,11 +12,14 @@ import torch
 from torch import Tensor
 
 from .. import codec
-from ..formats import Format, catalogue
-from ..packed import _row_bits
+from ..formats import Format
+from ..packed import row_bits
 from ..rounding import narrow, uniform
 from .recipe import Operand
 from .stablespam import RELEASED
+
+_E1M2 = (0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5)
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 def fake_quantize(x: Tensor, operand: Operand | None, noise: tuple[int, int] | None = None) -> Tensor:
@@ -26,8 +29,8 @@ def fake_quantize(x: Tensor, operand: Operand | None, noise: tuple[int, int] | N
     """
     if operand is None or x.numel() == 0:
         return x
-    rows = x.float().reshape(1, -1) if operand.flat else x.float()
-    bits = None if operand.rounding == "nearest" or noise is None else _row_bits(noise, rows)
+    rows = (x.float().reshape(1, -1) if operand.flat else x.float()).contiguous()  # a transposed matrix is not
+    bits = None if operand.rounding == "nearest" or noise is None else row_bits(noise, rows)
     if operand.spec is not None and operand.spec.dtype is not None:
         return narrow(rows, operand.spec.dtype, bits).float().reshape(x.shape)
     assert operand.block is not None
@@ -78,11 +81,11 @@ def _uniform_step(fmt: Format) -> float | None:
     """The step of a signed uniform grid whose ties go to the even code, else None."""
     if fmt.kind == "integer" and fmt.signed and not fmt.square:
         return 1.0
-    return 0.5 if fmt.kind == "codebook" and fmt.table == catalogue()["e1m2"].table else None
+    return 0.5 if fmt.sign_magnitude and fmt.table[:8] == _E1M2 and fmt.bits == 4 else None
 
 
 def _is_e2m1(fmt: Format) -> bool:
-    return fmt.kind == "codebook" and fmt.table == catalogue()["e2m1"].table
+    return fmt.sign_magnitude and fmt.table[:8] == _E2M1 and fmt.bits == 4
 
 
 def _round_e2m1(unit: Tensor) -> Tensor:

@@ -74,8 +74,7 @@ class QuantLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if not input.is_floating_point():
             raise TypeError(f"QuantLinear: input must be a floating-point tensor, not {input.dtype}")
-        stochastic = self.recipe.stochastic
-        call = self._calls.number(self.training or torch.is_grad_enabled()) if stochastic else 0
+        call = self._calls.number(input, self.training) if self.recipe.stochastic else 0
         stream = (self.recipe.seed, call, self._layer_id)
         dtype = _compute_dtype(input, self.weight)
         return _ThreeMatmuls.apply(input, self.weight, self.bias, self.recipe, dtype, stream)  # pyright: ignore
@@ -94,22 +93,43 @@ class Calls:
     Gradient checkpointing calls a layer twice for one step, and must give the gradients it would give without: the
     recomputed call, known by running inside a backward pass, gets the number of the call that it repeats. With
     `use_reentrant=False` the first call's own autograd node runs backward, so nothing is needed. With
-    `use_reentrant=True` the first call ran without a graph, and the layer's last such call is the one repeated.
+    `use_reentrant=True` the first call ran without a graph and left only a note here: its number and a checksum of its
+    input, by which the repeated call finds it, in whatever order a layer used several times is called again.
     """
 
     def __init__(self) -> None:
         self.count = 0
-        self.without_graph: deque[int] = deque(maxlen=1024)  # calls in evaluation-like passes are never repeated
+        self.without_graph: deque[tuple[int, Tensor]] = deque(maxlen=256)  # not all are repeated: some only evaluate
 
-    def number(self, counts: bool) -> int:
-        """The number of this call; calls that cannot lead to a gradient (evaluation) do not count."""
+    def number(self, x: Tensor, training: bool) -> int:
+        """The number of this call. Evaluation, which leads to no gradient, does not count."""
+        graph = torch.is_grad_enabled()
         if torch._C._current_graph_task_id() != -1:  # how torch.utils.checkpoint itself knows
-            return self.without_graph.pop() if self.without_graph else self.count
-        if counts:
+            return self._repeated(x)
+        if training or graph:
             self.count += 1
-            if not torch.is_grad_enabled():
-                self.without_graph.append(self.count)
+            if not graph:
+                self.without_graph.append((self.count, _checksum(x)))
         return self.count
+
+    def _repeated(self, x: Tensor) -> int:
+        notes = self.without_graph
+        found = len(notes) - 1
+        if len(notes) > 1:
+            checksum = _checksum(x)
+            same = (
+                i for i in range(found, -1, -1) if notes[i][1].device == x.device and torch.equal(notes[i][1], checksum)
+            )
+            found = next(same, found)
+        if found < 0:
+            return self.count
+        number = notes[found][0]
+        del notes[found]
+        return number
+
+
+def _checksum(x: Tensor) -> Tensor:
+    return x.detach().contiguous().view(torch.int16).sum()  # stays on its device: nothing waits for it
 
 
 def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
@@ -164,7 +184,7 @@ class _ThreeMatmuls(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         weight, rows = ctx.saved_tensors
         recipe, dtype = ctx.recipe, ctx.dtype
         x_dtype, weight_dtype, bias_dtype = ctx.dtypes
@@ -172,7 +192,8 @@ class _ThreeMatmuls(torch.autograd.Function):
         gx = gw = gb = None
 
         def noise(operand: int) -> tuple[int, int]:
-            return key(*ctx.stream, operand)
+            seed, call, layer = ctx.stream
+            return key(seed, call, layer, operand)
 
         if weight is not None:
             g = _along_rows(gy, recipe.dgrad[0], dtype, noise(_DGRAD[0]))

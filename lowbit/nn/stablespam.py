@@ -1,12 +1,12 @@
-"""The quantizers of the Stable-SPAM release, bit for bit in fp32 (https://arxiv.org/abs/2502.17055v2, repository of March 2025).
+"""The quantizers of the Stable-SPAM release, bit for bit in fp32.
 
-They are here to compare with, not to recommend. Written from their formulas, they do what the released code does, which
-is not always what the paper's names suggest:
+https://arxiv.org/abs/2502.17055v2, code of March 2025. They are here to compare with, not to recommend.
+Written from their formulas, they do what the released code does, which is not always what the paper's names suggest:
 
 - Groups are 256 values of the *flattened* tensor, so they cross rows where the width is no multiple of 256. The release
   refuses tensors that 256 does not divide; here the last group is simply shorter.
-- "FP4 E1M2" has 9 uniform levels, alpha * {0, 1/4, 1/2, 3/4, 1} with both signs, where a 4-bit code has 15: a mismatch of
-  the exponent bias wastes the others. The two largest magnitudes of each group stay exact.
+- "FP4 E1M2" has 9 uniform levels, alpha * {0, 1/4, 1/2, 3/4, 1} with both signs, where a 4-bit code has 15: the
+  exponent bias does not fit and wastes the others. The two largest magnitudes of each group stay exact.
 - INT4 weights are asymmetric, and their range need not hold 0 while the zero point is clamped: a group of one sign
   saturates (values in [5, 5.78] all become 0.78). INT4 activations are symmetric, two outliers a group stay exact.
 - The release adds `q + w - w` in bf16 for its straight-through gradient, so a third of its weights leave the grid. That

@@ -14,9 +14,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from typing_extensions import Unpack
+
 from ..stages import Moment, Stage, fold, update
 from ..words import lerp, maximum, reciprocal, sqrt
-from .base import Params, Rule
+from .base import Options, Params, Rule
 
 
 def descend(p, m, v, c, s):
@@ -88,7 +90,7 @@ class AdamW(Rule):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         amsgrad: bool = False,
-        **options: Any,
+        **options: Unpack[Options],
     ):
         hyper = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad}
         super().__init__(params, hyper, **options)

@@ -10,11 +10,12 @@ requires a gradient, so checkpoint engines never need a fake first step.
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypedDict
 
 import torch
 from torch import Tensor
@@ -31,6 +32,19 @@ ROUNDINGS = ("auto", "nearest", "stochastic")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
+
+
+class Options(TypedDict, total=False):
+    """The keyword arguments that every optimizer takes: how things are stored and rounded (see `Rule`)."""
+
+    states: Storage
+    seed: int
+    master: str
+    rounding: str
+    state_rounding: str
+    stabilize: Iterable[Stabilizer]
+    policy: Policy | None
+    roles: Mapping[str, str] | None
 
 
 class Part:
@@ -93,6 +107,18 @@ class Rule(torch.optim.Optimizer, Part):
     moments: ClassVar[dict[str, Moment]] = {}
     guarded: bool = True
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Show the common options in a subclass's signature in place of its `**options`."""
+        super().__init_subclass__(**kwargs)
+        if "__init__" in vars(cls):
+            own = inspect.signature(cls.__init__)
+            named = {n: p for n, p in own.parameters.items() if p.kind is not p.VAR_KEYWORD}
+            if len(named) < len(own.parameters):
+                common = inspect.signature(Rule.__init__).parameters
+                missing = [common[n] for n in Options.__annotations__ if n not in named]
+                shown = sorted([*named.values(), *missing], key=lambda p: p.kind)
+                cls.__init__.__signature__ = own.replace(parameters=shown)  # type: ignore[attr-defined]
+
     def __init__(
         self,
         params: Params,
@@ -122,7 +148,6 @@ class Rule(torch.optim.Optimizer, Part):
                 defaults[name] = value
         storage = {"states": states, "seed": seed, "master": master, "rounding": rounding}
         super().__init__(_as_list(params), {**defaults, **storage, "state_rounding": state_rounding})
-        checkpoint.keep_state_dtypes(self)
 
     # ---- what a subclass may override
 
@@ -142,7 +167,8 @@ class Rule(torch.optim.Optimizer, Part):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as in torch; its states are created at once. Checks everything before it changes anything."""
         group = {**self.defaults, **param_group}
-        entries = _as_list(group["params"])
+        given = group["params"]
+        entries = [given] if isinstance(given, Tensor) else _as_list(given)
         params = [entry[1] if isinstance(entry, tuple) else entry for entry in entries]
         names = [entry[0] if isinstance(entry, tuple) else "" for entry in entries]
         taken = {id(p): label for g in self.param_groups for p, label in self._labelled(g)}
@@ -153,6 +179,8 @@ class Rule(torch.optim.Optimizer, Part):
                 raise TypeError(f"{label}: an optimizer takes tensors, not {type(p).__name__}")
             if p.dtype not in FLOATS:
                 raise TypeError(f"{label}: parameters must be float32, bfloat16 or float16, not {p.dtype}")
+            if hasattr(p, "device_mesh"):
+                raise TypeError(f"{label}: sharded parameters (DTensor) are not supported in this version")
             if not p.is_leaf:
                 raise ValueError(f"{label}: not a leaf tensor; pass the parameters themselves, not results computed")
             if id(p) in seen or id(p) in taken:
@@ -171,7 +199,12 @@ class Rule(torch.optim.Optimizer, Part):
         check_common(group)
         self.check_group(group)
         moments, _ = self.plan(group)
-        check_storage(group["states"], "states", {m.name: m.signed for m in moments.values()})
+        signed = {m.name: m.signed for m in moments.values()}
+        check_storage(group["states"], "states", signed)
+        for match, storage in self.policy.rules:
+            check_storage(storage, f"policy {match!r}", signed)
+        if not isinstance(group["seed"], int):
+            raise TypeError(f"seed must be an int, not {type(group['seed']).__name__}")
         for part in self.stabilize:
             part.check(group)
             for stage in part.stages:
@@ -204,7 +237,7 @@ class Rule(torch.optim.Optimizer, Part):
                     name = clean_name(names[i]) if names else ""
                     self._slots[p] = _Slot(self, group, p, name, label, position)
                 position += 1
-                if p.requires_grad and not self.state.get(p):
+                if (p.requires_grad or p.grad is not None) and not self.state.get(p):
                     self.state[p] = self._slots[p].fresh()
 
     # ---- the step
@@ -235,8 +268,7 @@ class Rule(torch.optim.Optimizer, Part):
                 group["steps"] += 1
             self._reset(work, "before")
             jobs = self._jobs(work)
-            for device in {job.param.device for job in jobs}:
-                backends.choose(device).step([job for job in jobs if job.param.device == device])
+            backends.step(jobs)
             self._reset(work, "after")
             for group, slot, _ in work:
                 count = self.state[slot.param]["step"]
@@ -288,7 +320,7 @@ class Rule(torch.optim.Optimizer, Part):
     def program(self, group: Mapping[str, Any]) -> Program:
         """The stages of a group, stabilizers first, as backends run them."""
         moments, stages = self.plan(group)
-        name = tuple(moments)
+        name = (tuple(moments.items()), stages)
         if name not in self._programs:
             parts = (*self.stabilize, self)
             own = {id(self): stages}
@@ -317,8 +349,9 @@ class Rule(torch.optim.Optimizer, Part):
     # ---- copies and checkpoints
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"stabilize": self.stabilize, "policy": self.policy, "roles": self.roles, "_warned": self._warned}
-        return {**super().__getstate__(), **own}
+        # Also what a subclass keeps; not hooks (as in torch), and not what is built again.
+        own = {k: v for k, v in vars(self).items() if not k.startswith("_optimizer_") and k not in ("_programs", "_slots", "step")}
+        return {**own, **super().__getstate__()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         checkpoint.unwrap(state)
@@ -328,8 +361,14 @@ class Rule(torch.optim.Optimizer, Part):
             for name, value in {**self.defaults, "steps": 0, "states_version": PRESETS_VERSION}.items():
                 group.setdefault(name, value)
             group.update({k: tuple(v) for k, v in group.items() if isinstance(v, list) and k == "betas"})
-        checkpoint.keep_state_dtypes(self)
         self.init_state()
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch; tensors, numbers, strings, tuples and dicts only, so `torch.load(weights_only=True)` takes it."""
+        state_dict = super().state_dict()
+        for group in state_dict["param_groups"]:
+            group["states"] = checkpoint.plain(group["states"])
+        return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load hyper-parameters, counters and states; a state stored in another format is converted.
@@ -338,7 +377,8 @@ class Rule(torch.optim.Optimizer, Part):
         of the `torch.optim` namesake. Raises `ValueError` (or `KeyError`) before anything has changed when the
         checkpoint is not an optimizer's, belongs to other parameters, or is damaged.
         """
-        super().load_state_dict(state_dict)
+        with checkpoint.checked_and_kept(self):
+            super().load_state_dict(state_dict)
 
 
 class _Slot:
@@ -380,7 +420,7 @@ class _Slot:
     def fresh(self) -> dict[str, Any]:
         """A state of zeros: plain tensors and ints only."""
         p = self.param
-        state: dict[str, Any] = {"step": torch.zeros((), dtype=torch.float32)}
+        state: dict[str, Any] = {"step": torch.zeros((), dtype=torch.float32, device="cpu")}
         for letter, moment in self.program.moments.items():
             fmt = self.formats[letter]
             for part, tensor in packed.zeros(fmt, tuple(p.shape), p.device).items():

@@ -9,7 +9,8 @@ plain tensors on both sides.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,9 +46,14 @@ def unwrap(state: dict[str, Any]) -> None:
                 values[name] = value.value
 
 
-def keep_state_dtypes(rule: Rule) -> None:
-    """Register the pre-hook (again after a copy: hooks do not survive one)."""
-    rule.register_load_state_dict_pre_hook(_prepare)
+@contextmanager
+def checked_and_kept(rule: Rule) -> Iterator[None]:
+    """While this lasts, the pre-hook is there, behind the user's."""
+    handle = rule.register_load_state_dict_pre_hook(_prepare)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _prepare(rule: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -56,16 +62,19 @@ def _prepare(rule: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
     for index, (saved, group) in enumerate(zip(saved_groups, rule.param_groups, strict=True)):
         order = _order(saved, group, index)
         incoming = [saved["params"][i] for i in order]
-        new = {**saved, **{k: group[k] for k in OWN_KEYS}, "params": incoming}
+        if saved.get("maximize"):
+            raise ValueError(f"group {index}: the checkpoint has maximize=True, which lowbit's optimizers have not")
+        known = {k: v for k, v in group.items() if k not in saved and k != "steps"}
+        new = {**known, **saved, **{k: group[k] for k in OWN_KEYS}, "params": incoming}
         if "param_names" in group:
             new["param_names"] = group["param_names"]
         new.setdefault("steps", _steps(state_dict, incoming))
-        new.setdefault("seed", group["seed"])
         new["states_version"] = PRESETS_VERSION
-        rule._check({**group, **{k: v for k, v in new.items() if k != "params"}})
+        rule._check(new)
         groups.append(new)
         for number, p in zip(incoming, group["params"], strict=True):
-            slot = rule._slots[p]
+            own = rule._slots[p]
+            slot = type(own)(rule, new, p, own.name, own.label, own.id)  # amsgrad adds a moment, for instance
             saved_state = state_dict["state"].get(number)
             if saved_state:
                 converted = _Conversion(slot, new, saved).run(saved_state)
@@ -121,6 +130,8 @@ class _Conversion:
 
     def run(self, saved: Mapping[str, Any]) -> dict[str, Any]:
         state = self.slot.fresh()
+        if "step" not in saved:
+            raise ValueError(f"{self.slot.label}: the checkpoint has no 'step'; it has {sorted(map(str, saved))}")
         state["step"] = torch.as_tensor(saved.get("step", 0.0), dtype=torch.float32).reshape(()).cpu()
         for letter, moment in self.slot.program.moments.items():
             state.update(self._moment(moment.name, self.slot.formats[letter], moment.signed, saved))
@@ -202,7 +213,7 @@ def save_optimizer(opt: Rule, path: str | Path) -> None:
                 tensors[f"{number}.{name}"] = value.detach().cpu().contiguous()
             else:
                 numbers[f"{number}.{name}"] = value
-    groups = [{k: _plain(v) for k, v in group.items()} for group in state_dict["param_groups"]]
+    groups = [{k: plain(v) for k, v in group.items()} for group in state_dict["param_groups"]]
     target = Path(path)
     draft = target.with_name(target.name + ".part")
     save_file(tensors, str(draft), {"lowbit": json.dumps({"groups": groups, "numbers": numbers})})
@@ -223,19 +234,19 @@ def load_optimizer(opt: Rule, path: str | Path) -> None:
             for full in file.keys():  # noqa: SIM118 - safe_open is no mapping
                 number, _, name = full.partition(".")
                 state.setdefault(int(number), {})[name] = file.get_tensor(full)
-    except (SafetensorError, KeyError, ValueError) as error:
+        for full, value in header["numbers"].items():
+            number, _, name = full.partition(".")
+            state.setdefault(int(number), {})[name] = value
+        groups = [{k: tuple(v) if k == "betas" else v for k, v in group.items()} for group in header["groups"]]
+    except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not a file written by lowbit.save_optimizer, or damaged ({error})") from error
-    for full, value in header["numbers"].items():
-        number, _, name = full.partition(".")
-        state.setdefault(int(number), {})[name] = value
-    groups = [{k: tuple(v) if k == "betas" else v for k, v in group.items()} for group in header["groups"]]
     opt.load_state_dict({"state": state, "param_groups": groups})
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """A group's value as JSON has it."""
     if isinstance(value, Tensor):
         return value.tolist()
     if isinstance(value, Format):
         return value.name
-    return {k: _plain(v) for k, v in value.items()} if isinstance(value, Mapping) else value
+    return {k: plain(v) for k, v in value.items()} if isinstance(value, Mapping) else value

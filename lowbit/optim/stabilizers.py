@@ -15,6 +15,8 @@ import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
+import torch
+
 from ..stages import Stage, fold, measure, update
 from ..words import abs, binade, lerp, minimum, reciprocal, sign, sqrt, where
 from .base import Stabilizer
@@ -62,7 +64,8 @@ def limit(x, s, c):
     s.m_max_t = lerp(s.m_max_t, x, c.peak_rate)
     s.clip_limit = s.m_max_t / s.m_max_weight
     s.clip_share = s.clip_limit / where(x > 0, x, c.one)
-    s.unit = reciprocal(binade(minimum(x, s.clip_limit)))
+    top = minimum(x, s.clip_limit)
+    s.unit = reciprocal(binade(where(top <= c.largest, top, c.one)))  # 1 when there is no finite maximum
 
 
 @update("g")
@@ -90,7 +93,12 @@ class AdaClip(Stabilizer):
 
     def constants(self, group: Mapping[str, Any], t: int) -> dict[str, float]:
         """See `Part.constants`."""
-        return {"one": 1.0, "peak_rate": 1 - group["gamma3"], "peak_weight": 1 - group["gamma3"] ** t}
+        return {
+            "one": 1.0,
+            "largest": torch.finfo(torch.float32).max,
+            "peak_rate": 1 - group["gamma3"],
+            "peak_weight": 1 - group["gamma3"] ** t,
+        }
 
 
 @fold
@@ -182,7 +190,7 @@ class MomentumReset(Stabilizer):
     def check(self, group: Mapping[str, Any]) -> None:
         """See `Stabilizer.check`."""
         interval = group["reset_interval"]
-        if int(interval) != interval or interval < 0:
+        if not float(interval).is_integer() or interval < 0:
             raise ValueError(f"reset_interval must be a whole number >= 0 (0: never), not {interval}")
 
     def resets(self, group: Mapping[str, Any]) -> Literal["", "before", "after"]:

@@ -20,11 +20,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from typing_extensions import Unpack
+
 from ..formats import nearest
 from ..stages import Stage, fold
 from ..words import reciprocal, sqrt
 from .adamw import AdamW
-from .base import Params
+from .base import Options, Params
 from .stabilizers import AdaClip, AdaGN, MomentumReset, annealing
 
 VARIANTS = ("paper", "official")
@@ -75,8 +77,7 @@ class StableSPAM(AdamW):
         total_steps: int | None = None,
         eta_min: float = 0.5,
         variant: str = "paper",
-        stabilize: tuple[Any, ...] = (),
-        **options: Any,
+        **options: Unpack[Options],
     ):
         if variant not in VARIANTS:
             raise ValueError(f"unknown variant {variant!r}{nearest(variant, VARIANTS)}; known: {', '.join(VARIANTS)}")
@@ -90,7 +91,8 @@ class StableSPAM(AdamW):
         )
         hyper = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad}
         hyper.update(total_steps=total_steps, eta_min=eta_min, variant=variant)
-        super(AdamW, self).__init__(params, hyper, stabilize=(*stabilize, *parts), **options)
+        options["stabilize"] = (*options.get("stabilize", ()), *parts)
+        super(AdamW, self).__init__(params, hyper, **options)
 
     def check_group(self, group: Mapping[str, Any]) -> None:
         """See `Rule.check_group`."""
