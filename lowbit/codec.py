@@ -79,15 +79,17 @@ def encode(
     """
     if fmt.kind == "float":
         assert fmt.dtype is not None
-        return {"codes": narrow(x, fmt.dtype, bits)}
+        return {"codes": _kept_alive(narrow(x, fmt.dtype, bits), x) if live else narrow(x, fmt.dtype, bits)}
+    if scale is not None and fmt.kind in ("log", "affine"):
+        raise ValueError(f"format {fmt.name!r} derives its own scales; scale= cannot be given")
     if fmt.kind == "log":
         return _encode_log(fmt, x, uniform)
     if fmt.kind == "affine":
-        return _encode_affine(fmt, x, uniform)
+        return _encode_affine(fmt, x, uniform, live)
     root = sqrt(x) if fmt.square else x
     if scale is None:
         scale = derive_scale(fmt, root.abs().amax(-1))
-    unit = root * reciprocal(scale).unsqueeze(-1)
+    unit = (root * reciprocal(scale).unsqueeze(-1)).nan_to_num(0.0)
     codes = (_integers if fmt.kind == "integer" else _search)(fmt, unit, uniform)
     if live or not fmt.signed:
         codes = _keep_alive(fmt, codes, x)
@@ -95,14 +97,14 @@ def encode(
 
 
 def derive_scale(fmt: Format, absmax: Tensor) -> Tensor:
-    """absmax / top, never so small that its reciprocal overflows; 0 for a block of zeros."""
-    scale = (absmax / torch.full_like(absmax, fmt.top)).clamp(min=TINY)
-    return torch.where(absmax == 0, 0.0, scale)
+    """absmax / top, held where its reciprocal and the top are finite; 0 for a block of zeros, NaN if not finite."""
+    scale = (absmax / torch.full_like(absmax, fmt.top)).clamp(fmt.min_scale, fmt.max_scale)
+    return torch.where(absmax == 0, 0.0, torch.where(torch.isfinite(absmax), scale, torch.nan))
 
 
 def reciprocal(scale: Tensor) -> Tensor:
-    """1 / scale, and 0 for a scale of 0."""
-    return torch.where(scale == 0, 0.0, torch.ones_like(scale) / scale)
+    """1 / scale, and 0 for a scale of 0 or NaN."""
+    return torch.where(scale > 0, torch.ones_like(scale) / scale, 0.0)
 
 
 def _integers(fmt: Format, unit: Tensor, uniform: Tensor | None) -> Tensor:
@@ -115,13 +117,13 @@ def _integers(fmt: Format, unit: Tensor, uniform: Tensor | None) -> Tensor:
         else:
             rounded = low + ((unit - low) >= (1 - uniform))
     least = -fmt.limit if fmt.signed else 0
-    codes = rounded.nan_to_num(0.0).clamp(least, fmt.limit).to(torch.int16) & ((1 << fmt.bits) - 1)
+    codes = rounded.clamp(least, fmt.limit).to(torch.int16) & ((1 << fmt.bits) - 1)
     return codes.to(torch.uint8)
 
 
 def _search(fmt: Format, unit: Tensor, uniform: Tensor | None) -> Tensor:
     _, ladder, ladder_codes, thresholds = _tables(fmt, unit.device)
-    u = unit.abs() if fmt.sign_magnitude else unit
+    u = (unit.abs() if fmt.sign_magnitude else unit).contiguous()
     if uniform is None:
         rank = torch.bucketize(u, thresholds, out_int32=True)
     else:
@@ -132,6 +134,12 @@ def _search(fmt: Format, unit: Tensor, uniform: Tensor | None) -> Tensor:
     if fmt.sign_magnitude:
         codes = codes | (torch.signbit(unit).to(torch.uint8) << (fmt.bits - 1))
     return codes
+
+
+def _kept_alive(narrowed: Tensor, x: Tensor) -> Tensor:
+    """The same for 16-bit floats: the smallest subnormal."""
+    least = torch.ones((), dtype=torch.int16 if narrowed.itemsize == 2 else torch.int32, device=x.device)
+    return torch.where((x > 0) & (narrowed == 0), least.view(narrowed.dtype), narrowed)
 
 
 def _keep_alive(fmt: Format, codes: Tensor, x: Tensor) -> Tensor:
@@ -145,15 +153,20 @@ def _keep_alive(fmt: Format, codes: Tensor, x: Tensor) -> Tensor:
     return torch.where((x > 0) & at_most_zero, torch.full_like(codes, least), codes)
 
 
-def _encode_affine(fmt: Format, x: Tensor, uniform: Tensor | None) -> dict[str, Tensor]:
+def _encode_affine(fmt: Format, x: Tensor, uniform: Tensor | None, live: bool) -> dict[str, Tensor]:
     """The range always holds 0: without that, a block of one sign saturates (AWQ's formula, as released)."""
     low, high = x.amin(-1).clamp(max=0), x.amax(-1).clamp(min=0)
-    scale = derive_scale(fmt, high - low)
+    span = high - low
+    scale = derive_scale(fmt, span)
+    overflow = torch.isinf(span) & torch.isfinite(low) & torch.isfinite(high)
+    scale = torch.where(overflow, high / fmt.limit - low / fmt.limit, scale)
     inverse = reciprocal(scale)
     zero = (-low * inverse).round().nan_to_num(0.0).clamp(0, fmt.limit)
-    unit = x * inverse.unsqueeze(-1)
+    unit = (x * inverse.unsqueeze(-1)).nan_to_num(0.0)
     rounded = unit.round() if uniform is None else unit.floor() + ((unit - unit.floor()) >= (1 - uniform))
-    codes = (rounded + zero.unsqueeze(-1)).nan_to_num(0.0).clamp(0, fmt.limit)
+    codes = (rounded + zero.unsqueeze(-1)).clamp(0, fmt.limit)
+    if live:
+        codes = torch.where(x > 0, codes.maximum(zero.unsqueeze(-1) + 1), codes)
     return {"codes": codes.to(torch.uint8), "scale": scale, "zero": zero.to(torch.uint8)}
 
 

@@ -16,7 +16,7 @@ import struct
 import zlib
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -24,6 +24,7 @@ Kind = Literal["float", "integer", "codebook", "affine", "log"]
 
 # The smallest scale: below it 1/scale would overflow fp32. 2**-126 is fp32's smallest normal number.
 TINY = 2.0**-126
+_MAX = 3.4028234663852886e38  # fp32's largest number
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,19 @@ class Format:
         if self.kind in ("integer", "affine"):
             return float(self.limit)
         return 1.0 if self.kind == "log" else max(v for v in self.values if math.isfinite(v))
+
+    @cached_property
+    def max_scale(self) -> float:
+        """The largest scale with which the top code does not decode to infinity."""
+        scale = _fp32((math.sqrt(_MAX) if self.square else _MAX) / self.top)
+        while self.top * scale > _MAX or (self.square and _fp32(self.top * scale) ** 2 > _MAX):
+            scale = _below(scale)
+        return scale
+
+    @cached_property
+    def min_scale(self) -> float:
+        """The smallest scale: its reciprocal must not overflow, and code 1 must not decode to 0."""
+        return 2.0**-74 if self.square else TINY
 
     @cached_property
     def sign_magnitude(self) -> bool:
@@ -130,9 +144,21 @@ class Format:
         """The same format with one scale per `block` values along the row, named `name:block`."""
         if block < 1:
             raise ValueError(f"block must be at least 1, not {block}")
-        if self.block == (1, block):
-            return self
-        return replace(self, block=(1, block), name=f"{self.name.split(':')[0]}:{block}")
+        if not self.compressed:
+            raise ValueError(f"format {self.name!r} has no blocks")
+        base = self.name.partition(":")[0]
+        known = catalogue().get(base)
+        if known is not None and known.block == (1, block):
+            made = replace(self, block=(1, block), name=base)
+            return known if made == known else made
+        return replace(self, block=(1, block), name=f"{base}:{block}")
+
+    def __reduce__(self) -> Any:
+        # Catalogue formats travel by name: tables with NaNs (fp8) would not equal themselves after a copy.
+        base = catalogue().get(self.name.partition(":")[0])
+        if base is not None and self in (base, base.with_block(self.block[1]) if base.compressed else base):
+            return format, (self.name,)
+        return super().__reduce__()
 
     def __str__(self) -> str:
         return self.name
@@ -144,7 +170,9 @@ def _fp32(x: float) -> float:
 
 def _below(x: float) -> float:
     """The next fp32 number toward minus infinity."""
-    return torch.nextafter(torch.tensor(x, dtype=torch.float32), torch.tensor(-math.inf)).item()
+    # Dtype and device are spelled out here and below: torch's defaults may be anything when a table is first made.
+    number, down = (torch.tensor(v, dtype=torch.float32, device="cpu") for v in (x, -math.inf))
+    return torch.nextafter(number, down).item()
 
 
 def _with_negatives(magnitudes: tuple[float, ...]) -> tuple[float, ...]:
@@ -152,7 +180,7 @@ def _with_negatives(magnitudes: tuple[float, ...]) -> tuple[float, ...]:
 
 
 def _fp8(dtype: torch.dtype) -> tuple[float, ...]:
-    return tuple(torch.arange(256, dtype=torch.uint8).view(dtype).float().tolist())
+    return tuple(torch.arange(256, dtype=torch.uint8, device="cpu").view(dtype).float().tolist())
 
 
 def _dynamic_map(signed: bool, exponent_bits: int, bits: int) -> tuple[float, ...]:
@@ -164,7 +192,7 @@ def _dynamic_map(signed: bool, exponent_bits: int, bits: int) -> tuple[float, ..
     values = [0.0, 1.0]
     for i in range(exponent_bits):
         cells = 2 ** (i + bits - 1 - exponent_bits + (0 if signed else 1))
-        edges = torch.linspace(0.1, 1, cells + 1)
+        edges = torch.linspace(0.1, 1, cells + 1, dtype=torch.float32, device="cpu")
         decade = (10 ** (i - exponent_bits + 1) * ((edges[:-1] + edges[1:]) / 2)).tolist()
         values += decade + ([-v for v in decade] if signed else [])
     return tuple(sorted(values))
@@ -247,17 +275,17 @@ def format(name: str | Format) -> Format:
     """
     if isinstance(name, Format):
         return name
-    base, _, block = str(name).partition(":")
+    base, colon, block = str(name).partition(":")
     if base not in catalogue():
         raise ValueError(f"unknown format {name!r}{nearest(base, formats())}; known: {', '.join(formats())}")
     found = catalogue()[base]
-    if not block:
+    if not colon:
         return found
     if not found.compressed:
         raise ValueError(f"format {base!r} has no blocks, so {name!r} means nothing")
-    if not block.isdecimal() or int(block) < 1:
+    if not (block.isascii() and block.isdecimal()) or int(block) < 1:
         raise ValueError(f"format {name!r}: what follows the colon is a block length, a positive whole number")
-    return found if int(block) == found.block[1] else found.with_block(int(block))
+    return found.with_block(int(block))
 
 
 def nearest(word: str, known: tuple[str, ...] | list[str]) -> str:

@@ -67,7 +67,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     [[33, 3]]
     """
     if bits == 8:
-        return codes
+        return codes.contiguous()
     per_byte = 8 // bits
     lanes = F.pad(codes, (0, -codes.shape[1] % per_byte)).unflatten(1, (-1, per_byte))
     packed = lanes[..., 0].clone()
@@ -109,13 +109,15 @@ def encode_rows(
     cols = x.shape[1]
     bits = None if noise is None else row_bits(noise, x)
     if not fmt.compressed:
-        return codec.encode(fmt, x.float(), bits=bits)
+        return codec.encode(fmt, x.to(torch.float32, copy=True).contiguous(), bits=bits, live=live)
     block = fmt.block[1]
 
     def blocks(values: Tensor) -> Tensor:
         return F.pad(values, (0, -cols % block)).unflatten(1, (-1, block))
 
-    parts = codec.encode(fmt, blocks(x.float()), None if bits is None else blocks(uniform(bits)), live=live)
+    parts = codec.encode(
+        fmt, blocks(x.float().contiguous()), None if bits is None else blocks(uniform(bits)), live=live
+    )
     parts["codes"] = pack(parts["codes"].flatten(1)[:, :cols], fmt.bits)
     return parts
 
@@ -123,10 +125,11 @@ def encode_rows(
 def decode_rows(fmt: Format, parts: dict[str, Tensor], cols: int) -> Tensor:
     """The inverse of `encode_rows`: fp32 [rows, cols]."""
     if not fmt.compressed:
-        return parts["codes"].float().reshape(-1, cols)
+        codes = parts["codes"]
+        return codes.to(torch.float32, copy=True).reshape(codes.numel() // cols if cols else codes.shape[0], cols)
     block = fmt.block[1]
     codes = F.pad(unpack(parts["codes"], fmt.bits, cols), (0, -cols % block)).unflatten(1, (-1, block))
-    return codec.decode(fmt, {**parts, "codes": codes}).flatten(1)[:, :cols]
+    return codec.decode(fmt, {**parts, "codes": codes}).flatten(1)[:, :cols].contiguous()
 
 
 def row_bits(noise: tuple[int, int], x: Tensor) -> Tensor:
@@ -136,7 +139,7 @@ def row_bits(noise: tuple[int, int], x: Tensor) -> Tensor:
     return bits16(noise, 0, rows * stride, x.device).view(rows, stride)[:, :cols]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Packed:
     """A tensor stored in a format: named plain tensors, its format and its shape. Not a tensor subclass."""
 

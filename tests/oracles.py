@@ -97,7 +97,7 @@ def bits16_at(keys: tuple[int, int], element: int) -> int:
     x ^= x >> 16
     x = (x * 0x7FEB352D) & word
     x ^= x >> 15
-    x = (x + (pair >> 32) * 0x9E3779B1 + keys[1]) & word
+    x ^= ((pair >> 32) * 0x9E3779B1 + keys[1]) & word
     x = (x * 0x846CA68B) & word
     x ^= x >> 16
     return (x >> (16 * (element % 2))) & 0xFFFF
