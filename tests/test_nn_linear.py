@@ -285,6 +285,7 @@ def test_autocast(name: str) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         y = made(x)
         assert y.dtype == F.linear(x, made.weight).dtype == torch.bfloat16
+    assert [t.dtype for t in y.grad_fn.saved_tensors] == [torch.bfloat16] * 2
     y.float().sum().backward()
     assert made.weight.grad is not None and x.grad is not None
     assert made.weight.grad.dtype == x.grad.dtype == torch.float32

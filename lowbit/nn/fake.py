@@ -1,9 +1,8 @@
 """Quantize and dequantize at once: the values a 4-bit operand would have, in fp32, without making the codes.
 
 What the values are is said by `codec` (and `stablespam`), and tests hold the short cuts below to it bit for bit. They
-exist because a layer needs no codes: for uniform grids and E2M1, rounding is a few arithmetic operations where the
-codec's search through the grid takes twice the time of the matmul it prepares (1M values on one Zen 3 core: 33 ms
-against 3 ms; the matmul 16 ms for 512 tokens).
+exist because a layer needs no codes: for uniform grids and E2M1, rounding is a few arithmetic operations, where the
+codec's search through the grid would cost as much as the matmul that it prepares.
 """
 
 from __future__ import annotations
@@ -50,8 +49,8 @@ def _blocks(x: Tensor, operand: Operand, u: Tensor | None) -> Tensor:
     kept: list[tuple[Tensor, Tensor]] = []
     if operand.outliers:
         magnitude, x = x.abs(), x.clone()
-        # One masked maximum per outlier, not topk, which takes four times as long on blocks of 32 on a CPU. Of equal
-        # magnitudes the first is taken.
+        # One masked maximum per outlier, not topk, which is slow on a CPU for many short blocks. Of equal magnitudes
+        # the first is taken; topk may take others, which can show in the last bit of what is left.
         for _ in range(min(operand.outliers, x.shape[-1])):
             where = magnitude.argmax(-1, keepdim=True)
             kept.append((where, x.gather(-1, where)))
