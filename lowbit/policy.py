@@ -14,7 +14,7 @@ from typing import Any
 
 from .formats import Format, formats, nearest
 from .formats import format as find_format
-from .packed import rows_of
+from .layout import STEP_BLOCK, rows_of
 
 # What a name of `states=` means: (signed moments, non-negative moments). Chosen by measurement, not by guess:
 # docs/state-formats.md; changing a row means raising the version, which checkpoints carry.
@@ -26,7 +26,6 @@ PRESETS: dict[str, tuple[str, str]] = {
 }
 PRESETS_VERSION = 1
 
-STEP_BLOCK = 256
 SMALL, NARROW = 4096, 64  # below so many values, or columns, a scale costs more than it saves
 
 Storage = str | Format | Mapping[str, "str | Format"]

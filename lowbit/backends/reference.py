@@ -23,7 +23,8 @@ from torch import Tensor
 
 from .. import codec, masters
 from ..formats import Format
-from ..packed import pack, row_stride, step_width, unpack
+from ..layout import row_stride, step_width
+from ..packed import pack, unpack
 from ..rounding import bits16, uniform
 from ..stages import Job, Namespace, Program, Stage
 

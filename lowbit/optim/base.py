@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Literal, TypedDict
 import torch
 from torch import Tensor
 
-from .. import backends, masters, packed
+from .. import backends, layout, masters, packed
 from ..formats import nearest
 from ..policy import PRESETS_VERSION, Decision, Policy, Storage, check_storage, role_of
 from ..rounding import key
@@ -387,7 +387,7 @@ class _Slot:
     def __init__(self, rule: Rule, group: Mapping[str, Any], p: Tensor, name: str, label: str, position: int):
         self.param, self.label, self.name = p, label, name
         self.role = role_of(name, rule.roles) if name else ""
-        self.rows, self.cols = packed.rows_of(p.shape)
+        self.rows, self.cols = layout.rows_of(p.shape)
         self.made_for = (p.dtype, p.device, p.shape)
         self.id = zlib.crc32(name.encode()) if name else position
         self.program = rule.program(group)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .. import packed
+from .. import layout, packed
 from ..formats import Format, catalogue
 from ..policy import PRESETS_VERSION
 
@@ -157,7 +157,7 @@ class _Conversion:
         for part, (shape, dtype) in packed.part_shapes(stored, self.shape).items():
             parts[part] = self._tensor(saved, state_key(name, part), shape, dtype)
         if stored != fmt:
-            rows, cols = packed.rows_of(self.shape)
+            rows, cols = layout.rows_of(self.shape)
             values = packed.decode_rows(stored, parts, cols) if rows * cols else torch.zeros(rows, cols)
             if not stored.compressed:
                 values = parts["codes"].float().reshape(rows, cols)
