@@ -60,7 +60,10 @@ def test_a_short_run_learns_and_reports(corpus: data.Corpus, method: str):
     assert (
         per_value == pytest.approx(8, abs=0.01) if not m.low_bit else per_value < (1.4 if m.states == "4bit" else 2.3)
     )
-    assert (result["final_val_dense"] is not None) == (m.recipe != "none")
+    if m.recipe == "none":
+        assert result["final_val_dense"] is None
+    else:
+        assert 0 < abs(result["final_val_dense"] - result["final_val"]) < 0.1, "plain layers, the same weights"
     assert 0 < result["grad_norm"]["median"] <= result["grad_norm"]["p99"] <= result["grad_norm"]["max"]
     assert result["peak_rss"] > 50e6 and result["cpu_seconds"] > 0 and "bf16-rounded storage" in result["compute"]
     json.dumps(result, allow_nan=False)
@@ -113,10 +116,8 @@ def test_learning_rate_schedule():
 
 
 def test_embedding_rate_reaches_the_optimizer(corpus: data.Corpus):
-    plain, faster = (one(corpus, FAIR, replace(TINY, embed_lr_mult=m)) for m in (1.0, 5.0))
-    assert faster["final_val"] != plain["final_val"]
-    again = one(corpus, FAIR, replace(TINY, embed_lr_mult=1.0))
-    assert again["final_val"] == plain["final_val"]
+    frozen = one(corpus, FAIR, replace(TINY, embed_lr_mult=1e-6))["final_val"]
+    assert frozen > one(corpus, FAIR)["final_val"] + 0.5, "without embedding and head a model learns little"
 
 
 def test_spikes():
@@ -138,9 +139,14 @@ def test_spikes():
             Spike.parse(bad)
 
 
-def test_spikes_reach_the_training(corpus: data.Corpus):
-    result = one(corpus, ADAM, replace(TINY, spike="whole:1000@3"))
-    assert result["grad_norm"]["max"] > 300 * one(corpus, ADAM)["grad_norm"]["max"]
+def test_spikes_reach_the_training_and_clipping_removes_them(corpus: data.Corpus):
+    spikes = replace(TINY, spike="whole:1000@3")
+    hurt = {}
+    for m in (ADAM, FAIR, parse_method("adam-fair-4bit"), SPAM4):
+        plain, spiked = one(corpus, m), one(corpus, m, spikes)
+        assert spiked["grad_norm"]["max"] > 300 * plain["grad_norm"]["max"], "norms are taken before clipping"
+        hurt[m.name] = spiked["final_val"] - plain["final_val"]
+    assert hurt.pop("adam") > 0.2 and all(abs(h) < 0.05 for h in hurt.values()), "by torch's clip, ours, and AdaClip"
 
 
 def test_methods_by_name():

@@ -151,18 +151,23 @@ def test_a_crashed_run_is_exit_code_1(tmp_path: Path, text: str, monkeypatch: py
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
-def test_interrupted_benchmark_leaves_a_usable_folder(tmp_path: Path, text: str):
+@pytest.mark.parametrize("how", ["Ctrl-C", "kill"])
+def test_interrupted_benchmark_leaves_a_usable_folder(tmp_path: Path, text: str, how: str):
     out = tmp_path / "run"
     few = ["--steps", "40", "--batch", "2", "--seq", "16", "--val-windows", "4", "--seeds", "500"]
     command = [sys.executable, "-m", "lowbit", "bench", "--data", text, "--out", str(out), "--jobs", "1",
                "--compute", "fp32", *few]  # fmt: skip
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    running = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+    pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    running = subprocess.Popen(command, **pipes, env=env, start_new_session=True)
     results = out / "results.jsonl"
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not (results.exists() and results.read_text().count("\n") >= 2):
         time.sleep(0.1)
-    running.send_signal(signal.SIGTERM)
+    if how == "Ctrl-C":
+        os.killpg(running.pid, signal.SIGINT)  # a terminal sends it to the workers too
+    else:
+        running.send_signal(signal.SIGTERM)
     _, err = running.communicate(timeout=30)
     assert running.returncode == 130 and "finished runs are kept" in err and "--resume" in err
     assert "Traceback" not in err

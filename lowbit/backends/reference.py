@@ -210,7 +210,8 @@ class _Blocks:
         self.counts = [(p.last - p.first) * row_stride(jobs[p.index].cols) // self.width for p in chunk]
         index = torch.tensor([p.index for p in chunk], device=step.device)
         self.inside = self._inside()
-        self.owner = index.repeat_interleave(torch.tensor(self.counts, device=step.device))
+        counts = torch.tensor(self.counts, device=step.device)
+        self.owner = index.repeat_interleave(counts, output_size=sum(self.counts))  # a known size: no synchronisation
         self.operands: dict[str, Any] = {"g": self._gather(step.grads).float()}
         if "p" in needed:
             self.raw = self._gather(step.params)

@@ -32,7 +32,7 @@ what the bits cost are seen apart.
 """
 _EXAMPLES = """\
 examples
-  lowbit bench --demo                                    five methods, two seeds, a few minutes on two cores
+  lowbit bench --demo                                    five methods, three seeds, a few minutes on two cores
   lowbit bench --full --out runs/full                    nine methods × three learning rates × three seeds
   lowbit bench --full --out runs/full --resume           go on after Ctrl-C or a crash
   lowbit bench --data my.txt --steps 2000 --seeds 5      your own text, more seeds
@@ -44,7 +44,7 @@ examples
 methods: adam, adam-fair, stablespam (the paper's defaults), stablespam-b95 (β2 .95, no reset), any class of
 lowbit.optim by name; NAME-4bit means 4-bit states and int4 layers.
 """
-DEMO = {"preset": "nano", "steps": 400, "seeds": "2", "optim": "stablespam-4bit"}
+DEMO = {"preset": "nano", "steps": 400, "seeds": "3", "optim": "stablespam-4bit"}
 FULL = {
     "preset": "nano", "steps": 800, "seeds": "3", "lr": "1e-3,3e-3,1e-2",
     "optim": "stablespam-4bit,stablespam/4bit/stablespam-fp4,stablespam-b95-4bit,adam-fair-4bit",
@@ -56,7 +56,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.description, parser.epilog = _ABOUT, _EXAMPLES
     parser.usage = "lowbit bench [--demo | --full] [options]"
     suite = parser.add_mutually_exclusive_group()
-    suite.add_argument("--demo", action="store_true", help="a short comparison: nano, 400 steps, 2 seeds")
+    suite.add_argument("--demo", action="store_true", help="a short comparison: nano, 400 steps, 3 seeds")
     suite.add_argument("--full", action="store_true", help="a longer one: nano, 800 steps, 3 learning rates, 3 seeds")
     what = parser.add_argument_group("what is compared")
     what.add_argument("--optim", metavar="A,B", help="methods, or with --states/--recipe optimizers")

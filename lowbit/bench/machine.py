@@ -70,6 +70,7 @@ def describe() -> dict:
         "cores": cores(),
         "cpu_features": [f for f in notable if f in cpu_flags()],
         "memory_bytes": _memory(),
+        "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,

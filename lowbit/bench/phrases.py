@@ -30,10 +30,10 @@ def difference(d: dict | None, empty: str = "–") -> str:
 
 
 def verdict(d: dict | None, empty: str = "–") -> str:
-    """What a paired difference allows to be said, with the count of seeds that agree."""
+    """What a paired difference allows to be said, with the count of seeds in which the first was lower."""
     if d is None:
         return empty
-    return f"{d['verdict']}, {d['better']}/{d['n']} lower" if d["low"] is not None else d["verdict"]
+    return f"{d['verdict']}, {d['better']}/{d['n']}" if d["low"] is not None else d["verdict"]
 
 
 def to_target(row: dict, steps: int) -> str:

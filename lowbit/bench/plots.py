@@ -105,7 +105,7 @@ def _memory(summary: dict, figure: Any) -> bool:
     names = {"master": "fp32 master", "states": "optimizer state"}
     handles = [Patch(color=c, label=names.get(p, p)) for p, c in _PARTS]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(_PARTS))
-    _title(axes, summary, "Memory between forward passes")
+    _title(axes, summary, "Memory of training, without activations")
     return True
 
 

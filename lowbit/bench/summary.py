@@ -154,6 +154,12 @@ def _notes(document: dict, good: list[dict], rows: list[dict]) -> list[str]:
     versions = {r["torch"] for r in good}
     if len(versions) > 1:
         notes.append(f"Runs of different torch versions are mixed here: {', '.join(sorted(versions))}.")
+    if any(r["master"] for r in rows):
+        notes.append(
+            "BF16 Adam keeps an fp32 master and fp32 moments here, the strongest usual practice (16 bytes per "
+            "parameter with gradients). Papers often count bf16 moments and no master (8): --optim adam/bf16/none "
+            "measures that."
+        )
     if any(r["recipe"] != "none" for r in rows):
         notes.append(
             "Layers are fake-quantized: values lie on the 4-bit grid, but the weights are kept in bf16 for the "

@@ -51,7 +51,10 @@ def contrasts(s: dict) -> Grid:
     for r in s["methods"]:
         row = [r["name"], phrases.difference(r["vs_reference"]), phrases.verdict(r["vs_reference"])]
         rows.append(row + ([phrases.difference(r["vs_adam"]), phrases.verdict(r["vs_adam"])] if plain else []))
-    caption = f"Paired differences of final loss, seed by seed; negative is better; {s['compute']}."
+    caption = (
+        f"Paired differences of final loss, seed by seed; negative is better; after the verdict, in how many seeds the "
+        f"method was lower; {s['compute']}."
+    )
     return Grid("Against the baselines", heads, rows, caption)
 
 
@@ -115,7 +118,7 @@ def speed(s: dict) -> Grid:
         for r in s["methods"]
     ]  # fmt: skip
     caption = (
-        f"{s['compute']}. CPU seconds of a whole run with its evaluations; milliseconds per training step, 'step' is "
+        f"{s['compute']}. CPU seconds of a whole run with its evaluations; wall-clock milliseconds per step, 'step' is "
         "everything from gradients to new stored weights; gradient norms before any clipping."
     )
     return Grid("Speed and gradients", heads, rows, caption)
