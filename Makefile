@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 ARGS   ?=
+FULL   ?= benchmarks/results/bench-full
 
 VENV := .venv
 BIN  := $(VENV)/bin
@@ -38,8 +39,9 @@ test-all: $(VENV)/.dev ## all tests, the slow ones too
 bench: $(VENV)/.bench ## a few minutes' demonstration of 4-bit training against BF16 Adam
 	$(BIN)/lowbit bench --demo $(ARGS)
 
-bench-full: $(VENV)/.bench ## the full comparison; hours; goes on where it was stopped
-	$(BIN)/lowbit bench --full --resume $(ARGS)
+bench-full: $(VENV)/.bench ## the full comparison, half an hour on two quiet cores; goes on where it was stopped
+	$(BIN)/lowbit bench --full --resume --out $(FULL) $(ARGS)
+	$(PY) benchmarks/readme.py
 
 clean: ## remove .venv, caches and build outputs; results in runs/ stay
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .ruff_cache

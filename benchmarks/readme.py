@@ -1,7 +1,7 @@
 """Write the results table of README.md, and docs/state-formats.md, from committed results.
 
-    python benchmarks/readme.py            write them
-    python benchmarks/readme.py --check    fail if they are not what the results say (a test does this)
+python benchmarks/readme.py            write them
+python benchmarks/readme.py --check    fail if they are not what the results say (a test does this)
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def results_section() -> str:
         f"`lowbit bench --full`: {phrases.setup(summary)} {machine['cpu']}, torch {machine['torch']}, "
         f"lowbit {machine['lowbit']}."
     ]
-    for grid in (tables.loss(summary), tables.columns(summary), tables.memory(summary)):
+    for grid in (tables.loss(summary), tables.columns(summary), tables.memory(summary), tables.speed(summary)):
         parts.append(f"**{grid.title}.** {grid.caption}\n\n{markdown_grid(grid).strip()}")
     parts.append("**Read as:**\n\n" + "\n".join(f"- {line}" for line in phrases.reading(summary)))
     parts.append("**Mind:**\n\n" + "\n".join(f"- {line}" for line in notes(summary)))

@@ -113,7 +113,13 @@ def replay(start: dict[str, torch.Tensor], traces: list[dict[str, torch.Tensor]]
         rounding = "stochastic" if stochastic else "nearest"
         every = lowbit.Policy([("*", wanted)])  # also the embedding: this is about formats
         return named, lowbit.optim.AdamW(
-            named.items(), lr=LR, betas=(0.9, beta2), weight_decay=0.0, states=wanted, state_rounding=rounding, policy=every
+            named.items(),
+            lr=LR,
+            betas=(0.9, beta2),
+            weight_decay=0.0,
+            states=wanted,
+            state_rounding=rounding,
+            policy=every,
         )
 
     exact = fresh("fp32", False)
@@ -177,7 +183,7 @@ def table(results: dict[str, Any]) -> str:
     m = results["machine"]
     note = (
         f"nano preset, {STEPS} steps, lr {LR}, seeds {seeds}, corpus sha256 {results['corpus']['sha256'][:12]}; "
-        f"fp32 states: {base} nats/byte; 95 % t-intervals of paired differences; {m.get('cpu')}, torch {m.get('torch')}."
+        f"fp32 states: {base} nats/byte; 95 % intervals of paired differences; {m.get('cpu')}, torch {m.get('torch')}."
     )
     return "\n".join([*lines, "", note])
 
@@ -221,7 +227,10 @@ def main() -> None:
                 value = final_loss(corpus, opt_name, wanted, stochastic, seed)
                 results["loss"].append({"optimizer": opt_name, "pair": name, "seed": seed, "loss": value})
                 save()
-                print(f"{opt_name:12} {name:34} seed {seed}: {value:.4f} ({time.perf_counter() - began:.0f} s)", file=sys.stderr)
+                print(
+                    f"{opt_name:12} {name:34} seed {seed}: {value:.4f} ({time.perf_counter() - began:.0f} s)",
+                    file=sys.stderr,
+                )
     print(table(results))
 
 

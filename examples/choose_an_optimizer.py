@@ -1,6 +1,6 @@
 """Stable-SPAM with 4-bit states: what it keeps for each tensor, and resuming from a file.
 
-    python examples/choose_an_optimizer.py
+python examples/choose_an_optimizer.py
 """
 
 import tempfile

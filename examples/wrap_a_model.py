@@ -1,6 +1,6 @@
 """Train a model with 4-bit weights and activations, then turn it back into a plain one.
 
-    python examples/wrap_a_model.py
+python examples/wrap_a_model.py
 """
 
 import torch
@@ -21,7 +21,7 @@ print(lowbit.quantize_(model, "int4"))  # in place; says what was converted, and
 optimizer = lowbit.optim.AdamW(model.named_parameters(), lr=3e-3, states="4bit")
 tokens = torch.randint(0, 64, (512,))
 first = None
-for step in range(40):
+for _ in range(40):
     loss = torch.nn.functional.cross_entropy(model["lm_head"](model["mlp"](model["embed_tokens"](tokens))), tokens)
     optimizer.zero_grad()
     loss.backward()

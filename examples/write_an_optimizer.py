@@ -1,11 +1,12 @@
 """An optimizer of your own in a page: sign momentum with a per-tensor trust ratio, in every state format.
 
-    python examples/write_an_optimizer.py
+python examples/write_an_optimizer.py
 """
+
+from typing import ClassVar
 
 import torch
 
-import lowbit
 from lowbit.optim import Moment, Rule, fold, measure, update
 from lowbit.words import lerp, sign, sqrt
 
@@ -33,8 +34,8 @@ def move(p, g, m, c, s):
 class SignMomentum(Rule):
     """Declare what is kept and what is computed; formats, groups, checkpoints and checks are the library's."""
 
-    moments = {"m": Moment("momentum_buffer")}
-    scalars = {"norm": 0.0}
+    moments: ClassVar = {"m": Moment("momentum_buffer")}
+    scalars: ClassVar = {"norm": 0.0}
     stages = (energy, remember, move)
 
     def __init__(self, params, lr=1e-3, momentum=0.9, **options):

@@ -31,8 +31,8 @@ SMALL, NARROW = 4096, 64  # below so many values, or columns, a scale costs more
 Storage = str | Format | Mapping[str, "str | Format"]
 Match = str | Callable[[str, tuple[int, ...]], bool]
 
-# Roles by the last words of a dotted name, as model families spell them.
-EMBEDDING_NAMES = ("embed_tokens", "embed_in", "embeddings", "embedding", "embed", "wte", "wpe", "tok_embeddings")
+# Words of a dotted name that mean an embedding, besides those that hold "embed", as model families spell them.
+EMBEDDING_NAMES = ("wte", "wpe", "emb", "tok_emb", "pos_emb", "shared")
 
 
 def role_of(name: str, roles: Mapping[str, str] | None = None) -> str:
@@ -44,7 +44,17 @@ def role_of(name: str, roles: Mapping[str, str] | None = None) -> str:
     for pattern, role in (roles or {}).items():
         if fnmatchcase(name, pattern):
             return role
-    return "embedding" if any(word in EMBEDDING_NAMES for word in name.split(".")) else ""
+    words = name.split(".")
+    return "embedding" if any("embed" in word or word in EMBEDDING_NAMES for word in words) else ""
+
+
+def clean_name(name: str) -> str:
+    """A parameter's name without what wrappers put in front of it, so that wrapping changes no seed and no policy.
+
+    >>> clean_name("_orig_mod.module.layers.0.weight")
+    'layers.0.weight'
+    """
+    return ".".join(w for w in name.split(".") if w not in ("_orig_mod", "module", "_fsdp_wrapped_module"))
 
 
 @dataclass(frozen=True)

@@ -112,6 +112,7 @@ class Program:
     moments: Mapping[str, Moment]
     scalars: Mapping[str, float]
     guarded: bool = True
+    temporaries: Mapping[str, float] = field(default_factory=dict)  # scalars that each step begins with anew
 
     @property
     def measures(self) -> tuple[Stage, ...]:

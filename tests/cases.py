@@ -52,6 +52,16 @@ CASES = [
     ),
 ]  # fmt: skip
 
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """For modules that import it: tensors are small, and a second thread costs time and changes no bit of a step."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 guarded_cases = pytest.mark.parametrize("case", [c for c in CASES if c.unit != "none"], ids=str)
 
@@ -67,7 +77,7 @@ SMALL_SHAPES = [(1,), (), (50,), (7, 33), (4, 5, 6), (2, 3, 4, 5), (0,), (0, 5),
 
 
 def gradient(shape: tuple[int, ...], t: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Heavy tails, another magnitude for every row, some exact zeros, a spike now and then; a function of (shape, t, seed)."""
+    """Heavy tails, rows of all magnitudes, exact zeros, a spike now and then; a function of (shape, t, seed)."""
     generator = torch.Generator().manual_seed(1000 * seed + t)
     g = torch.randn(shape, generator=generator) ** 3
     if g.dim() > 1:
@@ -78,7 +88,9 @@ def gradient(shape: tuple[int, ...], t: int, seed: int = 0, dtype: torch.dtype =
     return (0.01 * g).to(dtype)
 
 
-def parameters(shapes: list[tuple[int, ...]], dtype: torch.dtype = torch.float32, seed: int = 0) -> list[tuple[str, Parameter]]:
+def parameters(
+    shapes: list[tuple[int, ...]], dtype: torch.dtype = torch.float32, seed: int = 0
+) -> list[tuple[str, Parameter]]:
     generator = torch.Generator().manual_seed(seed)
     return [(f"p{i}", Parameter((0.1 * torch.randn(s, generator=generator)).to(dtype))) for i, s in enumerate(shapes)]
 
@@ -112,6 +124,8 @@ def assert_same(a: dict[str, Any], b: dict[str, Any]) -> None:
         y = b[key]
         if isinstance(x, Tensor) and isinstance(y, Tensor):
             assert x.dtype == y.dtype and x.shape == y.shape, f"{key}: {x.dtype} {x.shape}, {y.dtype} {y.shape}"
-            assert torch.equal(x.nan_to_num(7.25), y.nan_to_num(7.25)) if x.is_floating_point() else torch.equal(x, y), key
+            assert (
+                torch.equal(x.nan_to_num(7.25), y.nan_to_num(7.25)) if x.is_floating_point() else torch.equal(x, y)
+            ), key
         else:
             assert type(x) is type(y) and x == y, f"{key}: {x!r}, {y!r}"

@@ -1,7 +1,8 @@
-"""Second opinions on optimizers: each one step of one tensor, straight down, in numpy, from the paper or a specification.
+"""Second opinions on optimizers: one step of one tensor each, straight down, in numpy, from paper or specification.
 
-Nothing here imports the library. Every function takes (p, g, s, t, hyper-parameters), reads and writes the tensor's state `s` (torch's names
-for the keys), and returns the new p; t is the optimizer's step count from 1. The arithmetic has the precision of p.
+Nothing here imports the library. Every function takes (p, g, s, t, hyper-parameters), reads and writes the tensor's
+state `s` (keys are torch's names), and returns the new p; t is the optimizer's step count from 1. The arithmetic has
+the precision of p.
 """
 
 import math
@@ -22,7 +23,7 @@ def fresh(p: Array) -> State:
 
 
 def adamw(p, g, s, t, *, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, amsgrad=False):
-    """Loshchilov & Hutter's Algorithm 2; each average over its accumulated weight, which is 1 - beta**t while beta is constant."""
+    """Loshchilov & Hutter's Algorithm 2; each average over its weight, 1 - beta**t while beta is constant."""
     b1, b2 = betas
     s["exp_avg"] = b1 * s["exp_avg"] + (1 - b1) * g
     s["exp_avg_sq"] = b2 * s["exp_avg_sq"] + (1 - b2) * g * g
@@ -49,7 +50,7 @@ def stablespam_official(
     p, g, s, t, *, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, amsgrad=False, gamma1=0.7, gamma2=0.9,
     gamma3=0.999, reset_interval=1000, total_steps=None, eta_min=0.5,
 ):  # fmt: skip
-    """What the released code does, from a description of it (commit 6a66da1): late resets, one counter k for every average."""
+    """What the released code does, from a description of it (commit 6a66da1): late resets, one counter k for all."""
     p = p * (1 - lr * weight_decay)
     if p.size == 0:
         return p
@@ -82,7 +83,7 @@ def stablespam_paper(
     p, g, s, t, *, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, amsgrad=False, gamma1=0.7, gamma2=0.9,
     gamma3=0.999, reset_interval=1000, total_steps=None, eta_min=0.5,
 ):  # fmt: skip
-    """Algorithm 1 of arXiv 2502.17055v1: clip, normalize, reset, Adam; a non-finite gradient changes nothing but what a reset does."""
+    """Algorithm 1 of arXiv 2502.17055v1: clip, normalize, reset, Adam. A bad gradient only lets a reset happen."""
     if reset_interval > 0 and t % reset_interval == 0:
         s.update({name: np.zeros_like(p) for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")})
         s["exp_avg_weight"] = s["exp_avg_sq_weight"] = 0.0

@@ -9,6 +9,7 @@ import oracles_optim
 import pytest
 import torch
 from cases import SMALL_SHAPES, gradient, parameters
+from cases import one_thread as one_thread
 from torch.nn import Parameter
 
 from lowbit.optim import StableSPAM
@@ -46,7 +47,9 @@ def test_official_equals_the_released_code(setting: str):
             p.grad = torch.from_numpy(GOLDEN[f"grad_{name}"][t].copy())
         opt.step()
         for name, p in params.items():
-            torch.testing.assert_close(p.detach(), torch.from_numpy(GOLDEN[f"{setting}/p_{name}"][t]), rtol=0, atol=1e-6)
+            torch.testing.assert_close(
+                p.detach(), torch.from_numpy(GOLDEN[f"{setting}/p_{name}"][t]), rtol=0, atol=1e-6
+            )
             np.testing.assert_array_equal(p.grad, GOLDEN[f"grad_{name}"][t])  # the released code clips it in place
             state = opt.state[p]
             assert int(state["step"]) == GOLDEN[f"{setting}/step_{name}"][t]
@@ -71,7 +74,9 @@ def compare(variant: str, shape: tuple[int, ...], hyper: dict, gradients: list, 
         if p.numel():
             for name in SCALARS:
                 if math.isfinite(s[name]):
-                    np.testing.assert_allclose(float(opt.state[p][name]), s[name], rtol=1e-5, atol=1e-44, err_msg=f"{t}: {name}")
+                    np.testing.assert_allclose(
+                        float(opt.state[p][name]), s[name], rtol=1e-5, atol=1e-44, err_msg=f"{t}: {name}"
+                    )
                 else:
                     assert not math.isfinite(float(opt.state[p][name])), name
 
@@ -111,7 +116,9 @@ def test_a_norm_whose_square_is_no_float_leaves_the_tensor_alone():
     p.grad = torch.full_like(p, 1e25)
     opt.step()
     assert not p.detach().any() and opt.counters()["skipped_tensors"] == 1
-    assert float(opt.state[p]["m_max_t"]) == float(opt.state[p]["v_norm_t"]) == float(opt.state[p]["v_norm_weight"]) == 0
+    assert (
+        float(opt.state[p]["m_max_t"]) == float(opt.state[p]["v_norm_t"]) == float(opt.state[p]["v_norm_weight"]) == 0
+    )
     p.grad = torch.ones_like(p)
     opt.step()
     torch.testing.assert_close(p.detach(), torch.full_like(p, -0.1), rtol=1e-4, atol=0)
@@ -160,7 +167,7 @@ def test_a_reset_that_is_due_happens_to_a_tensor_with_a_bad_value_too():
 
 
 def test_what_a_reset_does_in_its_own_step():
-    """Constant gradients: Adam's debiased step is lr. Official: old moments over a first step's weights. Paper: a fresh start."""
+    """Constant gradients, so Adam steps by lr. Official: old moments, a first step's weights. Paper: a new start."""
     steps = {}
     for variant in ("official", "paper"):
         p = Parameter(torch.zeros(1, 16))

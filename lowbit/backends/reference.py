@@ -75,7 +75,8 @@ class _Step:
         self.program: Program = jobs[0].program
         self.device = jobs[0].param.device
         self.old = self._stack([job.scalars for job in jobs])
-        self.scalars = Namespace(self.old)
+        begin = {name: torch.full((len(jobs),), v, device=self.device) for name, v in self.program.temporaries.items()}
+        self.scalars = Namespace({**self.old, **begin})
         names = jobs[0].constants
         self.constants = Namespace(
             {
@@ -150,7 +151,9 @@ class _Step:
         parameter = blocks.narrow()
         keep = None
         if finite is not None:
-            finite &= torch.isfinite(parameter[0].float()).all(-1)
+            # A value that is broken already must not freeze its neighbours.
+            spoiled = ~torch.isfinite(parameter[0].float()) & torch.isfinite(blocks.raw.float())
+            finite &= ~spoiled.any(-1)
             for parts in stored.values():
                 check = parts.get("scale", parts["codes"])
                 finite &= torch.isfinite(check.flatten(1)).all(-1)
@@ -308,7 +311,7 @@ class _Blocks:
         fmt, moment = self.job.formats[letter], self.step.program.moments[letter]
         bits, values = self._bits(letter), self.operands[letter]
         if not fmt.compressed:
-            return codec.encode(fmt, values, bits=bits)
+            return codec.encode(fmt, values, bits=bits, live=not moment.signed)
         shape = (-1, self.width // self._sub_block(fmt), self._sub_block(fmt))
         noise = None if bits is None else uniform(bits).view(shape)
         return codec.encode(fmt, values.reshape(shape), noise, live=not moment.signed)

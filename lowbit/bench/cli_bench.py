@@ -41,7 +41,8 @@ examples
   lowbit bench --spike whole:1000@50                     multiply the gradient by 1000 every 50 steps
   lowbit bench --preset 60m --data hf:allenai/c4:en      a published size; this wants a GPU
 
-methods: adam, adam-fair, stablespam (the paper's defaults), stablespam-b95 (β2 .95, no reset), any class of
+methods: adam, adam-fair, stablespam (the paper's betas and gammas, resets scaled to the run), stablespam-b95 (β2
+.95, no reset), any class of
 lowbit.optim by name; NAME-4bit means 4-bit states and int4 layers.
 """
 DEMO = {"preset": "nano", "steps": 400, "seeds": "3", "optim": "stablespam-4bit"}

@@ -39,9 +39,10 @@ OPTIMIZERS = {
         OptimizerSpec("adam", "AdamW", "Adam as the papers' baseline has it: β2 .999, no clipping"),
         OptimizerSpec("adam-fair", "AdamW", "Adam as people train: β2 .95, gradient norm clipped to 1",
                       betas=(0.9, 0.95), clip=1.0),
-        OptimizerSpec("stablespam", "StableSPAM", "Stable-SPAM, the paper's defaults, reset interval scaled to the run",
+        OptimizerSpec("stablespam", "StableSPAM", "Stable-SPAM: the paper's betas and gammas; momentum reset every "
+                      "twentieth of the run (the paper: 1000 of 20,000 steps); β1 and γ1 annealed, as the code can",
                       reset_fraction=1000 / 20_000, anneal=True),
-        OptimizerSpec("stablespam-b95", "StableSPAM", "Stable-SPAM with β2 .95 and no momentum reset",
+        OptimizerSpec("stablespam-b95", "StableSPAM", "Stable-SPAM, β2 .95, no reset, β1 and γ1 annealed",
                       betas=(0.9, 0.95), extra={"reset_interval": 0}, anneal=True),
     )
 }  # fmt: skip

@@ -31,7 +31,7 @@ def summarize(document: dict, results: list[dict]) -> dict:
         "title": document["title"], "command": document["command"], "compute": document["compute"],
         "reference": reference, "corpus": document["corpus"], "settings": document["settings"],
         "machine": document["machine"], "seeds": document["seeds"], "lrs": document["lrs"],
-        "methods": rows, "columns": _columns(rows, losses, reference),
+        "methods": rows, "columns": _columns(rows, losses, chosen, reference),
         "sweep": _sweep(document, good), "failed": failed, "runs": len(results),
         "planned": len(document["methods"]) * len(document["lrs"]) * len(document["seeds"]),
         "notes": _notes(document, good, rows),
@@ -60,15 +60,14 @@ def _row(m: dict, runs: list[dict], losses: dict, chosen: dict, document: dict) 
     name, reference = m["name"], document["reference"]
     finals = list(losses[name].values())
     dense = [r["final_val_dense"] for r in runs if r["final_val_dense"] is not None]
-    difference = paired(losses[name], losses.get(reference, {})) if name != reference else None
-    plain = paired(losses[name], losses.get("adam", {})) if name != "adam" else None
+    difference = _compare(name, reference, losses, chosen) if name != reference else None
+    plain = _compare(name, "adam", losses, chosen) if name != "adam" else None
     return {
         **m, "lr": runs[0]["lr"], "n": len(runs), "compute": document["compute"],
         "loss": mean(finals) if finals else None, "loss_sd": spread(finals),
         "loss_dense": mean(dense) if dense else None,
         "bits_per_token": mean(finals) / math.log(2) if finals else None,
-        "vs_reference": difference.describe() if difference else None,
-        "vs_adam": plain.describe() if plain else None,
+        "vs_reference": difference, "vs_adam": plain,
         "to_target": _to_target(runs, losses.get(reference, {})),
         "diverged": sum(r["diverged"] for r in runs),
         "diverged_why": [r["diverged_why"] for r in runs if r["diverged"]],
@@ -81,6 +80,16 @@ def _row(m: dict, runs: list[dict], losses: dict, chosen: dict, document: dict) 
         "grad_norm": {k: _mean(r["grad_norm"][k] for r in runs) for k in ("median", "p99", "max")},
         "curve": _mean_curve(runs), "curves": [r["curve"] for r in runs],
     }  # fmt: skip
+
+
+def _compare(first: str, second: str, losses: dict, chosen: dict) -> dict | None:
+    """First minus second, seed by seed. With lost runs there is no verdict: survivors flatter a method."""
+    difference = paired(losses[first], losses.get(second, {}))
+    if difference is None:
+        return None
+    runs = [*chosen[first], *chosen.get(second, [])]
+    lost = sum(r["final_val"] is None for r in runs)
+    return {**difference.describe(), **({"verdict": f"{lost} of {len(runs)} runs lost"} if lost else {})}
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
@@ -104,7 +113,7 @@ def _to_target(runs: list[dict], targets: dict[int, float]) -> dict | None:
     return {"reached": len(reached), "of": len(found), "steps": mean(reached) if len(reached) == len(found) else None}
 
 
-def _columns(rows: list[dict], losses: dict, reference: str) -> list[dict]:
+def _columns(rows: list[dict], losses: dict, chosen: dict, reference: str) -> list[dict]:
     """Gain in high precision, cost of the bits, and their sum, for every low-bit method with its counterpart."""
     out = []
     for row in rows:
@@ -112,12 +121,11 @@ def _columns(rows: list[dict], losses: dict, reference: str) -> list[dict]:
         if not row["low_bit"] or not losses.get(dense):
             continue
         parts = {
-            "gain": paired(losses[dense], losses.get(reference, {})) if dense != reference else None,
-            "cost": paired(losses[name], losses[dense]),
-            "sum": paired(losses[name], losses.get(reference, {})),
+            "gain": _compare(dense, reference, losses, chosen) if dense != reference else None,
+            "cost": _compare(name, dense, losses, chosen),
+            "sum": _compare(name, reference, losses, chosen),
         }
-        out.append({"name": name, "label": row["label"], "counterpart": dense,
-                    **{k: d.describe() if d else None for k, d in parts.items()}})  # fmt: skip
+        out.append({"name": name, "label": row["label"], "counterpart": dense, **parts})
     return out
 
 
@@ -146,7 +154,9 @@ def _notes(document: dict, good: list[dict], rows: list[dict]) -> list[str]:
             f"Intervals are 95 % t-intervals of paired differences over {len(document['seeds'])} seeds; {contrasts} "
             "methods are compared with the reference and nothing is corrected for looking at several."
         )  # fmt: skip
-    if len(document["lrs"]) > 1:
+    if len(document["lrs"]) == 1:
+        notes.append(f"One learning rate, {document['lrs'][0]:g}, for all methods: none is tuned.")
+    else:
         notes.append("Each method is shown at its best learning rate, chosen on these same seeds, which flatters all.")
         edges = _edges(document, rows)
         if edges:

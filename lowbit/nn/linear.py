@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ..policy import clean_name
 from ..rounding import key
 from .fake import fake_quantize
 from .recipe import FORWARD, Operand, Recipe, find_recipe
@@ -68,7 +69,7 @@ class QuantLinear(nn.Linear):
 
     def _adopt(self, recipe: Recipe, name: str) -> None:
         self.recipe = recipe
-        self._layer_id = zlib.crc32(name.encode())
+        self._layer_id = zlib.crc32(clean_name(name).encode())
         self._calls = Calls()
 
     def forward(self, input: Tensor) -> Tensor:

@@ -14,22 +14,22 @@ import inspect
 import math
 import warnings
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, Literal, TypedDict
 
 import torch
 from torch import Tensor
 
-from .. import backends, layout, masters, packed
+from .. import backends, masters
 from ..formats import nearest
-from ..policy import PRESETS_VERSION, Decision, Policy, Storage, check_storage, role_of
-from ..rounding import key
+from ..policy import PRESETS_VERSION, Policy, Storage, check_storage, clean_name
 from ..stages import Job, Moment, Program, Stage
 from . import checkpoint
 from .explain import Explanation, explain
+from .slot import FLOATS, Slot
 
 ROUNDINGS = ("auto", "nearest", "stochastic")
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 
@@ -51,6 +51,7 @@ class Part:
     """What contributes stages to a program: a rule itself, or a stabilizer put in front of one."""
 
     scalars: ClassVar[dict[str, float]] = {}
+    temporaries: ClassVar[dict[str, float]] = {}  # scalars that each step begins with anew, and their values
     stages: tuple[Stage, ...] = ()
 
     def constants(self, group: Mapping[str, Any], t: int) -> dict[str, float]:
@@ -137,13 +138,13 @@ class Rule(torch.optim.Optimizer, Part):
         self.policy = policy or Policy()
         self.roles = dict(roles or {})
         self._programs: dict[Any, Program] = {}
-        self._slots: dict[Tensor, _Slot] = {}
+        self._slots: dict[Tensor, Slot] = {}
         self._warned = False
         for part in self.stabilize:
             if not isinstance(part, Stabilizer):
                 raise TypeError(f"stabilize: {part!r} is not a stabilizer, such as lowbit.optim.AdaClip()")
             for name, value in part.hyper.items():
-                if name in defaults and defaults[name] != value:
+                if name in defaults:
                     raise ValueError(f"stabilize: {name!r} of {part!r} is already a hyper-parameter of this optimizer")
                 defaults[name] = value
         storage = {"states": states, "seed": seed, "master": master, "rounding": rounding}
@@ -168,7 +169,7 @@ class Rule(torch.optim.Optimizer, Part):
         """Add a group, as in torch; its states are created at once. Checks everything before it changes anything."""
         group = {**self.defaults, **param_group}
         given = group["params"]
-        entries = [given] if isinstance(given, Tensor) else _as_list(given)
+        entries = group["params"] = [given] if isinstance(given, Tensor) else _as_list(given)
         params = [entry[1] if isinstance(entry, tuple) else entry for entry in entries]
         names = [entry[0] if isinstance(entry, tuple) else "" for entry in entries]
         taken = {id(p): label for g in self.param_groups for p, label in self._labelled(g)}
@@ -218,8 +219,17 @@ class Rule(torch.optim.Optimizer, Part):
             if group[argument] not in known:
                 hint = nearest(group[argument], known)
                 raise ValueError(f"unknown {argument} {group[argument]!r}{hint}; known: {', '.join(known)}")
+        if not group.get("param_names") and not any(isinstance(entry, tuple) for entry in group.get("params", ())):
+            self._check_nameless()
         if group["rounding"] == "stochastic" and group["master"] != "none":
             raise ValueError('rounding="stochastic" and a master contradict each other: a master keeps the rest')
+
+    def _check_nameless(self) -> None:
+        """Rules that go by name do nothing without names; better to say so."""
+        globs = [match for match, _ in self.policy.rules if isinstance(match, str)]
+        if globs or self.roles:
+            asked = f"policy {globs[0]!r}" if globs else f"roles {next(iter(self.roles))!r}"
+            raise ValueError(f"{asked} goes by names, and the parameters have none: pass model.named_parameters()")
 
     def _labelled(self, group: Mapping[str, Any]) -> list[tuple[Tensor, str]]:
         """Each parameter of a group with the name that messages use."""
@@ -229,14 +239,17 @@ class Rule(torch.optim.Optimizer, Part):
 
     def init_state(self) -> None:
         """Create the state of every parameter that requires a gradient and has none yet."""
-        position = 0
+        position, seen = 0, Counter[str]()
         for group in self.param_groups:
             names = group.get("param_names")
             for i, (p, label) in enumerate(self._labelled(group)):
+                name = clean_name(names[i]) if names else ""
                 if p not in self._slots:
-                    name = clean_name(names[i]) if names else ""
-                    self._slots[p] = _Slot(self, group, p, name, label, position)
+                    # Two models in one optimizer may use one name twice; their random bits must differ all the same.
+                    number = zlib.crc32(f"{name}{'#' * seen[name]}".encode()) if name else position
+                    self._slots[p] = Slot(self, group, p, name, label, number)
                 position += 1
+                seen[name] += 1
                 if (p.requires_grad or p.grad is not None) and not self.state.get(p):
                     self.state[p] = self._slots[p].fresh()
 
@@ -261,21 +274,33 @@ class Rule(torch.optim.Optimizer, Part):
                 for p in group["params"]
                 if (grad := p.grad) is not None
             ]
-            for _, slot, grad in work:
-                slot.check(grad)
-            self._warn_resolution(work)
+            for group, slot, grad in work:
+                slot.check(group, grad)
+                backends.choose(slot.param.device)
             for group in self.param_groups:
-                group["steps"] += 1
-            self._reset(work, "before")
-            jobs = self._jobs(work)
+                check_common(group)
+            self._warn_resolution(work)
+            jobs = self._counted_jobs(work)
+            self._reset("before")
             backends.step(jobs)
-            self._reset(work, "after")
+            self._reset("after")
             for group, slot, _ in work:
                 count = self.state[slot.param]["step"]
                 count.fill_(self.step_after(group, int(count) + 1))
         return loss
 
-    def _jobs(self, work: list[tuple[dict[str, Any], _Slot, Tensor]]) -> list[Job]:
+    def _counted_jobs(self, work: list[tuple[dict[str, Any], Slot, Tensor]]) -> list[Job]:
+        """Count the step and make its jobs; if that fails, nothing has been counted."""
+        for group in self.param_groups:
+            group["steps"] += 1
+        try:
+            return self._jobs(work)
+        except BaseException:
+            for group in self.param_groups:
+                group["steps"] -= 1
+            raise
+
+    def _jobs(self, work: list[tuple[dict[str, Any], Slot, Tensor]]) -> list[Job]:
         cache: dict[tuple[int, int], dict[str, float]] = {}
         jobs = []
         for group, slot, grad in work:
@@ -291,31 +316,37 @@ class Rule(torch.optim.Optimizer, Part):
             jobs.append(slot.job(group, state, grad, cache[id(group), t]))
         return jobs
 
-    def _reset(self, work: list[tuple[dict[str, Any], _Slot, Tensor]], when: str) -> None:
-        """Momentum reset: zero scales and codes, written directly; what debiases a moment restarts with it."""
-        due = {id(g) for g in self.param_groups if any(p.resets(g) == when for p in (*self.stabilize, self))}
-        for group, slot, _ in work:
-            if id(group) in due:
-                slot.zero_moments(self.state[slot.param], keep=when == "after")
+    def _reset(self, when: str) -> None:
+        """Momentum reset: zero scales and codes, written directly; what debiases a moment restarts with it.
 
-    def _warn_resolution(self, work: list[tuple[dict[str, Any], _Slot, Tensor]]) -> None:
-        """Once: a 16-bit parameter rounded to nearest does not move when an update is below half its ulp."""
-        if self._warned:
-            return
+        Of every tensor in the group, also of those that have no gradient in this step. A late reset, as released, is
+        part of a tensor's step and happens only to those that have one.
+        """
+        for group in self.param_groups:
+            if any(part.resets(group) == when for part in (*self.stabilize, self)):
+                for p in group["params"]:
+                    if self.state.get(p) and (when == "before" or p.grad is not None):
+                        self._slots[p].zero_moments(self.state[p], keep=when == "after")
+
+    def _warn_resolution(self, work: list[tuple[dict[str, Any], Slot, Tensor]]) -> None:
+        """Once: a 16-bit parameter rounded to nearest does not move when an update is below half its ulp.
+
+        Looked at in the first step (by the scheduler's peak rate, so that a warm-up is no reason) and every 100 after.
+        """
         for group, slot, _ in work:
-            p = slot.param
-            if p.dtype == torch.float32 or group["master"] != "none" or group["rounding"] != "nearest" or not p.numel():
+            p, first = slot.param, group["steps"] == 0
+            rounds = p.dtype != torch.float32 and group["master"] == "none" and group["rounding"] == "nearest"
+            if self._warned or not rounds or not p.numel() or (group["steps"] % 100 and not first):
                 continue
-            typical = float(p.detach().float().square().mean().sqrt())
-            half_ulp = typical * torch.finfo(p.dtype).eps / 2
-            if 0 < float(group["lr"]) < half_ulp:
+            lr = max(float(group["lr"]), float(group.get("initial_lr", 0.0)) if first else 0.0)
+            half_ulp = float(p.detach().float().square().mean().sqrt()) * torch.finfo(p.dtype).eps / 2
+            if 0 < lr < half_ulp:
+                self._warned = True
                 warnings.warn(
-                    f"lr={float(group['lr']):.2g} is below the resolution of {slot.label} ({p.dtype}, half an ulp is "
+                    f"lr={lr:.2g} is below the resolution of {slot.label} ({p.dtype}, half an ulp is "
                     f'about {half_ulp:.2g}): most updates will round away. Use rounding="stochastic" or a master.',
                     stacklevel=4,
                 )
-                break
-        self._warned = True
 
     def program(self, group: Mapping[str, Any]) -> Program:
         """The stages of a group, stabilizers first, as backends run them."""
@@ -326,7 +357,8 @@ class Rule(torch.optim.Optimizer, Part):
             own = {id(self): stages}
             every = tuple(stage for part in parts for stage in own.get(id(part), part.stages))
             scalars = {k: v for part in parts for k, v in part.scalars.items()}
-            self._programs[name] = Program(every, moments, scalars, self.guarded)
+            temporaries = {k: v for part in parts for k, v in part.temporaries.items()}
+            self._programs[name] = Program(every, moments, scalars, self.guarded, temporaries)
         return self._programs[name]
 
     # ---- what it tells
@@ -341,7 +373,7 @@ class Rule(torch.optim.Optimizer, Part):
         return sum(v.nbytes for state in self.state.values() for v in state.values() if isinstance(v, Tensor))
 
     def counters(self) -> dict[str, int]:
-        """How often non-finite values made a step leave a block, or a whole tensor, as it was, since the start."""
+        """How often a step left a block, or a whole tensor, as it was: values not finite, or too large to be stored."""
         counts = [state["skipped"].tolist() for state in self.state.values() if state]
         blocks, tensors = (sum(column) for column in zip(*counts, strict=True)) if counts else (0, 0)
         return {"skipped_blocks": blocks, "skipped_tensors": tensors}
@@ -350,7 +382,8 @@ class Rule(torch.optim.Optimizer, Part):
 
     def __getstate__(self) -> dict[str, Any]:
         # Also what a subclass keeps; not hooks (as in torch), and not what is built again.
-        own = {k: v for k, v in vars(self).items() if not k.startswith("_optimizer_") and k not in ("_programs", "_slots", "step")}
+        built = ("_programs", "_slots", "step")
+        own = {k: v for k, v in vars(self).items() if k not in built and not k.startswith("_optimizer_")}
         return {**own, **super().__getstate__()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -359,12 +392,14 @@ class Rule(torch.optim.Optimizer, Part):
         self._programs, self._slots = {}, {}
         for group in self.param_groups:
             for name, value in {**self.defaults, "steps": 0, "states_version": PRESETS_VERSION}.items():
-                group.setdefault(name, value)
+                if name != "differentiable":  # torch adds it to the defaults: a group would differ from before
+                    group.setdefault(name, value)
             group.update({k: tuple(v) for k, v in group.items() if isinstance(v, list) and k == "betas"})
         self.init_state()
+        checkpoint.convert_stale(self)
 
     def state_dict(self) -> dict[str, Any]:
-        """As in torch; tensors, numbers, strings, tuples and dicts only, so `torch.load(weights_only=True)` takes it."""
+        """As in torch, of plain values only, so that `torch.load(weights_only=True)` takes it."""
         state_dict = super().state_dict()
         for group in state_dict["param_groups"]:
             group["states"] = checkpoint.plain(group["states"])
@@ -379,114 +414,6 @@ class Rule(torch.optim.Optimizer, Part):
         """
         with checkpoint.checked_and_kept(self):
             super().load_state_dict(state_dict)
-
-
-class _Slot:
-    """What never changes about one parameter: its name, shape, formats; makes its state and its jobs."""
-
-    def __init__(self, rule: Rule, group: Mapping[str, Any], p: Tensor, name: str, label: str, position: int):
-        self.param, self.label, self.name = p, label, name
-        self.role = role_of(name, rule.roles) if name else ""
-        self.rows, self.cols = layout.rows_of(p.shape)
-        self.made_for = (p.dtype, p.device, p.shape)
-        self.id = zlib.crc32(name.encode()) if name else position
-        self.program = rule.program(group)
-        self.decisions: dict[str, Decision] = {
-            letter: rule.policy.decide(group["states"], m.name, m.signed, name, tuple(p.shape), self.role)
-            for letter, m in self.program.moments.items()
-        }
-        self.formats = {letter: decision.format for letter, decision in self.decisions.items()}
-        self.master = group["master"]
-
-    def check(self, grad: Tensor) -> None:
-        """Raise before a step changes anything."""
-        p = self.param
-        if (p.dtype, p.device, p.shape) != self.made_for:
-            was, now = (f"{d}, {dev}, {tuple(s)}" for d, dev, s in (self.made_for, (p.dtype, p.device, p.shape)))
-            raise RuntimeError(
-                f"{self.label}: was {was} when the optimizer was built and is {now} now; "
-                "change the model's dtype, device or shape first and build the optimizer after"
-            )
-        if grad.layout != torch.strided:
-            raise TypeError(f"{self.label}: sparse gradients are not supported; use nn.Embedding(sparse=False)")
-        if grad.dtype not in FLOATS:
-            raise TypeError(f"{self.label}: the gradient is {grad.dtype}; it must be float32, bfloat16 or float16")
-        if grad.shape != p.shape or grad.device != p.device:
-            raise ValueError(
-                f"{self.label}: the gradient is {tuple(grad.shape)} on {grad.device}, "
-                f"the parameter {tuple(p.shape)} on {p.device}"
-            )
-
-    def fresh(self) -> dict[str, Any]:
-        """A state of zeros: plain tensors and ints only."""
-        p = self.param
-        state: dict[str, Any] = {"step": torch.zeros((), dtype=torch.float32, device="cpu")}
-        for letter, moment in self.program.moments.items():
-            fmt = self.formats[letter]
-            for part, tensor in packed.zeros(fmt, tuple(p.shape), p.device).items():
-                state[state_key(moment.name, part)] = tensor
-            if fmt.compressed:
-                state[f"{moment.name}_format"] = fmt.tag
-        for name, value in self.program.scalars.items():
-            state[name] = torch.full((), value, dtype=torch.float32, device=p.device)
-        state["skipped"] = torch.zeros(2, dtype=torch.int64, device=p.device)
-        kept = masters.companion_dtype(self.master, p.dtype)
-        if kept is not None:
-            start = p.detach() if self.master == "fp32" else torch.zeros_like(p)
-            state["master"] = start.to(kept, copy=True).contiguous()
-        return state
-
-    def job(self, group: Mapping[str, Any], state: dict[str, Any], grad: Tensor, constants: dict[str, float]) -> Job:
-        moments = {}
-        for letter, moment in self.program.moments.items():
-            parts = self.formats[letter].parts if self.formats[letter].compressed else ("codes",)
-            moments[letter] = {part: state[state_key(moment.name, part)] for part in parts}
-        noise = {}
-        half = self.param.dtype != torch.float32
-        if half and self.master == "none" and group["rounding"] != "nearest":
-            noise["p"] = key(group["seed"], group["steps"], self.id, 0)
-        if group["state_rounding"] == "stochastic":
-            for operand, letter in enumerate(self.program.moments, start=1):
-                noise[letter] = key(group["seed"], group["steps"], self.id, operand)
-        return Job(
-            param=self.param,
-            grad=grad,
-            moments=moments,
-            formats=self.formats,
-            scalars={name: state[name] for name in self.program.scalars},
-            constants=constants,
-            skipped=state["skipped"],
-            rows=self.rows,
-            cols=self.cols,
-            program=self.program,
-            master=self.master if "master" in state else "none",
-            companion=state.get("master"),
-            noise=noise,
-        )
-
-    def zero_moments(self, state: dict[str, Any], keep: bool) -> None:
-        """Zero every moment and what debiases it; `keep` spares maxima of moments, as released code does."""
-        for letter, moment in self.program.moments.items():
-            if keep and moment.name.startswith("max_"):
-                continue
-            for part in packed.part_shapes(self.formats[letter], tuple(self.param.shape)):
-                state[state_key(moment.name, part)].zero_()
-            if moment.weight:
-                state[moment.weight].zero_()
-
-
-def state_key(moment: str, part: str) -> str:
-    """The state's key of a moment's part: `exp_avg` for the codes, `exp_avg_scale` for the scales."""
-    return moment if part == "codes" else f"{moment}_{part}"
-
-
-def clean_name(name: str) -> str:
-    """A parameter's name without what wrappers put in front of it, so that wrapping changes no seed and no policy.
-
-    >>> clean_name("_orig_mod.module.layers.0.weight")
-    'layers.0.weight'
-    """
-    return ".".join(w for w in name.split(".") if w not in ("_orig_mod", "module", "_fsdp_wrapped_module"))
 
 
 def _as_list(params: Any) -> list[Any]:

@@ -18,15 +18,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .. import layout, packed
+from .. import layout, masters, packed
 from ..formats import Format, catalogue
-from ..policy import PRESETS_VERSION
+from ..policy import PRESETS_VERSION, clean_name
+from .slot import Slot, state_key
 
 if TYPE_CHECKING:
     from .base import Rule
 
 # How states are stored belongs to the optimizer that is running, not to the file.
-OWN_KEYS = ("states", "master")
+OWN_KEYS = ("states", "master", "rounding")
+# How torch's own optimizers run; nothing here.
+TORCHS_KEYS = ("maximize", "foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay")
 
 
 class _Keep:
@@ -62,10 +65,15 @@ def _prepare(rule: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
     for index, (saved, group) in enumerate(zip(saved_groups, rule.param_groups, strict=True)):
         order = _order(saved, group, index)
         incoming = [saved["params"][i] for i in order]
+        if saved.get("decoupled_weight_decay") is False and saved.get("weight_decay"):
+            raise ValueError(f"group {index}: the checkpoint's weight decay is coupled (L2), lowbit's is decoupled")
         if saved.get("maximize"):
             raise ValueError(f"group {index}: the checkpoint has maximize=True, which lowbit's optimizers have not")
         known = {k: v for k, v in group.items() if k not in saved and k != "steps"}
-        new = {**known, **saved, **{k: group[k] for k in OWN_KEYS}, "params": incoming}
+        theirs = {k: v for k, v in saved.items() if k not in TORCHS_KEYS}
+        new = {**known, **theirs, **{k: group[k] for k in OWN_KEYS}, "params": incoming}
+        if isinstance(group["lr"], Tensor) and not isinstance(new["lr"], Tensor):
+            new["lr"] = torch.full_like(group["lr"], new["lr"])  # schedulers compute in the tensor's precision
         if "param_names" in group:
             new["param_names"] = group["param_names"]
         new.setdefault("steps", _steps(state_dict, incoming))
@@ -74,8 +82,13 @@ def _prepare(rule: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
         groups.append(new)
         for number, p in zip(incoming, group["params"], strict=True):
             own = rule._slots[p]
-            slot = type(own)(rule, new, p, own.name, own.label, own.id)  # amsgrad adds a moment, for instance
+            slot = Slot(rule, new, p, own.name, own.label, own.id)  # amsgrad adds a moment, for instance
             saved_state = state_dict["state"].get(number)
+            if not saved_state and "states_version" in saved and state_dict["state"] and p.requires_grad:
+                raise ValueError(
+                    f"{own.label}: the checkpoint has no state for it. If it was frozen when that was saved, load "
+                    "while requires_grad is False and set it to True after"
+                )
             if saved_state:
                 converted = _Conversion(slot, new, saved).run(saved_state)
                 states[number] = {name: _Keep(value) for name, value in converted.items()}
@@ -90,13 +103,16 @@ def _checked_groups(rule: Any, state_dict: Any) -> list[dict[str, Any]]:
     have, want = [len(g["params"]) for g in groups], [len(g["params"]) for g in rule.param_groups]
     if have != want:
         raise ValueError(f"the checkpoint's groups have {have} parameters and this optimizer's {want}")
+    strange = set(state_dict["state"]) - {number for g in groups for number in g["params"]}
+    if strange:
+        raise ValueError(
+            f"the checkpoint has states for {sorted(map(repr, strange))[:3]}, which its groups do not name"
+        )
     return groups
 
 
 def _order(saved: Mapping[str, Any], group: Mapping[str, Any], index: int) -> list[int]:
     """Positions in the saved group of this group's parameters: by name where both have names."""
-    from .base import clean_name
-
     count = len(group["params"])
     if "param_names" not in saved or "param_names" not in group:
         return list(range(count))
@@ -110,6 +126,19 @@ def _order(saved: Mapping[str, Any], group: Mapping[str, Any], index: int) -> li
 def _steps(state_dict: Mapping[str, Any], numbers: list[Any]) -> int:
     steps = [state_dict["state"].get(n, {}).get("step", 0) for n in numbers]
     return max((int(s) for s in steps), default=0)
+
+
+def convert_stale(rule: Rule) -> None:
+    """After a copy or an unpickling: states in other formats than their group asks for now are converted."""
+    for group in rule.param_groups:
+        for p in group["params"]:
+            state, slot = rule.state.get(p), rule._slots[p]
+            if state and any(
+                state.get(f"{moment.name}_format")
+                != (slot.formats[letter].tag if slot.formats[letter].compressed else None)
+                for letter, moment in slot.program.moments.items()
+            ):
+                rule.state[p] = _Conversion(slot, group, group).run(state)
 
 
 @cache
@@ -132,7 +161,7 @@ class _Conversion:
         state = self.slot.fresh()
         if "step" not in saved:
             raise ValueError(f"{self.slot.label}: the checkpoint has no 'step'; it has {sorted(map(str, saved))}")
-        state["step"] = torch.as_tensor(saved.get("step", 0.0), dtype=torch.float32).reshape(()).cpu()
+        state["step"] = torch.as_tensor(saved["step"], dtype=torch.float32).reshape(()).cpu().clone()
         for letter, moment in self.slot.program.moments.items():
             state.update(self._moment(moment.name, self.slot.formats[letter], moment.signed, saved))
             if moment.weight and moment.weight not in saved:
@@ -140,13 +169,24 @@ class _Conversion:
         for name in (*self.slot.program.scalars, "skipped"):
             if name in saved:
                 state[name] = self._tensor(saved, name, tuple(state[name].shape), state[name].dtype)
-        if "master" in state and "master" in saved and self.saved_group.get("master") == self.group["master"]:
-            state["master"] = self._tensor(saved, "master", tuple(state["master"].shape), state["master"].dtype)
+        if "master" in state and "master" in saved:
+            state["master"] = self._companion(saved, state["master"])
         return state
 
-    def _moment(self, name: str, fmt: Format, signed: bool, saved: Mapping[str, Any]) -> dict[str, Any]:
-        from .base import state_key
+    def _companion(self, saved: Mapping[str, Any], fresh: Tensor) -> Tensor:
+        """The low bits of the parameter, which must be loaded already, as this optimizer keeps them."""
+        p, theirs, own = self.slot.param.detach(), self.saved_group["master"], self.group["master"]
+        dtype = masters.companion_dtype(theirs, p.dtype)
+        if dtype is None:
+            return fresh
+        kept = self._tensor(saved, "master", self.shape, dtype)
+        if theirs == own:
+            return kept
+        rounded, converted = masters.store(own, masters.load(theirs, p, kept), p.dtype, None)
+        assert converted is not None
+        return torch.where(rounded == p, converted, fresh)
 
+    def _moment(self, name: str, fmt: Format, signed: bool, saved: Mapping[str, Any]) -> dict[str, Any]:
         if name not in saved:
             if name.startswith("max_"):
                 raise ValueError(f"{self.slot.label}: the checkpoint has no {name!r}; it was made without amsgrad")

@@ -68,7 +68,8 @@ class Explanation:
         per = self.state_bytes / max(1, self.parameters)
         console.print(
             f"{self.parameters:,} parameters, {self.state_bytes:,} bytes of state ({per:.3f} per parameter). "
-            f"A step reads the gradient {self.sweeps} time{'s' if self.sweeps > 1 else ''}: {' → '.join(self.stages)}."
+            f"A step reads the gradient {self.sweeps} time{'s' if self.sweeps > 1 else ''}: "
+            + " or, in another group, ".join(self.stages)
         )
         return out.getvalue()
 
@@ -92,6 +93,6 @@ def explain(rule: Rule) -> Explanation:
                     state_bytes=sum(v.nbytes for v in state.values() if isinstance(v, Tensor)),
                 )
             )
-    program = rule.program(rule.param_groups[0])
-    stages = tuple(stage.function.__name__ for stage in program.stages)
-    return Explanation(type(rule).__name__, tuple(rows), program.sweeps, stages)
+    programs = list({id(made): made for made in map(rule.program, rule.param_groups)}.values())
+    stages = tuple(" → ".join(stage.function.__name__ for stage in program.stages) for program in programs)
+    return Explanation(type(rule).__name__, tuple(rows), max(program.sweeps for program in programs), stages)

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from ..stages import Stage, fold, measure, update
+from ..stages import fold, measure, update
 from ..words import abs, binade, lerp, minimum, reciprocal, sign, sqrt, where
 from .base import Stabilizer
 
@@ -101,12 +101,6 @@ class AdaClip(Stabilizer):
         }
 
 
-@fold
-def plain_unit(s, c):
-    """Without a known maximum, squares are taken as they are."""
-    s.unit = c.one
-
-
 @measure("sum")
 def energy(g, s):
     """The squared norm, in squares of `unit`."""
@@ -147,25 +141,28 @@ def normalize(g, s):
 class AdaGN(Stabilizer):
     """Give each tensor's gradient the norm that its own history suggests: an average norm over a root mean square.
 
-    One sweep. The gradient's own norm no longer matters, only its direction: norms come out near 1.
+    One sweep. The gradient's own norm no longer matters, only its direction: norms come out near 1. Behind AdaClip the
+    largest value is known, and squares are taken in units of its power of two (`s.unit`). A norm above 1.8e19, whose
+    square is no fp32 number, leaves the tensor alone.
     """
 
     scalars: ClassVar = {"m_norm_t": 0.0, "v_norm_t": 0.0, "m_norm_weight": 0.0, "v_norm_weight": 0.0}
+    temporaries: ClassVar = {"unit": 1.0}
 
-    def __init__(self, gamma1: float = 0.7, gamma2: float = 0.9, closed_form: bool = False, after_clip: bool = False):
+    def __init__(self, gamma1: float = 0.7, gamma2: float = 0.9, closed_form: bool = False):
         super().__init__(gamma1=gamma1, gamma2=gamma2)
-        weight = norm_weight if closed_form else weigh_norm
-        # After AdaClip the largest value is known, and squares are taken in units of its power of two: no overflow.
-        unit: tuple[Stage, ...] = () if after_clip else (plain_unit,)
-        self.stages = (*unit, energy, weight, gain, normalize)
+        self.stages = (energy, norm_weight if closed_form else weigh_norm, gain, normalize)
 
     def check(self, group: Mapping[str, Any]) -> None:
         """See `Stabilizer.check`."""
-        _fraction(group, "gamma1", "gamma2")
+        _fraction(group, "gamma2", *(("gamma1",) if group["gamma1"] != -1 else ()))
+        if group["gamma1"] == -1 and "betas" not in group:
+            raise ValueError("gamma1=-1 takes betas[0], and this optimizer has no betas")
 
     def constants(self, group: Mapping[str, Any], t: int) -> dict[str, float]:
         """See `Part.constants`."""
-        gamma1, gamma2 = group["gamma1"] * annealing(group), group["gamma2"]
+        gamma1 = group["betas"][0] if group["gamma1"] == -1 else group["gamma1"]
+        gamma1, gamma2 = gamma1 * annealing(group), group["gamma2"]
         return {
             "one": 1.0,
             "norm_eps": group.get("eps", 1e-8),
@@ -179,7 +176,8 @@ class AdaGN(Stabilizer):
 class MomentumReset(Stabilizer):
     """Set all moments to zero every `reset_interval` steps (0: never), before they are used; debiasing restarts.
 
-    No sweep: a reset writes zero codes and scales. `late` is the released code's order: the step of the reset still
+    No sweep: a reset writes zero codes and scales, to every tensor of the group, whether or not it has a (finite)
+    gradient in that step. `late` is the released code's order: the step of the reset still
     uses the old moments.
     """
 

@@ -86,7 +86,7 @@ class StableSPAM(AdamW):
         self.folds: tuple[Stage, ...] = (closed_form,) if official else AdamW.folds
         parts = (
             AdaClip(gamma3, closed_form=official),
-            AdaGN(betas[0] if gamma1 == -1 else gamma1, gamma2, closed_form=official, after_clip=True),
+            AdaGN(gamma1, gamma2, closed_form=official),
             MomentumReset(reset_interval, late=official),
         )
         hyper = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad}
