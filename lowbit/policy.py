@@ -51,10 +51,11 @@ def role_of(name: str, roles: Mapping[str, str] | None = None) -> str:
 def clean_name(name: str) -> str:
     """A parameter's name without what wrappers put in front of it, so that wrapping changes no seed and no policy.
 
-    >>> clean_name("_orig_mod.module.layers.0.weight")
+    >>> clean_name("module.layers.0._orig_mod.weight")
     'layers.0.weight'
     """
-    return ".".join(w for w in name.split(".") if w not in ("_orig_mod", "module", "_fsdp_wrapped_module"))
+    wrappers = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+    return ".".join(w for w in name.split(".") if w not in wrappers).removeprefix("module.")
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,10 @@ def _reads(function: Callable[..., Any]) -> tuple[str, ...]:
 
 
 def measure(reduce: Literal["max", "sum"], over: Literal["tensor", "all"] = "tensor") -> Callable[..., Stage]:
-    """Decorator: the function's value, reduced to one number per tensor, or to one over all tensors."""
+    """Decorator: the function's value, reduced to one number per tensor, or to one over all tensors.
+
+    What is maximised must not be negative: the end of a short row counts as 0.
+    """
 
     def decorate(function: Callable[..., Any]) -> Stage:
         return Stage("measure", function, _reads(function), reduce=reduce, over=over)

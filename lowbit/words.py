@@ -14,8 +14,12 @@ from torch import Tensor
 
 
 def lerp(a: Tensor, b: Tensor | float, weight: Tensor) -> Tensor:
-    """a + weight * (b - a)."""
-    return a + weight * (b - a)
+    """From a to b by a share: a + weight * (b - a), or from b back when the weight is 1/2 or more.
+
+    So a weight of 1 gives exactly b, however large a was; torch's own `lerp` does the same, with other roundings.
+    """
+    apart = b - a
+    return torch.where(weight < 0.5, a + weight * apart, b - (1 - weight) * apart)
 
 
 def sqrt(a: Tensor) -> Tensor:

@@ -40,8 +40,10 @@ def test_sqrt_of_what_is_not_a_positive_number():
 def test_lerp_is_the_plain_formula():
     a, b, w = (torch.from_numpy(np.random.default_rng(i).standard_normal(100_000).astype(np.float32)) for i in range(3))
     na, nb, nw = a.numpy(), b.numpy(), w.numpy()
-    assert same_bits(words.lerp(a, b, w), torch.from_numpy(na + nw * (nb - na)))
+    plain = np.where(nw < 0.5, na + nw * (nb - na), nb - (1 - nw) * (nb - na))
+    assert same_bits(words.lerp(a, b, w), torch.from_numpy(plain))
     assert torch.equal(words.lerp(a, b, torch.zeros(())), a)
+    assert torch.equal(words.lerp(1e8 * a, b, torch.ones(())), b)
     # Broadcasting, and a weight that is a scalar tensor: rounded once to fp32, not carried in double.
     c = torch.tensor(0.1)
     assert same_bits(words.lerp(a, b, c), torch.from_numpy(na + np.float32(0.1) * (nb - na)))
