@@ -259,8 +259,9 @@ class Rule(torch.optim.Optimizer, Part):
         """One step for every parameter that has a gradient.
 
         A tensor (or 256-value block, where no measurement is made) with a non-finite gradient, and a block with a value
-        too large to be stored, is left as it was and counted (`counters`). Raises before anything has changed for a sparse or integer gradient, or when a parameter's
-        dtype, device or shape is no longer what the state was made for.
+        too large to be stored, is left as it was and counted (`counters`). Raises before anything has changed for a
+        sparse or integer gradient, or when a parameter's dtype, device or shape is no longer what the state was made
+        for.
         """
         loss = None
         if closure is not None:
