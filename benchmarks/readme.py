@@ -34,6 +34,7 @@ def results_section() -> str:
         f"`lowbit bench --full`: {phrases.setup(summary)} {machine['cpu']}, torch {machine['torch']}, "
         f"lowbit {machine['lowbit']}."
     ]
+    parts.append("![Final loss against learning rate](benchmarks/results/bench-full/loss_vs_lr.png)")
     for grid in (tables.loss(summary), tables.columns(summary), tables.memory(summary), tables.speed(summary)):
         parts.append(f"**{grid.title}.** {grid.caption}\n\n{markdown_grid(grid).strip()}")
     parts.append("**Read as:**\n\n" + "\n".join(f"- {line}" for line in phrases.reading(summary)))
