@@ -34,12 +34,28 @@ def results_section() -> str:
         f"`lowbit bench --full`: {phrases.setup(summary)} {machine['cpu']}, torch {machine['torch']}, "
         f"lowbit {machine['lowbit']}."
     ]
+    parts.append(in_short(summary))
     parts.append("![Final loss against learning rate](benchmarks/results/bench-full/loss_vs_lr.png)")
     for grid in (tables.loss(summary), tables.columns(summary), tables.memory(summary), tables.speed(summary)):
         parts.append(f"**{grid.title}.** {grid.caption}\n\n{markdown_grid(grid).strip()}")
-    parts.append("**Read as:**\n\n" + "\n".join(f"- {line}" for line in phrases.reading(summary)))
     parts.append("**Mind:**\n\n" + "\n".join(f"- {line}" for line in notes(summary)))
     return "\n\n".join(parts)
+
+
+def in_short(summary: dict) -> str:
+    """One sentence a low-bit method: loss against the reference, memory, speed."""
+    rows = {row["name"]: row for row in summary["methods"]}
+    reference = rows[summary["reference"]]
+    lines = []
+    for column in summary["columns"]:
+        row = rows[column["name"]]
+        slower = reference["tokens_per_second"] / row["tokens_per_second"]
+        lines.append(
+            f"- **{row['label']}**: {phrases.difference(column['sum'])} nats/byte against {reference['label']} "
+            f"({phrases.verdict(column['sum'])}); {row['bytes_per_parameter']:.1f} bytes per parameter for weights, "
+            f"states and gradients instead of {reference['bytes_per_parameter']:.1f}; {slower:.1f} times slower here."
+        )
+    return "\n".join(["In short (at each method's best learning rate; negative is better):", "", *lines])
 
 
 def readme() -> str:

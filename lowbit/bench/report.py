@@ -77,8 +77,9 @@ def markdown(summary: dict) -> str:
 
 def markdown_grid(grid: Grid) -> str:
     """One table as Markdown."""
-    lines = [f"| {' | '.join(grid.heads)} |", "|---|" + "---:|" * (len(grid.heads) - 1)]
-    lines += [f"| {' | '.join(row)} |" for row in grid.rows]
+    escaped = [[cell.replace("|", "\\|") for cell in row] for row in (grid.heads, *grid.rows)]
+    lines = [f"| {' | '.join(row)} |" for row in escaped]
+    lines.insert(1, "|---|" + "---:|" * (len(grid.heads) - 1))
     return "\n".join(lines) + "\n"
 
 
