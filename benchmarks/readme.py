@@ -29,11 +29,7 @@ def results_section() -> str:
     """The README's part: final losses, the three columns, memory, and what to make of them."""
     folder = Folder(RESULTS / "bench-full")
     summary = summarize(folder.document(), folder.results())
-    machine = summary["machine"]
-    parts = [
-        f"`lowbit bench --full`: {phrases.setup(summary)} {machine['cpu']}, torch {machine['torch']}, "
-        f"lowbit {machine['lowbit']}."
-    ]
+    parts = [f"`lowbit bench --full`: {phrases.setup(summary)}"]
     parts.append(in_short(summary))
     parts.append("![Final loss against learning rate](benchmarks/results/bench-full/loss_vs_lr.png)")
     for grid in (tables.loss(summary), tables.columns(summary), tables.memory(summary), tables.speed(summary)):
