@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import lowbit
+from lowbit import layout, packed
 from lowbit.optim import AdamW, Rule, StableSPAM
 
 
@@ -129,3 +130,27 @@ def assert_same(a: dict[str, Any], b: dict[str, Any]) -> None:
             ), key
         else:
             assert type(x) is type(y) and x == y, f"{key}: {x!r}, {y!r}"
+
+
+def twins(shapes=((17, 33), (50,), ())) -> tuple[list[Parameter], list[Parameter]]:
+    mine = [p for _, p in parameters(list(shapes))]
+    return mine, [Parameter(p.detach().clone()) for p in mine]
+
+
+def feed(t: int, *lists: list[Parameter]) -> None:
+    for params in lists:
+        for i, p in enumerate(params):
+            p.grad = gradient(tuple(p.shape), t, i, p.dtype)
+
+
+def assert_close(a: list[Parameter], b: list[Parameter], atol: float = 1e-6) -> None:
+    for x, y in zip(a, b, strict=True):
+        torch.testing.assert_close(x.detach(), y.detach(), rtol=0, atol=atol)
+
+
+def dequantized(opt: Rule, p: Parameter, name: str) -> Tensor:
+    state, fmt = opt.state[p], opt._slots[p].formats
+    letter = {m.name: letter for letter, m in opt._slots[p].program.moments.items()}[name]
+    parts = {part: state[name if part == "codes" else f"{name}_{part}"] for part in fmt[letter].parts}
+    cols = layout.rows_of(p.shape)[1]
+    return packed.decode_rows(fmt[letter], parts, cols).reshape(p.shape)

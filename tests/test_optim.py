@@ -1,7 +1,6 @@
 """What optimizers compute, for every parameter and gradient they may meet, with states in every format."""
 
 import math
-from typing import ClassVar
 
 import numpy as np
 import oracles_optim
@@ -12,38 +11,30 @@ from cases import (
     PRESETS,
     SHAPES,
     SMALL_SHAPES,
-    STATE_FORMATS,
     Case,
+    assert_close,
     assert_same,
+    dequantized,
     every_case,
     every_preset,
     everything,
+    feed,
     gradient,
-    guarded_cases,
     parameters,
     train,
+    twins,
 )  # fmt: skip
 from cases import one_thread as one_thread
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-import lowbit
-from lowbit import packed
+from lowbit import layout, packed
 from lowbit.optim import (
-    AdaClip,
-    AdaGN,
     AdamW,
-    GlobalClip,
-    Moment,
-    MomentumReset,
     Rule,
-    SpikeClip,
     StableSPAM,
-    fold,
-    measure,
-    update,
 )  # fmt: skip
-from lowbit.words import abs, lerp, maximum, sign, where
+from lowbit.words import abs
 
 NAN, INF = math.nan, math.inf
 
@@ -58,22 +49,6 @@ ADAMW = {
     "amsgrad": {"amsgrad": True, "lr": 2e-3},
     "tensor lr": {"lr": torch.tensor(2e-3)},
 }
-
-
-def twins(shapes=((17, 33), (50,), ())) -> tuple[list[Parameter], list[Parameter]]:
-    mine = [p for _, p in parameters(list(shapes))]
-    return mine, [Parameter(p.detach().clone()) for p in mine]
-
-
-def feed(t: int, *lists: list[Parameter]) -> None:
-    for params in lists:
-        for i, p in enumerate(params):
-            p.grad = gradient(tuple(p.shape), t, i, p.dtype)
-
-
-def assert_close(a: list[Parameter], b: list[Parameter], atol: float = 1e-6) -> None:
-    for x, y in zip(a, b, strict=True):
-        torch.testing.assert_close(x.detach(), y.detach(), rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("options", ADAMW.values(), ids=ADAMW)
@@ -358,14 +333,6 @@ def test_the_default_dtype_and_device_change_nothing(dtype: torch.dtype):
 # --- compressed states ---------------------------------------------------------------------------------------------
 
 
-def dequantized(opt: Rule, p: Parameter, name: str) -> Tensor:
-    state, fmt = opt.state[p], opt._slots[p].formats
-    letter = {m.name: letter for letter, m in opt._slots[p].program.moments.items()}[name]
-    parts = {part: state[name if part == "codes" else f"{name}_{part}"] for part in fmt[letter].parts}
-    cols = packed.rows_of(p.shape)[1]
-    return packed.decode_rows(fmt[letter], parts, cols).reshape(p.shape)
-
-
 def as_reference(opt: Rule, p: Parameter, case: Case) -> dict:
     """A tensor's state as the float64 reference has it."""
     state = opt.state[p]
@@ -398,7 +365,7 @@ def test_a_step_is_decode_rule_encode(case: Case, name: str):
             for letter, moment in opt._slots[p].program.moments.items():
                 fmt = opt._slots[p].formats[letter]
                 assert fmt.compressed and (fmt.signed or not moment.signed)
-                values = torch.from_numpy(s[moment.name]).float().reshape(packed.rows_of(p.shape))
+                values = torch.from_numpy(s[moment.name]).float().reshape(layout.rows_of(p.shape))
                 parts = packed.encode_rows(fmt, values, live=not moment.signed)
                 wanted = packed.decode_rows(fmt, parts, values.shape[1]).reshape(p.shape)
                 stored = dequantized(opt, p, moment.name)
@@ -474,380 +441,3 @@ def test_stochastic_state_rounding_moves_small_averages():
     exact = 0.01 * 0.99**119 + 0.25 * (1 - 0.99**119)
     assert found["stochastic"] == pytest.approx(exact, rel=0.05)
     assert abs(torch.tensor(found["nearest"] - exact)) > 0.05 * exact
-
-
-# --- stabilizers ---------------------------------------------------------------------------------------------------
-
-
-@every_preset
-def test_stable_spam_is_adamw_with_three_stabilizers(states: str):
-    first, second = parameters([*SHAPES, (50,)]), parameters([*SHAPES, (50,)])
-    parts = (AdaClip(), AdaGN(), MomentumReset(7))
-    a = StableSPAM(first, reset_interval=7, states=states)
-    b = AdamW(second, stabilize=parts, weight_decay=0.0, states=states)
-    train(a, first, range(1, 9))
-    train(b, second, range(1, 9))
-    for (_, p), (_, q) in zip(first, second, strict=True):
-        assert torch.equal(p, q)
-        assert_same(dict(a.state[p]), dict(b.state[q]))
-
-
-@pytest.mark.parametrize("max_norm", [0.01, 1.0, 1e6])
-def test_global_clip_is_clip_grad_norm(max_norm: float):
-    mine, theirs = twins(((17, 33), (50,), (3, 300), (0,), ()))
-    opt, ref = AdamW(mine, states="fp32", stabilize=(GlobalClip(max_norm),)), torch.optim.AdamW(theirs)
-    for t in range(1, 41):
-        feed(t, mine, theirs)
-        before = [p.grad.clone() for p in mine]
-        opt.step()
-        assert all(torch.equal(g, p.grad) for g, p in zip(before, mine, strict=True))
-        nn.utils.clip_grad_norm_(theirs, max_norm)
-        ref.step()
-    assert_close(mine, theirs)
-
-
-def test_global_clip_sees_the_tensors_of_every_group():
-    """One norm over all groups, also where they run different programs."""
-    mine, theirs = twins(((17, 33), (17, 33)))
-    own = [{"params": mine[:1], "amsgrad": True}, {"params": mine[1:]}]
-    ref = torch.optim.AdamW([{"params": theirs[:1], "amsgrad": True}, {"params": theirs[1:]}])
-    opt = AdamW(own, states="fp32", stabilize=(GlobalClip(0.1),))
-    for t in range(1, 21):
-        feed(t, mine, theirs)
-        opt.step()
-        nn.utils.clip_grad_norm_(theirs, 0.1)
-        ref.step()
-    assert_close(mine, theirs)
-
-
-@pytest.mark.parametrize("bad", [NAN, INF, 1e25])
-def test_global_clip_leaves_out_a_bad_tensor(bad: float):
-    """The norm is that of the others, and they are stepped as without it."""
-    (a, b), (c, d) = twins(((17, 33), (50,)))
-    opt = AdamW([a, b], states="fp32", stabilize=(GlobalClip(0.01),))
-    ref = AdamW([d], states="fp32", stabilize=(GlobalClip(0.01),))
-    feed(1, [a, b], [c, d])
-    a.grad.fill_(bad)
-    d.grad = b.grad.clone()
-    opt.step()
-    ref.step()
-    assert torch.equal(a, c) and torch.equal(b, d) and not torch.equal(b, twins(((17, 33), (50,)))[0][1])
-    assert opt.counters()["skipped_tensors"] == 1
-
-
-def test_spike_clip_is_spams():
-    """g**2 > threshold * v: sign(g) * sqrt(threshold * v), with v before the step; where v is 0 nothing is clipped."""
-    threshold, (p,), (q,) = 4.0, *twins(((20, 30),))
-    opt = AdamW([p], states="fp32", stabilize=(SpikeClip(threshold),), weight_decay=0.1)
-    x, s = q.detach().double().numpy(), oracles_optim.fresh(q.detach().double().numpy())
-    clipped = 0
-    for t in range(1, 31):
-        p.grad = gradient((20, 30), t)
-        g = p.grad.double().numpy()
-        spike = (s["exp_avg_sq"] > 0) & (g * g > threshold * s["exp_avg_sq"])
-        clipped += int(spike.sum())
-        g = np.where(spike, np.sign(g) * np.sqrt(threshold * s["exp_avg_sq"]), g)
-        x = oracles_optim.adamw(x, g, s, t, weight_decay=0.1)
-        opt.step()
-        np.testing.assert_allclose(p.detach(), x, rtol=0, atol=1e-6)
-    assert 0 < clipped < 30 * 600
-
-
-def test_ada_gn_alone_gives_gradients_the_norm_of_their_history():
-    """GradientStabilizer: g * (average norm / root mean square of norms) / norm, averages debiased by weight."""
-    p = Parameter(torch.zeros(6, 40))
-    opt = AdamW(
-        [p], lr=1.0, betas=(0.5, 0.5), eps=1e-12, weight_decay=0.0, states="fp32", stabilize=(AdaGN(0.6, 0.99),)
-    )
-    m = n = wm = wn = 0.0
-    expected = np.zeros((6, 40))
-    for t in range(1, 10):
-        p.grad = gradient((6, 40), t)
-        opt.step()
-        norm = float(p.grad.double().norm())
-        m, wm = 0.6 * m + 0.4 * norm, 0.6 * wm + 0.4
-        n, wn = 0.99 * n + 0.01 * norm**2, 0.99 * wn + 0.01
-        expected = 0.5 * expected + 0.5 * p.grad.double().numpy() / norm * (m / wm) / math.sqrt(n / wn)
-        np.testing.assert_allclose(opt.state[p]["exp_avg"], expected, rtol=1e-4, atol=1e-8)
-
-
-@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
-def test_stabilizers_run_in_the_order_given(order: tuple[int, int]):
-    """Clipping to a global norm before or after normalizing is not the same."""
-    parts = [AdaGN(), GlobalClip(0.5)]
-    p = Parameter(torch.zeros(4, 8))
-    opt = AdamW([p], states="fp32", stabilize=[parts[i] for i in order], betas=(0.0, 0.999))
-    p.grad = torch.full((4, 8), 10.0)
-    opt.step()
-    norm = float(opt.state[p]["exp_avg"].norm())
-    assert norm == pytest.approx(0.5 if order == (0, 1) else 1.0, rel=1e-4)
-    assert opt.explain().sweeps == 3
-
-
-# --- a rule of one's own -------------------------------------------------------------------------------------------
-
-
-@measure("max")
-def top(g):
-    """The largest gradient."""
-    return abs(g)
-
-
-@fold
-def remember(x, s, c):
-    """The largest so far."""
-    s.largest = maximum(s.largest, x)
-    s.share = where(s.largest > 0, x / where(s.largest > 0, s.largest, c.one), c.one)
-
-
-@update("p b")
-def vote(p, g, b, s, c):
-    """Signs, weighted by how large the tensor's gradient is."""
-    b = lerp(b, sign(g) * s.share, c.rate)
-    return p - c.lr * b, b
-
-
-class SignMomentum(Rule):
-    """What a user writes: a moment with a new name, a measurement, a fold and an update."""
-
-    moments: ClassVar = {"b": Moment("sign_avg")}
-    scalars: ClassVar = {"largest": 0.0}
-    stages = (top, remember, vote)
-
-    def __init__(self, params, lr=1e-3, beta=0.9, **options):
-        self.note = "kept by copies"
-        super().__init__(params, {"lr": lr, "beta": beta}, **options)
-
-    def constants(self, group, t):
-        return {"lr": group["lr"], "rate": 1 - group["beta"], "one": 1.0}
-
-
-@pytest.mark.parametrize("name", STATE_FORMATS)
-def test_a_rule_of_ones_own_has_every_format(name: str):
-    if not lowbit.format(name).signed:
-        opt = SignMomentum(parameters([(33, 300)]), states=name)
-        assert lowbit.format(next(iter(opt.explain().rows[0].formats.values()))).signed
-        return
-    named = parameters([(33, 300), (7, 5461), (50,)])
-    opt = SignMomentum(named, lr=0.01, states=name)
-    largest = dict.fromkeys((n for n, _ in named), 0.0)
-    for t in range(1, 5):
-        before = {n: p.detach().double() for n, p in named}
-        moments = {
-            n: opt.state[p]["sign_avg"].double()
-            if "sign_avg_scale" not in opt.state[p]
-            else dequantized(opt, p, "sign_avg").double()
-            for n, p in named
-        }
-        train(opt, named, range(t, t + 1))
-        for n, p in named:
-            x = float(p.grad.abs().max())
-            largest[n] = max(largest[n], x)
-            b = 0.9 * moments[n] + 0.1 * p.grad.double().sign() * x / largest[n]
-            torch.testing.assert_close(p.detach().double(), before[n] - 0.01 * b, rtol=0, atol=1e-6)
-            assert float(opt.state[p]["largest"]) == pytest.approx(largest[n])
-    assert opt.explain().sweeps == 2 and opt.state_bytes() > 0
-
-
-@measure("sum")
-def mean_square_distance(g, c):
-    """Not 0 for the zeros beyond the end of a row."""
-    return (g - c.centre) * (g - c.centre)
-
-
-@fold
-def take(x, s):
-    """Keep it."""
-    s.distance = x
-
-
-@update("p b")
-def drift(p, b, g, c):
-    """A moment and a step that a zero would not keep at zero; 1 / 0 where the gradient is 0."""
-    return p - c.lr * (b + c.centre), b + c.centre + c.one / g - c.one / g
-
-
-class Padding(Rule):
-    """Nothing it computes for a zero is zero."""
-
-    moments: ClassVar = {"b": Moment("total")}
-    scalars: ClassVar = {"distance": 0.0}
-    stages = (mean_square_distance, take, drift)
-
-    def constants(self, group, t):
-        return {"lr": group["lr"], "centre": 100.0, "one": 1.0}
-
-
-@pytest.mark.parametrize("states", ["fp32", "int8", "int4:16"])
-@pytest.mark.parametrize("shape", [(16, 257), (64, 65), (9, 700)], ids=str)
-def test_what_lies_beyond_the_end_of_a_row_counts_nowhere(shape: tuple[int, int], states: str):
-    """Neither in a sum, nor in a scale, nor in the check for values that are not finite."""
-    p = Parameter(torch.zeros(shape))
-    opt = Padding([("p", p)], {"lr": 0.01}, states=states)
-    p.grad = torch.full(shape, 99.0)
-    opt.step()
-    assert float(opt.state[p]["distance"]) == p.numel()
-    assert opt.counters() == {"skipped_blocks": 0, "skipped_tensors": 0}
-    torch.testing.assert_close(p.detach(), torch.full(shape, -1.0))
-
-
-class Plain(Rule):
-    """No moments and no scalars at all."""
-
-    def plan(self, group):
-        return {}, (update("p")(lambda p, g, c: p - c.lr * g),)
-
-    def constants(self, group, t):
-        return {"lr": group["lr"]}
-
-
-def test_a_rule_without_any_state():
-    named = parameters([(33, 300), (0,), (5,)], torch.bfloat16)
-    opt = Plain(named, {"lr": 0.5}, states="4bit", rounding="nearest")
-    before = {n: p.detach().float() for n, p in named}
-    train(opt, named, range(1, 2))
-    for n, p in named:
-        assert torch.equal(p.detach(), (before[n] - 0.5 * p.grad.float()).bfloat16())
-    assert sorted(opt.state[named[0][1]]) == ["skipped", "step"] and "sgd" not in str(opt.explain())
-
-
-class TwoPlans(Rule):
-    """Groups with the same moments and different stages."""
-
-    def plan(self, group):
-        step = update("p")((lambda p, g, c: p + c.lr * g) if group["up"] else (lambda p, g, c: p - c.lr * g))
-        return {}, (step,)
-
-    def constants(self, group, t):
-        return {"lr": group["lr"]}
-
-
-def test_groups_may_run_different_stages_on_the_same_moments():
-    a, b = Parameter(torch.zeros(3)), Parameter(torch.zeros(3))
-    opt = TwoPlans([{"params": [a]}, {"params": [b], "up": True}], {"lr": 1.0, "up": False})
-    a.grad = b.grad = torch.ones(3)
-    opt.step()
-    assert a.tolist() == [-1] * 3 and b.tolist() == [1] * 3
-
-
-def test_a_stabilizer_that_needs_a_moment_the_rule_has_not_is_refused():
-    with pytest.raises(ValueError, match=r"SpikeClip.* reads 'v', which SignMomentum has not"):
-        SignMomentum([Parameter(torch.ones(2))], stabilize=(SpikeClip(),))
-    with pytest.raises(TypeError, match="is not a stabilizer"):
-        AdamW([Parameter(torch.ones(2))], stabilize=(AdaClip,))
-
-
-# --- promises ------------------------------------------------------------------------------------------------------
-
-
-@guarded_cases
-@pytest.mark.parametrize("name", STATE_FORMATS)
-def test_a_coordinate_without_a_gradient_never_moves(case: Case, name: str):
-    """Zero stays zero in every format: m is exactly 0, so p stays, whatever its neighbours do."""
-    named = parameters([(64, 64), (33, 300)])
-    opt = case.build(named, states=name, weight_decay=0.0, state_rounding="stochastic")
-    start = {n: p.detach().clone() for n, p in named}
-    dead = {n: torch.rand(p.shape, generator=torch.Generator().manual_seed(5)) < 0.3 for n, p in named}
-    for t in range(1, 10):
-        for n, p in named:
-            p.grad = gradient(tuple(p.shape), t).masked_fill(dead[n], 0.0)
-        opt.step()
-    for n, p in named:
-        assert torch.equal(p.detach()[dead[n]], start[n][dead[n]])
-        assert (p.detach()[~dead[n]] != start[n][~dead[n]]).float().mean() > 0.9
-
-
-@guarded_cases
-@pytest.mark.parametrize(
-    "name", ["fp32", "bf16", "fp16", "8bit", "4bit", "dyn8", "log4", "solo4", "solo2", "e5m2", "nf4"]
-)
-@pytest.mark.parametrize("bad", [NAN, -INF])
-def test_a_bad_gradient_harms_nothing(case: Case, name: str, bad: float):
-    """Its step block, or its tensor where the rule measures, is left to the last bit, and counted; the rest goes on."""
-    named, others = parameters([(33, 300), (64, 64)]), parameters([(33, 300), (64, 64)])
-    opt, clean = case.build(named, states=name), case.build(others, states=name)
-    train(opt, named, range(1, 3))
-    train(clean, others, range(1, 3))
-    before = everything(opt)
-    p, q = named[0][1], others[0][1]
-    for (n, x), (_, y) in zip(named, others, strict=True):
-        x.grad = gradient(tuple(x.shape), 3, int(n[1]))
-        y.grad = x.grad.clone()
-    p.grad[5, 20] = bad
-    opt.step()
-    clean.step()
-    after, good = everything(opt), everything(clean)
-    assert_same({k: v for k, v in after.items() if k[2:3] == "1"}, {k: v for k, v in good.items() if k[2:3] == "1"})
-    kept = {k[4:]: v for k, v in before.items() if k.startswith("0.0 ") and isinstance(v, Tensor)}
-    now = {k: v for k, v in [("p", p.detach()), *opt.state[p].items()] if isinstance(v, Tensor)}
-    fine = {k: v for k, v in [("p", q.detach()), *clean.state[q].items()] if isinstance(v, Tensor)}
-    if case.unit == "tensor":
-        assert opt.counters()["skipped_tensors"] == 1
-        assert {k for k in now if not torch.equal(now[k], kept[k])} == {"step", "skipped"}
-        return
-    assert opt.counters() == {"skipped_blocks": 1, "skipped_tensors": 0}
-    formats = {m.name: opt._slots[p].formats[letter] for letter, m in opt._slots[p].program.moments.items()}
-    for k, v in now.items():
-        if v.dim() != 2:
-            assert k in ("step", "skipped", "exp_avg_weight", "exp_avg_sq_weight")
-            continue
-        moment = next((m for m in formats if k.removesuffix("_scale").removesuffix("_base") == m), "")
-        if k == "p" or not formats[moment].compressed:
-            first = 256
-        else:
-            first = 256 * formats[moment].bits // 8 if k == moment else 256 // formats[moment].block[1]
-        block = torch.zeros_like(v, dtype=torch.bool)
-        block[5, :first] = True
-        assert torch.equal(v[block], kept[k][block]) and torch.equal(v[~block], fine[k][~block]), k
-        assert k not in ("p", "exp_avg") or not torch.equal(fine[k][block], kept[k][block])
-
-
-@pytest.mark.parametrize("name", ["fp32", "bf16", "8bit", "4bit", "solo4", "e4m3", "fp16"])
-def test_a_value_that_cannot_be_stored_leaves_its_block(name: str):
-    """|g| = 1e25 is finite and its square is not."""
-    p = Parameter(torch.zeros(64, 512))
-    opt = AdamW([p], lr=0.1, states=name, weight_decay=0.0)
-    p.grad = torch.ones(64, 512)
-    p.grad[3, 300] = 1e25
-    opt.step()
-    moved = p.detach() != 0
-    assert not moved[3, 256:].any() and moved.sum() == 64 * 512 - 256
-    assert not opt.state[p]["exp_avg"][3, opt.state[p]["exp_avg"].shape[1] // 2 :].any()
-    assert opt.counters() == {"skipped_blocks": 1, "skipped_tensors": 0}
-
-
-@pytest.mark.parametrize("name", STATE_FORMATS)
-def test_small_gradients_do_not_explode(name: str):
-    """A second moment below the range of a format (1e-11 in fp16) is not stored as 0: its root divides the step."""
-    p = Parameter(torch.zeros(64, 64))
-    opt = AdamW([p], lr=1e-3, weight_decay=0.0, states=name)
-    for t in range(1, 11):
-        p.grad = 0.01 * gradient((64, 64), t).clamp(-0.01, 0.01)
-        opt.step()
-    assert p.detach().abs().max() < 0.1
-
-
-@pytest.mark.parametrize("eps", [0.0, 1e-8])
-def test_eps_zero_is_allowed(eps: float):
-    """Beyond the end of a row 0 / 0 is no value."""
-    mine, theirs = twins(((16, 300), (50,)))
-    opt, ref = AdamW(mine, eps=eps, states="fp32"), torch.optim.AdamW(theirs, eps=eps)
-    for t in range(1, 5):
-        for p, q in zip(mine, theirs, strict=True):
-            p.grad = gradient(tuple(p.shape), t).sign() + 0.5
-            q.grad = p.grad.clone()
-        opt.step()
-        ref.step()
-    assert_close(mine, theirs)
-    assert opt.counters()["skipped_blocks"] == 0
-
-
-def test_a_large_spike_is_forgotten_when_beta_is_zero():
-    mine, theirs = twins(((4, 8),))
-    opt, ref = AdamW(mine, betas=(0.0, 0.999), states="fp32"), torch.optim.AdamW(theirs, betas=(0.0, 0.999))
-    for size in (1e5, 0.1, 1e-4):
-        for p in (*mine, *theirs):
-            p.grad = torch.full((4, 8), size)
-        opt.step()
-        ref.step()
-    torch.testing.assert_close(opt.state[mine[0]]["exp_avg"], ref.state[theirs[0]]["exp_avg"], rtol=1e-6, atol=0)

@@ -14,20 +14,8 @@ from oracles import bit_stream, bits16_at
 from torch import Tensor
 
 from lowbit.formats import Format, format, formats
-from lowbit.packed import (
-    Packed,
-    decode_rows,
-    encode_rows,
-    pack,
-    part_shapes,
-    quantize,
-    row_bytes,
-    row_stride,
-    rows_of,
-    step_width,
-    unpack,
-    zeros,
-)
+from lowbit.layout import row_bytes, row_stride, rows_of, step_width
+from lowbit.packed import Packed, decode_rows, encode_rows, pack, part_shapes, quantize, unpack, zeros
 from lowbit.rounding import key, narrow
 
 ALL = [format(name) for name in formats()]

@@ -1,0 +1,139 @@
+"""Stabilizers in front of any optimizer, and Stable-SPAM as AdamW with three of them."""
+
+import math
+
+import numpy as np
+import oracles_optim
+import pytest
+import torch
+from cases import (
+    SHAPES,
+    assert_close,
+    assert_same,
+    every_preset,
+    feed,
+    gradient,
+    parameters,
+    train,
+    twins,
+)  # fmt: skip
+from cases import one_thread as one_thread
+from torch import nn
+from torch.nn import Parameter
+
+from lowbit.optim import (
+    AdaClip,
+    AdaGN,
+    AdamW,
+    GlobalClip,
+    MomentumReset,
+    SpikeClip,
+    StableSPAM,
+)  # fmt: skip
+
+NAN, INF = math.nan, math.inf
+
+
+@every_preset
+def test_stable_spam_is_adamw_with_three_stabilizers(states: str):
+    first, second = parameters([*SHAPES, (50,)]), parameters([*SHAPES, (50,)])
+    parts = (AdaClip(), AdaGN(), MomentumReset(7))
+    a = StableSPAM(first, reset_interval=7, states=states)
+    b = AdamW(second, stabilize=parts, weight_decay=0.0, states=states)
+    train(a, first, range(1, 9))
+    train(b, second, range(1, 9))
+    for (_, p), (_, q) in zip(first, second, strict=True):
+        assert torch.equal(p, q)
+        assert_same(dict(a.state[p]), dict(b.state[q]))
+
+
+@pytest.mark.parametrize("max_norm", [0.01, 1.0, 1e6])
+def test_global_clip_is_clip_grad_norm(max_norm: float):
+    mine, theirs = twins(((17, 33), (50,), (3, 300), (0,), ()))
+    opt, ref = AdamW(mine, states="fp32", stabilize=(GlobalClip(max_norm),)), torch.optim.AdamW(theirs)
+    for t in range(1, 41):
+        feed(t, mine, theirs)
+        before = [p.grad.clone() for p in mine]
+        opt.step()
+        assert all(torch.equal(g, p.grad) for g, p in zip(before, mine, strict=True))
+        nn.utils.clip_grad_norm_(theirs, max_norm)
+        ref.step()
+    assert_close(mine, theirs)
+
+
+def test_global_clip_sees_the_tensors_of_every_group():
+    """One norm over all groups, also where they run different programs."""
+    mine, theirs = twins(((17, 33), (17, 33)))
+    own = [{"params": mine[:1], "amsgrad": True}, {"params": mine[1:]}]
+    ref = torch.optim.AdamW([{"params": theirs[:1], "amsgrad": True}, {"params": theirs[1:]}])
+    opt = AdamW(own, states="fp32", stabilize=(GlobalClip(0.1),))
+    for t in range(1, 21):
+        feed(t, mine, theirs)
+        opt.step()
+        nn.utils.clip_grad_norm_(theirs, 0.1)
+        ref.step()
+    assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("bad", [NAN, INF, 1e25])
+def test_global_clip_leaves_out_a_bad_tensor(bad: float):
+    """The norm is that of the others, and they are stepped as without it."""
+    (a, b), (c, d) = twins(((17, 33), (50,)))
+    opt = AdamW([a, b], states="fp32", stabilize=(GlobalClip(0.01),))
+    ref = AdamW([d], states="fp32", stabilize=(GlobalClip(0.01),))
+    feed(1, [a, b], [c, d])
+    a.grad.fill_(bad)
+    d.grad = b.grad.clone()
+    opt.step()
+    ref.step()
+    assert torch.equal(a, c) and torch.equal(b, d) and not torch.equal(b, twins(((17, 33), (50,)))[0][1])
+    assert opt.counters()["skipped_tensors"] == 1
+
+
+def test_spike_clip_is_spams():
+    """g**2 > threshold * v: sign(g) * sqrt(threshold * v), with v before the step; where v is 0 nothing is clipped."""
+    threshold, (p,), (q,) = 4.0, *twins(((20, 30),))
+    opt = AdamW([p], states="fp32", stabilize=(SpikeClip(threshold),), weight_decay=0.1)
+    x, s = q.detach().double().numpy(), oracles_optim.fresh(q.detach().double().numpy())
+    clipped = 0
+    for t in range(1, 31):
+        p.grad = gradient((20, 30), t)
+        g = p.grad.double().numpy()
+        spike = (s["exp_avg_sq"] > 0) & (g * g > threshold * s["exp_avg_sq"])
+        clipped += int(spike.sum())
+        g = np.where(spike, np.sign(g) * np.sqrt(threshold * s["exp_avg_sq"]), g)
+        x = oracles_optim.adamw(x, g, s, t, weight_decay=0.1)
+        opt.step()
+        np.testing.assert_allclose(p.detach(), x, rtol=0, atol=1e-6)
+    assert 0 < clipped < 30 * 600
+
+
+def test_ada_gn_alone_gives_gradients_the_norm_of_their_history():
+    """GradientStabilizer: g * (average norm / root mean square of norms) / norm, averages debiased by weight."""
+    p = Parameter(torch.zeros(6, 40))
+    opt = AdamW(
+        [p], lr=1.0, betas=(0.5, 0.5), eps=1e-12, weight_decay=0.0, states="fp32", stabilize=(AdaGN(0.6, 0.99),)
+    )
+    m = n = wm = wn = 0.0
+    expected = np.zeros((6, 40))
+    for t in range(1, 10):
+        p.grad = gradient((6, 40), t)
+        opt.step()
+        norm = float(p.grad.double().norm())
+        m, wm = 0.6 * m + 0.4 * norm, 0.6 * wm + 0.4
+        n, wn = 0.99 * n + 0.01 * norm**2, 0.99 * wn + 0.01
+        expected = 0.5 * expected + 0.5 * p.grad.double().numpy() / norm * (m / wm) / math.sqrt(n / wn)
+        np.testing.assert_allclose(opt.state[p]["exp_avg"], expected, rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_stabilizers_run_in_the_order_given(order: tuple[int, int]):
+    """Clipping to a global norm before or after normalizing is not the same."""
+    parts = [AdaGN(), GlobalClip(0.5)]
+    p = Parameter(torch.zeros(4, 8))
+    opt = AdamW([p], states="fp32", stabilize=[parts[i] for i in order], betas=(0.0, 0.999))
+    p.grad = torch.full((4, 8), 10.0)
+    opt.step()
+    norm = float(opt.state[p]["exp_avg"].norm())
+    assert norm == pytest.approx(0.5 if order == (0, 1) else 1.0, rel=1e-4)
+    assert opt.explain().sweeps == 3
