@@ -24,7 +24,7 @@ from cases import (
 )  # fmt: skip
 from cases import one_thread as one_thread
 from safetensors.torch import load_file, save_file
-from test_optim import SignMomentum
+from test_rules import SignMomentum
 from torch import Tensor, nn
 from torch.nn import Parameter
 
