@@ -2,7 +2,7 @@
 
 What the values are is said by `codec` (and `stablespam`), and tests hold the short cuts below to it bit for bit. They
 exist because a layer needs no codes: for uniform grids and E2M1, rounding is a few arithmetic operations, where the
-codec's search through the grid would cost as much as the matmul that it prepares.
+codec's search through the grid would cost more time than the matmul it prepares.
 """
 
 from __future__ import annotations
