@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 import lowbit
-from lowbit import Policy, packed
+from lowbit import Policy, masters, packed
 from lowbit.optim import AdamW, GlobalClip, Rule, SpikeClip, StableSPAM
 
 SHAPES = [(64, 65), (33, 300), (50,), (0, 4)]
@@ -413,6 +413,15 @@ DAMAGE = {
     "lr nan": (lambda d: d["param_groups"][0].__setitem__("lr", float("nan")), "lr must be"),
     "betas": (lambda d: d["param_groups"][0].__setitem__("betas", (2.0, 0.9)), "betas must be"),
     "rounding": (lambda d: d["param_groups"][0].__setitem__("state_rounding", "up"), "unknown state_rounding"),
+    "a missing tensor": (lambda d: d["state"].pop(1), "p1: the checkpoint has no state for it"),
+    "keys as strings": (
+        lambda d: d.update(state={str(k): v for k, v in d["state"].items()}),
+        "which its groups do not name",
+    ),
+    "coupled decay": (
+        lambda d: d["param_groups"][0].update(decoupled_weight_decay=False),
+        "weight decay is coupled",
+    ),
     "maximize": (lambda d: d["param_groups"][0].__setitem__("maximize", True), "maximize"),
 }
 
@@ -527,3 +536,35 @@ def test_a_checkpoint_is_small():
     file = io.BytesIO()
     torch.save(opt.state_dict(), file)
     assert file.tell() < 1.1 * 256 * 1024
+
+
+@pytest.mark.parametrize(
+    "theirs, own", [("fp32", "split16"), ("split16", "fp32"), ("fp32", "kahan"), ("split8", "fp32")]
+)
+def test_the_low_bits_of_a_parameter_survive_another_master(theirs: str, own: str):
+    """To what the coarser of the two can hold."""
+    named = [("p0", Parameter(torch.randn(64, 64, generator=torch.Generator().manual_seed(3)).bfloat16()))]
+    opt = AdamW(named, master=theirs, lr=1e-3)
+    train(opt, named, range(1, 5))
+    p = named[0][1]
+    copied = Parameter(p.detach().clone())
+    other = AdamW([("p0", copied)], master=own, lr=1e-3)
+    other.load_state_dict(opt.state_dict())
+    want = masters.load(theirs, p.detach(), opt.state[p]["master"])
+    got = masters.load(own, copied.detach(), other.state[copied]["master"])
+    half_ulp = torch.finfo(torch.bfloat16).eps / 2 * want.abs()
+    assert (want != p.float()).any()
+    near = (got - want).abs() <= (0 if {theirs, own} == {"fp32", "split16"} else 0.02) * half_ulp
+    # split8 reaches half an ulp, a tie that may round to the other neighbour; there the parameter itself is kept.
+    assert near.float().mean() > (0.99 if theirs == "split8" else 0.9999)
+
+
+def test_a_copy_made_after_states_changed_is_converted():
+    named = parameters([(64, 65)])
+    opt = AdamW(named, states="8bit")
+    train(opt, named, range(1, 4))
+    opt.param_groups[0]["states"] = "4bit"
+    copied = copy.deepcopy(opt)
+    p = copied.param_groups[0]["params"][0]
+    assert copied.state[p]["exp_avg_format"] == lowbit.format("nf4:128").tag
+    assert copied.state[p]["exp_avg"].shape == (64, 33)

@@ -163,6 +163,17 @@ def test_storage_of_another_type(states):
         AdamW([Parameter(torch.zeros(64, 64))], states=states)
 
 
+def test_rules_that_go_by_name_need_names():
+    nameless = [Parameter(torch.zeros(64, 64))]
+    for options in ({"policy": Policy([("*.bias", "bf16")])}, {"policy": Policy([("@embedding", "bf16")])}):
+        with pytest.raises(ValueError, match="named_parameters"):
+            AdamW(nameless, **options)
+    with pytest.raises(ValueError, match="roles 'table'"):
+        AdamW(nameless, roles={"table": "embedding"})
+    everywhere = AdamW(nameless, policy=Policy([("*", "bf16"), (lambda name, shape: True, "fp32")]))
+    assert everywhere.explain().rows[0].formats == {"exp_avg": "bf16", "exp_avg_sq": "bf16"}
+
+
 def test_roles_come_from_names_or_the_user():
     assert role_of("a.embed_tokens.weight") == "embedding" and role_of("a.dense.weight") == ""
     assert role_of("a.embed_tokens.weight", {"a.*": "head"}) == "head"

@@ -75,7 +75,8 @@ class _Step:
         self.program: Program = jobs[0].program
         self.device = jobs[0].param.device
         self.old = self._stack([job.scalars for job in jobs])
-        begin = {name: torch.full((len(jobs),), v, device=self.device) for name, v in self.program.temporaries.items()}
+        fresh = self.program.temporaries
+        begin = {k: torch.full((len(jobs),), v, dtype=torch.float32, device=self.device) for k, v in fresh.items()}
         self.scalars = Namespace({**self.old, **begin})
         names = jobs[0].constants
         self.constants = Namespace(

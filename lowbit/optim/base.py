@@ -226,7 +226,7 @@ class Rule(torch.optim.Optimizer, Part):
 
     def _check_nameless(self) -> None:
         """Rules that go by name do nothing without names; better to say so."""
-        globs = [match for match, _ in self.policy.rules if isinstance(match, str)]
+        globs = [match for match, _ in self.policy.rules if isinstance(match, str) and match != "*"]
         if globs or self.roles:
             asked = f"policy {globs[0]!r}" if globs else f"roles {next(iter(self.roles))!r}"
             raise ValueError(f"{asked} goes by names, and the parameters have none: pass model.named_parameters()")
