@@ -31,6 +31,7 @@ from torch.nn import Parameter
 import lowbit
 from lowbit import Policy, masters, packed
 from lowbit.optim import AdamW, GlobalClip, Rule, SpikeClip, StableSPAM
+from lowbit.policy import PRESETS_VERSION
 
 SHAPES = [(64, 65), (33, 300), (50,), (0, 4)]
 
@@ -568,3 +569,20 @@ def test_a_copy_made_after_states_changed_is_converted():
     p = copied.param_groups[0]["params"][0]
     assert copied.state[p]["exp_avg_format"] == lowbit.format("nf4:128").tag
     assert copied.state[p]["exp_avg"].shape == (64, 33)
+
+
+def test_a_checkpoint_carries_the_version_of_what_4bit_means():
+    named = parameters([(64, 65)])
+    opt = AdamW(named, states="4bit")
+    train(opt, named, range(1, 3))
+    saved = opt.state_dict()
+    assert saved["param_groups"][0]["states_version"] == PRESETS_VERSION
+    assert saved["state"][0]["exp_avg_format"] == lowbit.format("nf4:128").tag
+    # An older meaning, with other formats: every tensor's own tag says what its codes are, and they are converted.
+    older = AdamW(parameters([(64, 65)]), states={"exp_avg": "dyn4", "exp_avg_sq": "ulin4"})
+    older.load_state_dict(saved)
+    old = older.state_dict()
+    old["param_groups"][0].update(states="4bit", states_version=PRESETS_VERSION - 1)
+    opt.load_state_dict(old)
+    assert opt.param_groups[0]["states_version"] == PRESETS_VERSION
+    assert opt.state[named[0][1]]["exp_avg_format"] == lowbit.format("nf4:128").tag
