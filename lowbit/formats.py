@@ -160,6 +160,9 @@ class Format:
             return format, (self.name,)
         return super().__reduce__()
 
+    def __hash__(self) -> int:  # steps look formats up all the time, and a table has up to 256 values
+        return hash((self.name, self.bits, self.block))
+
     def __str__(self) -> str:
         return self.name
 

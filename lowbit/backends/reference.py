@@ -5,8 +5,8 @@ cut into pieces of whole rows, and pieces are gathered into chunks of about a qu
 many small tensors costs a few large torch operations, and no temporary is larger than a chunk (or one row).
 
 A sum has one meaning (DESIGN §5): inside a step block a halving tree in fp32; block sums by the same tree in float64
-along the row; rows, and tensors, by the same tree. Before squaring, nothing is rescaled: `measure` functions square
-values that an earlier maximum has bounded.
+along the row; rows, and tensors, by the same tree. Scaling before a square, by a power of two, is the `measure`
+function's own business (`s.unit` of AdaClip and AdaGN).
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ def step(jobs: list[Job]) -> None:
                 asked.append((run, *run.send(total)))
         runs = [run for run, _, _ in asked]
         if asked:
-            each = torch.cat([values.cpu().double() for _, values, _ in asked])
+            device = asked[0][1].device  # with one device, as usual, nothing is moved and nobody waits
+            each = torch.cat([values.to(device, torch.float64) for _, values, _ in asked])
             total = each.amax() if asked[0][2] == "max" else halve(each)
             totals = [total] * len(runs)
 

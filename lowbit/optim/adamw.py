@@ -21,16 +21,26 @@ from ..words import lerp, maximum, reciprocal, sqrt
 from .base import Options, Params, Rule
 
 
+def average(m, v, g, c):
+    """The moments, one gradient on."""
+    return lerp(m, g, c.rate1), lerp(v, g * g, c.rate2)
+
+
 def descend(p, m, v, c, s):
     """The step both updates take: decay, then down the debiased average over its root mean square."""
     return c.keep * p - s.step_size * (m / (sqrt(v) * s.root + c.eps))
 
 
 @fold
-def debias(s, c):
-    """Each average's accumulated weight, and what the update needs of it."""
+def weigh(s, c):
+    """Each average's accumulated weight."""
     s.exp_avg_weight = lerp(s.exp_avg_weight, 1.0, c.rate1)
     s.exp_avg_sq_weight = lerp(s.exp_avg_sq_weight, 1.0, c.rate2)
+
+
+@fold
+def debias(s, c):
+    """What the update needs of the averages' weights."""
     s.step_size = c.lr / s.exp_avg_weight
     s.root = reciprocal(sqrt(s.exp_avg_sq_weight))
 
@@ -38,8 +48,7 @@ def debias(s, c):
 @update("p m v")
 def adamw(p, g, m, v, c, s):
     """Algorithm 2 of the AdamW paper."""
-    m = lerp(m, g, c.rate1)
-    v = lerp(v, g * g, c.rate2)
+    m, v = average(m, v, g, c)
     p = descend(p, m, v, c, s)
     return p, m, v
 
@@ -47,8 +56,7 @@ def adamw(p, g, m, v, c, s):
 @update("p m v h")
 def amsgrad(p, g, m, v, h, c, s):
     """The same with the largest second moment so far."""
-    m = lerp(m, g, c.rate1)
-    v = lerp(v, g * g, c.rate2)
+    m, v = average(m, v, g, c)
     h = maximum(h, v)
     p = descend(p, m, h, c, s)
     return p, m, v, h
@@ -80,7 +88,7 @@ class AdamW(Rule):
         "v": Moment("exp_avg_sq", signed=False, weight="exp_avg_sq_weight"),
     }
     scalars: ClassVar = {"exp_avg_weight": 0.0, "exp_avg_sq_weight": 0.0}
-    folds: tuple[Stage, ...] = (debias,)
+    folds: tuple[Stage, ...] = (weigh, debias)
 
     def __init__(
         self,

@@ -250,8 +250,11 @@ class Rule(torch.optim.Optimizer, Part):
                     self._slots[p] = Slot(self, group, p, name, label, number)
                 position += 1
                 seen[name] += 1
-                if (p.requires_grad or p.grad is not None) and not self.state.get(p):
+                if self._lacks_state(p):
                     self.state[p] = self._slots[p].fresh()
+
+    def _lacks_state(self, p: Tensor) -> bool:
+        return (p.requires_grad or p.grad is not None) and not self.state.get(p)
 
     # ---- the step
 
@@ -268,7 +271,8 @@ class Rule(torch.optim.Optimizer, Part):
             with torch.enable_grad():
                 loss = closure()
         with torch.no_grad():
-            self.init_state()
+            if any(self._lacks_state(p) for group in self.param_groups for p in group["params"]):
+                self.init_state()
             work = [
                 (group, self._slots[p], grad)
                 for group in self.param_groups
@@ -277,7 +281,8 @@ class Rule(torch.optim.Optimizer, Part):
             ]
             for group, slot, grad in work:
                 slot.check(group, grad)
-                backends.choose(slot.param.device)
+            for device in {slot.param.device for _, slot, _ in work}:
+                backends.choose(device)  # an unknown backend is an error now, not half way
             for group in self.param_groups:
                 check_common(group)
             self._warn_resolution(work)

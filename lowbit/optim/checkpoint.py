@@ -227,7 +227,7 @@ class _Conversion:
         if tuple(value.shape) != shape:
             got = f"has shape {tuple(value.shape)}"
             raise ValueError(f"{self.slot.label}: the checkpoint's {name!r} {got}; it must have shape {shape}")
-        if value.dtype != dtype and (value.is_floating_point() != dtype.is_floating_point):
+        if value.dtype != dtype and not (value.is_floating_point() and dtype.is_floating_point):
             raise ValueError(f"{self.slot.label}: the checkpoint's {name!r} is {value.dtype}; it must be {dtype}")
         return value.detach().to(device=self.device, dtype=dtype, copy=True).contiguous()
 

@@ -24,8 +24,7 @@ from typing_extensions import Unpack
 
 from ..formats import nearest
 from ..stages import Stage, fold
-from ..words import reciprocal, sqrt
-from .adamw import AdamW
+from .adamw import AdamW, debias
 from .base import Options, Params
 from .stabilizers import AdaClip, AdaGN, MomentumReset, annealing
 
@@ -34,11 +33,9 @@ VARIANTS = ("paper", "official")
 
 @fold
 def closed_form(s, c):
-    """Debias by 1 - beta**k, with the released code's counter k."""
+    """Weights of 1 - beta**k, with the released code's counter k."""
     s.exp_avg_weight = c.weight1
     s.exp_avg_sq_weight = c.weight2
-    s.step_size = c.lr / s.exp_avg_weight
-    s.root = reciprocal(sqrt(s.exp_avg_sq_weight))
 
 
 class StableSPAM(AdamW):
@@ -83,7 +80,7 @@ class StableSPAM(AdamW):
             raise ValueError(f"unknown variant {variant!r}{nearest(variant, VARIANTS)}; known: {', '.join(VARIANTS)}")
         official = variant == "official"
         self.guarded = not official
-        self.folds: tuple[Stage, ...] = (closed_form,) if official else AdamW.folds
+        self.folds: tuple[Stage, ...] = (closed_form, debias) if official else AdamW.folds
         parts = (
             AdaClip(gamma3, closed_form=official),
             AdaGN(gamma1, gamma2, closed_form=official),
