@@ -1,7 +1,7 @@
 """The torch arithmetic of formats: blocks of numbers to codes and back.
 
 Everything here works on blocks: the last dimension of `x` holds values that share one scale. Where the blocks and the
-packed codes of a tensor lie in memory is the business of `packed`. This is the reference that other backends must equal
+packed codes of a tensor lie in memory is the business of `rows`. This is the reference that other backends must equal
 bit for bit, so each step is a plain IEEE fp32 operation:
 
     scale = absmax / top (of sqrt(x) for square formats), at least 2**-126 unless the block is all zero

@@ -2,7 +2,7 @@
 
 A format says what each code means, in units of a scale; how long a block shares one scale; and which parts a packed
 tensor has. fp32, bf16 and fp16 are formats too, so that "compressed" is never a special case. The torch arithmetic
-that turns numbers into codes is in `codec`; where the codes of a tensor lie in memory is in `packed`.
+that turns numbers into codes is in `codec`; where the codes of a tensor lie in memory is in `rows`.
 
 Choice: the catalogue is a list of literals, each with its source. Adding a format is adding one literal; the tests find
 it, every optimizer can store its state in it, and every recipe can use it.

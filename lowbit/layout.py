@@ -1,4 +1,4 @@
-"""The shape arithmetic of rows and blocks; `packed` says what it is for.
+"""The shape arithmetic of rows and blocks; `rows` says what it is for.
 
 A step works on step blocks: 256 values of a row, or a whole shorter row. Formats' blocks divide them.
 """

@@ -1,105 +1,17 @@
-"""Where the codes of a tensor lie in memory: rows own their blocks.
-
-A tensor is seen as rows, `(shape[0], prod(shape[1:]))`. Blocks run along a row and never cross into the next; the last
-block of a row may be short. Codes are one uint8 tensor [rows, ceil(cols * bits / 8)], a little-endian bit stream per
-row (element 0 in the low bits), unused bits 0. Scales, and every other part, are [rows, ceil(cols / block)].
-
-Why rows: a compressed state is then plain tensors that are sharded on dimension 0 exactly like their parameter, so
-FSDP2, DCP, `torch.save` and safetensors need no tensor subclass; and rows are the contraction axis of a linear layer.
-"""
+"""A tensor stored in a format: `quantize` makes it, `Packed` holds it. `rows` says where its codes lie."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from . import codec
+from . import backends
 from .formats import Format
 from .formats import format as find_format
-from .layout import row_bytes, row_stride, rows_of
-from .rounding import bits16, key, uniform
-
-
-def pack(codes: Tensor, bits: int) -> Tensor:
-    """uint8 codes [rows, cols], one per byte, to [rows, ceil(cols * bits / 8)].
-
-    >>> pack(torch.tensor([[1, 2, 3]], dtype=torch.uint8), 4).tolist()
-    [[33, 3]]
-    """
-    if bits == 8:
-        return codes.contiguous()
-    per_byte = 8 // bits
-    lanes = F.pad(codes, (0, -codes.shape[1] % per_byte)).unflatten(1, (-1, per_byte))
-    packed = lanes[..., 0].clone()
-    for lane in range(1, per_byte):
-        packed |= lanes[..., lane] << (bits * lane)
-    return packed
-
-
-def unpack(packed: Tensor, bits: int, cols: int) -> Tensor:
-    """The inverse of `pack`: [rows, cols] codes, one per byte."""
-    if bits == 8:
-        return packed
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
-    lanes = (packed.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)
-    return lanes.flatten(1)[:, :cols]
-
-
-def part_shapes(fmt: Format, shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of each part of a tensor of this shape; float formats keep the tensor's own shape."""
-    if not fmt.compressed:
-        assert fmt.dtype is not None
-        return {"codes": (tuple(shape), fmt.dtype)}
-    rows, cols = rows_of(shape)
-    per_block = (rows, -(-cols // fmt.block[1]))
-    dtypes = {"scale": torch.float32, "base": torch.float32, "zero": torch.uint8}
-    shapes = {part: (per_block, dtypes[part]) for part in fmt.parts if part != "codes"}
-    return {"codes": ((rows, row_bytes(cols, fmt.bits)), torch.uint8), **shapes}
-
-
-def zeros(fmt: Format, shape: tuple[int, ...], device: torch.device) -> dict[str, Tensor]:
-    """The parts of a tensor of zeros (a scale of 0 decodes every code to 0)."""
-    return {part: torch.zeros(s, dtype=d, device=device) for part, (s, d) in part_shapes(fmt, shape).items()}
-
-
-def encode_rows(
-    fmt: Format, x: Tensor, noise: tuple[int, int] | None = None, *, live: bool = False
-) -> dict[str, Tensor]:
-    """A float matrix [rows, cols] to packed parts; `noise` is the key of stochastic rounding."""
-    cols = x.shape[1]
-    bits = None if noise is None else row_bits(noise, x)
-    if not fmt.compressed:
-        return codec.encode(fmt, x.to(torch.float32, copy=True).contiguous(), bits=bits, live=live)
-    block = fmt.block[1]
-
-    def blocks(values: Tensor) -> Tensor:
-        return F.pad(values, (0, -cols % block)).unflatten(1, (-1, block))
-
-    parts = codec.encode(
-        fmt, blocks(x.float().contiguous()), None if bits is None else blocks(uniform(bits)), live=live
-    )
-    parts["codes"] = pack(parts["codes"].flatten(1)[:, :cols], fmt.bits)
-    return parts
-
-
-def decode_rows(fmt: Format, parts: dict[str, Tensor], cols: int) -> Tensor:
-    """The inverse of `encode_rows`: fp32 [rows, cols]."""
-    if not fmt.compressed:
-        codes = parts["codes"]
-        return codes.to(torch.float32, copy=True).reshape(codes.numel() // cols if cols else codes.shape[0], cols)
-    block = fmt.block[1]
-    codes = F.pad(unpack(parts["codes"], fmt.bits, cols), (0, -cols % block)).unflatten(1, (-1, block))
-    return codec.decode(fmt, {**parts, "codes": codes}).flatten(1)[:, :cols].contiguous()
-
-
-def row_bits(noise: tuple[int, int], x: Tensor) -> Tensor:
-    """16 random bits for each value of a matrix, by its element index."""
-    rows, cols = x.shape
-    stride = row_stride(cols)
-    return bits16(noise, 0, rows * stride, x.device).view(rows, stride)[:, :cols]
+from .layout import rows_of
+from .rounding import key
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,7 +40,7 @@ class Packed:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The tensor the codes stand for, in its own shape, computed in fp32 and then rounded to `dtype`."""
         cols = _row_shape(self.shape)[1]
-        return decode_rows(self.format, self.parts, cols).reshape(self.shape).to(dtype)
+        return backends.decode(self.format, self.parts, cols).reshape(self.shape).to(dtype)
 
 
 def quantize(x: Tensor, format: str | Format, *, stochastic: bool = False, seed: int = 0) -> Packed:
@@ -159,7 +71,7 @@ def quantize(x: Tensor, format: str | Format, *, stochastic: bool = False, seed:
         raise ValueError(f"quantize: x holds negative values and {fmt.name!r} is unsigned; use {fmt.partner!r}")
     noise = key(seed, 0, 0, 0) if stochastic else None
     rows, cols = _row_shape(tuple(x.shape))
-    parts = encode_rows(fmt, x.detach().reshape(rows, cols), noise)
+    parts = backends.encode(fmt, x.detach().reshape(rows, cols), noise)
     if not fmt.compressed:
         parts["codes"] = parts["codes"].reshape(x.shape)
     return Packed(fmt, tuple(x.shape), parts)

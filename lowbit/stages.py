@@ -130,7 +130,10 @@ class Program:
 
 @dataclass(eq=False)
 class Job:
-    """One tensor in one step. Moments are the parts of `packed`; scalars are 0-d fp32 tensors, written in place."""
+    """One tensor in one step. Moments are the parts of `rows`; scalars are 0-d fp32 tensors, written in place.
+
+    Random bits are those of `rounding.key(*stream, operand)`: operand 0 is p, and the moments are 1, 2 … in order.
+    """
 
     param: Tensor
     grad: Tensor
@@ -144,4 +147,5 @@ class Job:
     program: Program
     master: str = "none"
     companion: Tensor | None = None
-    noise: dict[str, tuple[int, int]] = field(default_factory=dict)  # operand -> key, where rounding is stochastic
+    noise: frozenset[str] = frozenset()  # the operands that round stochastically: p, and letters of moments
+    stream: tuple[int, int, int] = (0, 0, 0)  # of random bits: seed, step, tensor id

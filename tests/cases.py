@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import lowbit
-from lowbit import layout, packed
+from lowbit import backends, layout
 from lowbit.optim import AdamW, Rule, StableSPAM
 
 
@@ -153,4 +153,4 @@ def dequantized(opt: Rule, p: Parameter, name: str) -> Tensor:
     letter = {m.name: letter for letter, m in opt._slots[p].program.moments.items()}[name]
     parts = {part: state[name if part == "codes" else f"{name}_{part}"] for part in fmt[letter].parts}
     cols = layout.rows_of(p.shape)[1]
-    return packed.decode_rows(fmt[letter], parts, cols).reshape(p.shape)
+    return backends.decode(fmt[letter], parts, cols).reshape(p.shape)

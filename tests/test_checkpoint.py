@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 import lowbit
-from lowbit import Policy, masters, packed
+from lowbit import Policy, backends, layout, masters
 from lowbit.optim import AdamW, GlobalClip, Rule, SpikeClip, StableSPAM
 from lowbit.policy import PRESETS_VERSION
 
@@ -173,9 +173,9 @@ def decoded(opt: Rule, p: Parameter) -> dict[str, Tensor]:
         fmt, state = slot.formats[letter], opt.state[p]
         keys = {part: moment.name if part == "codes" else f"{moment.name}_{part}" for part in fmt.parts}
         parts = {part: state[k] for part, k in keys.items() if k in state}
-        rows, cols = packed.rows_of(p.shape)
+        rows, cols = layout.rows_of(p.shape)
         if rows * cols:
-            found[moment.name] = packed.decode_rows(fmt, parts, cols)
+            found[moment.name] = backends.decode(fmt, parts, cols)
     return found
 
 
@@ -198,8 +198,8 @@ def test_a_state_loads_into_every_other_format(case: Case, there: str):
         for letter, moment in middle._slots[q].program.moments.items():
             if p.numel():
                 fmt = middle._slots[q].formats[letter]
-                parts = packed.encode_rows(fmt, exact[moment.name], live=not moment.signed)
-                assert torch.equal(values[moment.name], packed.decode_rows(fmt, parts, exact[moment.name].shape[1]))
+                parts = backends.encode(fmt, exact[moment.name], live=not moment.signed)
+                assert torch.equal(values[moment.name], backends.decode(fmt, parts, exact[moment.name].shape[1]))
                 assert torch.equal(values[moment.name], final[moment.name])
         scalars = {k: v for k, v in opt.state[p].items() if k in middle._slots[q].program.scalars or k == "step"}
         assert all(torch.equal(v, back.state[r][k]) and torch.equal(v, middle.state[q][k]) for k, v in scalars.items())

@@ -525,7 +525,7 @@ def test_fp4_is_torchaos(name: str, e: int, m: int):
 def test_e2m1_and_its_packing_are_torchaos_mx():
     from torchao.prototype.mx_formats import kernels
 
-    from lowbit.packed import pack, unpack
+    from lowbit.rows import pack, unpack
 
     fmt = format("e2m1")
     u = torch.from_numpy(interesting_units(fmt, 1_000_000))

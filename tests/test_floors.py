@@ -15,8 +15,9 @@ import pytest
 FLOORS = [
     {"words", "formats", "rounding"},
     {"codec", "layout", "stages", "masters"},
-    {"packed", "policy", "native"},
+    {"rows", "native"},
     {"backends"},
+    {"packed", "policy"},
     {"optim", "nn"},
     {"bench", "integrations"},
     {"__init__", "__main__"},

@@ -13,8 +13,8 @@ import lowbit
 from lowbit import codec
 from lowbit.nn import Operand, stablespam
 from lowbit.nn.fake import fake_quantize
-from lowbit.packed import decode_rows, encode_rows
 from lowbit.rounding import key
+from lowbit.rows import decode_rows, encode_rows
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "quant_ref_small.npz")
 SIGNED = [name for name in lowbit.formats() if lowbit.format(name).signed]

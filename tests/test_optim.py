@@ -28,7 +28,7 @@ from cases import one_thread as one_thread
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from lowbit import layout, packed
+from lowbit import backends, layout
 from lowbit.optim import (
     AdamW,
     Rule,
@@ -366,8 +366,8 @@ def test_a_step_is_decode_rule_encode(case: Case, name: str):
                 fmt = opt._slots[p].formats[letter]
                 assert fmt.compressed and (fmt.signed or not moment.signed)
                 values = torch.from_numpy(s[moment.name]).float().reshape(layout.rows_of(p.shape))
-                parts = packed.encode_rows(fmt, values, live=not moment.signed)
-                wanted = packed.decode_rows(fmt, parts, values.shape[1]).reshape(p.shape)
+                parts = backends.encode(fmt, values, live=not moment.signed)
+                wanted = backends.decode(fmt, parts, values.shape[1]).reshape(p.shape)
                 stored = dequantized(opt, p, moment.name)
                 wrong += int(((stored - wanted).abs() > 1e-4 * wanted.abs()).sum())
                 total += wanted.numel()

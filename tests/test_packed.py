@@ -15,8 +15,9 @@ from torch import Tensor
 
 from lowbit.formats import Format, format, formats
 from lowbit.layout import row_bytes, row_stride, rows_of, step_width
-from lowbit.packed import Packed, decode_rows, encode_rows, pack, part_shapes, quantize, unpack, zeros
+from lowbit.packed import Packed, quantize
 from lowbit.rounding import key, narrow
+from lowbit.rows import decode_rows, encode_rows, pack, part_shapes, unpack, zeros
 
 ALL = [format(name) for name in formats()]
 COMPRESSED = [f for f in ALL if f.compressed]

@@ -1,4 +1,4 @@
-"""Where the work runs. A backend is a module with one function, `step(jobs)`.
+"""Where the work runs. A backend is a module with three functions: `encode`, `decode` and `step`.
 
 `reference` is torch on any device and defines every bit. `LOWBIT_BACKEND` forces a backend; it is never changed
 silently.
@@ -10,8 +10,9 @@ import os
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
-from ..formats import nearest
+from ..formats import Format, nearest
 from ..stages import Job
 from . import reference
 
@@ -30,6 +31,16 @@ def choose(device: torch.device) -> ModuleType:
             f"LOWBIT_BACKEND={forced!r} is no backend{nearest(forced, list(BACKENDS))}; there are: {known}"
         )
     return BACKENDS[forced or "reference"]
+
+
+def encode(fmt: Format, x: Tensor, noise: tuple[int, int] | None = None, *, live: bool = False) -> dict[str, Tensor]:
+    """A float matrix [rows, cols] to packed parts (see `rows`); `noise` is the key of stochastic rounding."""
+    return choose(x.device).encode(fmt, x, noise, live=live)
+
+
+def decode(fmt: Format, parts: dict[str, Tensor], cols: int) -> Tensor:
+    """The inverse of `encode`: fp32 [rows, cols]."""
+    return choose(parts["codes"].device).decode(fmt, parts, cols)
 
 
 def step(jobs: list[Job]) -> None:

@@ -24,11 +24,13 @@ from torch import Tensor
 from .. import codec, masters
 from ..formats import Format
 from ..layout import row_stride, step_width
-from ..packed import pack, unpack
-from ..rounding import bits16, uniform
+from ..rounding import bits16, key, uniform
+from ..rows import decode_rows, encode_rows, pack, unpack
 from ..stages import Job, Namespace, Program, Stage
 
 CHUNK = 1 << 18  # values worked on at a time: temporaries of 1 MB, which stay in cache
+
+encode, decode = encode_rows, decode_rows
 
 
 @torch.no_grad()
@@ -301,12 +303,12 @@ class _Blocks:
         """16 random bits per value, by the global element index; None where rounding is to nearest."""
         if operand not in self.job.noise:
             return None
-        drawn = []
+        drawn, number = [], ["p", *self.job.moments].index(operand)
         for piece in self.chunk:
             job = self.step.jobs[piece.index]
             stride = row_stride(job.cols)
             count = (piece.last - piece.first) * stride
-            drawn.append(bits16(job.noise[operand], piece.first * stride, count, self.step.device))
+            drawn.append(bits16(key(*job.stream, number), piece.first * stride, count, self.step.device))
         return torch.cat(drawn).view(-1, self.width)
 
     def encode(self, letter: str) -> dict[str, Tensor]:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from .. import codec
 from ..formats import Format
-from ..packed import row_bits
 from ..rounding import narrow, uniform
+from ..rows import row_bits
 from .recipe import Operand
 from .stablespam import RELEASED
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .. import layout, masters, packed
+from .. import backends, layout, masters, rows
 from ..formats import Format, catalogue
 from ..policy import PRESETS_VERSION, clean_name
 from .slot import Slot, state_key
@@ -194,14 +194,14 @@ class _Conversion:
         tag = saved.get(f"{name}_format")
         stored = self._stored_format(name, tag, saved[name])
         parts = {}
-        for part, (shape, dtype) in packed.part_shapes(stored, self.shape).items():
+        for part, (shape, dtype) in rows.part_shapes(stored, self.shape).items():
             parts[part] = self._tensor(saved, state_key(name, part), shape, dtype)
         if stored != fmt:
-            rows, cols = layout.rows_of(self.shape)
-            values = packed.decode_rows(stored, parts, cols) if rows * cols else torch.zeros(rows, cols)
+            height, cols = layout.rows_of(self.shape)
+            values = backends.decode(stored, parts, cols) if height * cols else torch.zeros(height, cols)
             if not stored.compressed:
-                values = parts["codes"].float().reshape(rows, cols)
-            parts = packed.encode_rows(fmt, values, live=not signed)
+                values = parts["codes"].float().reshape(height, cols)
+            parts = backends.encode(fmt, values, live=not signed)
             if not fmt.compressed:
                 parts["codes"] = parts["codes"].reshape(self.shape)
         result: dict[str, Any] = {state_key(name, part): tensor for part, tensor in parts.items()}

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .. import layout, masters, packed
+from .. import layout, masters, rows
 from ..policy import Decision, role_of
-from ..rounding import key
 from ..stages import Job
 
 if TYPE_CHECKING:
@@ -68,7 +67,7 @@ class Slot:
         state: dict[str, Any] = {"step": torch.zeros((), dtype=torch.float32, device="cpu")}
         for letter, moment in self.program.moments.items():
             fmt = self.formats[letter]
-            for part, tensor in packed.zeros(fmt, tuple(p.shape), p.device).items():
+            for part, tensor in rows.zeros(fmt, tuple(p.shape), p.device).items():
                 state[state_key(moment.name, part)] = tensor
             if fmt.compressed:
                 state[f"{moment.name}_format"] = fmt.tag
@@ -86,13 +85,10 @@ class Slot:
         for letter, moment in self.program.moments.items():
             parts = self.formats[letter].parts if self.formats[letter].compressed else ("codes",)
             moments[letter] = {part: state[state_key(moment.name, part)] for part in parts}
-        noise = {}
+        noise = set(self.program.moments) if group["state_rounding"] == "stochastic" else set()
         half = self.param.dtype != torch.float32
         if half and self.master == "none" and group["rounding"] != "nearest":
-            noise["p"] = key(group["seed"], group["steps"], self.id, 0)
-        if group["state_rounding"] == "stochastic":
-            for operand, letter in enumerate(self.program.moments, start=1):
-                noise[letter] = key(group["seed"], group["steps"], self.id, operand)
+            noise.add("p")
         return Job(
             param=self.param,
             grad=grad,
@@ -106,7 +102,8 @@ class Slot:
             program=self.program,
             master=self.master if "master" in state else "none",
             companion=state.get("master"),
-            noise=noise,
+            noise=frozenset(noise),
+            stream=(group["seed"], group["steps"], self.id),
         )
 
     def zero_moments(self, state: dict[str, Any], keep: bool) -> None:
@@ -114,7 +111,7 @@ class Slot:
         for letter, moment in self.program.moments.items():
             if keep and moment.name.startswith("max_"):
                 continue
-            for part in packed.part_shapes(self.formats[letter], tuple(self.param.shape)):
+            for part in rows.part_shapes(self.formats[letter], tuple(self.param.shape)):
                 state[state_key(moment.name, part)].zero_()
             if moment.weight:
                 state[moment.weight].zero_()
