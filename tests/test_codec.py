@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from fractions import Fraction
 
 import numpy as np
 import oracles
@@ -481,6 +482,17 @@ def test_log_levels(fmt: Format):
     best = (levels.unsqueeze(1) * parts["scale"].double()[:, None, None] - x.double().unsqueeze(-1)).abs().amin(-1)
     assert ((got.double() - x).abs() <= best + 4e-6 * parts["scale"].unsqueeze(-1)).all()
     assert got.amax(-1).equal(x.amax(-1))
+
+
+@pytest.mark.parametrize("n", [3, 15])
+def test_roots_are_within_two_ulp(n: int):
+    rng = np.random.default_rng(n)
+    x = np.concatenate([2.0 ** rng.uniform(-126, 0, 500), 2.0 ** -np.arange(127.0), [1 - 2.0**-53]])
+    y = codec._root(torch.from_numpy(x), n).numpy()
+    np.testing.assert_allclose(y, x ** (1 / n), rtol=1e-14)
+    for root, power in zip(y, x, strict=True):
+        low, high = (Fraction(root) + step * Fraction(np.spacing(root)) for step in (-2, 2))
+        assert low**n <= Fraction(power) <= high**n
 
 
 @pytest.mark.parametrize("fmt", [f for f in ALL if f.kind == "log"], ids=str)
