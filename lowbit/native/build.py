@@ -29,7 +29,8 @@ from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
 SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
-INSTALL = {"darwin": "xcode-select --install", "win32": "https://www.msys2.org"}
+INSTALL = {"darwin": "xcode-select --install", "win32": "https://www.msys2.org"}.get(sys.platform, "apt install g++")
+NONE = f"there is no C++ compiler ($CXX, c++, g++ or clang++): install one ({INSTALL})"
 
 # Every flag that may change a bit is here: a·b + c is contracted nowhere, and never -ffast-math. Never -march=native:
 # the library chooses its instruction set when it runs.
@@ -100,23 +101,31 @@ def compile_to(target: Path, folder: Path = HERE) -> None:
     _compile(sources(folder), target, f'-DLB_FINGERPRINT="{fingerprint(_files(folder))}"')
 
 
-def describe(folder: Path = HERE) -> dict[str, object]:
+def describe(folder: Path = HERE) -> dict[str, str | bool | None]:
     """What there is to load and to compile with, for `lowbit doctor`."""
     fault = _fault(shipped(folder), fingerprint(_files(folder)))
-    cxx = compiler()
-    return {
-        "shipped": fault or f"{shipped(folder)} (fresh)",
-        "cache": str(next(_places())),
-        "cached": str(cached(folder) or ""),
-        "compiler": cxx and f"{cxx} ({version(cxx)})",
-        "flags": " ".join(flags(cxx)) if cxx else "",
-        "openmp": bool(cxx) and "-fopenmp" in flags(cxx),
-    }
+    found = {"shipped": fault or f"{shipped(folder)} (fresh)", "cache": str(next(_places())), "compiler": compiler()}
+    try:
+        found["cached"] = (path := cached(folder)) and str(path)
+        if cxx := compiler():
+            found |= {"version": version(cxx), "flags": " ".join(flags(cxx)), "openmp": "-fopenmp" in flags(cxx)}
+    except BuildError as error:
+        found["problem"] = str(error)
+    return found
 
 
 def sources(folder: Path = HERE) -> list[Path]:
     """The C++ files, each compiled by itself."""
     return sorted(folder.glob("*.cpp"))
+
+
+def device_sources() -> Path:
+    """The folder of the CUDA sources: in the package once installed, at the top of the repository in a checkout.
+
+    It is no module to ask importlib for: an `__init__.py` in it would hide NVIDIA's `cuda` from who runs in a checkout.
+    """
+    installed = HERE.parent / "cuda"
+    return installed if installed.is_dir() else HERE.parents[1] / "cuda"
 
 
 def shipped(folder: Path = HERE) -> Path:
@@ -196,8 +205,8 @@ def _places(create: bool = False) -> Iterator[Path]:
     own, home = os.environ.get("LOWBIT_CACHE"), os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     yield Path(os.path.abspath(os.path.expanduser(own))) if own else Path(home, "lowbit")
     posix = os.name == "posix"  # elsewhere each user has temporary files of their own
-    spare = Path(tempfile.gettempdir(), f"lowbit-{os.getuid()}" if posix else "lowbit")
     with contextlib.suppress(OSError):
+        spare = Path(tempfile.gettempdir(), f"lowbit-{os.getuid()}" if posix else "lowbit")
         if create:
             spare.mkdir(0o700, exist_ok=True)
         # Anyone can guess the name, and who put a library there would run in our process.
@@ -209,10 +218,7 @@ def _places(create: bool = False) -> Iterator[Path]:
 def _keep(name: str, mark: str, why: str, make: Callable[[Path], None]) -> tuple[Path, bool, str]:
     """Have a library in the first folder that takes it. Returns it, whether we made it, and what was wrong before."""
     if not compiler():
-        raise NoCompiler(
-            f"{why}, and there is no C++ compiler to build it ($CXX, c++, g++ or clang++): install one "
-            f"({INSTALL.get(sys.platform, 'apt install g++')}), or do without it, slower: LOWBIT_BACKEND=reference"
-        )
+        raise NoCompiler(f"{why}, and {NONE}, or do without it, slower: LOWBIT_BACKEND=reference")
     problems = []
     for place in _places(create=True):
         path, made = place / _name(name, mark), False
@@ -244,7 +250,7 @@ def _one_at_a_time(lock: Path) -> Iterator[None]:
 
 def _compile(files: list[Path], target: Path, *more: str) -> None:
     if not (cxx := compiler()):
-        raise NoCompiler("there is no C++ compiler")
+        raise NoCompiler(NONE)
     # Beside the target and not among the temporary files: only within one file system is a replacement atomic.
     with tempfile.TemporaryDirectory(prefix=".build-", dir=target.parent, ignore_cleanup_errors=True) as work:
         objects = [f"{work}/{file.stem}.o" for file in files]
@@ -262,14 +268,8 @@ def _run(command: list[str]) -> str:
     """What a command prints. Raises `BuildError` with its first error if it fails."""
     try:
         # In English whatever the language is: the answers are part of keys.
-        done = subprocess.run(
-            command,
-            env={**os.environ, "LC_ALL": "C"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            errors="replace",
-        )
-        output, failed = done.stdout, done.returncode
+        done = subprocess.run(command, env={**os.environ, "LC_ALL": "C"}, capture_output=True, errors="replace")
+        output, failed = done.stdout + done.stderr, done.returncode
     except OSError as error:
         output, failed = str(error), True
     if failed:
