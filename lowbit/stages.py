@@ -2,13 +2,23 @@
 
 A rule is a short ordered list of stages, each a small pure function in the words of `lowbit.words`:
 
-    measure   a value, reduced over the tensor (or over all tensors): reads g (and moments), returns one number
-    fold      once per tensor: reads and writes the tensor's scalars `s`, reads constants `c` and what was measured, `x`
-    update    per value: reads p, g, moments, `s`, `c`; returns what it writes
+    @measure("max" | "sum" | "mean", over="tensor" | "all" | "row" | "column" | "group")
+                   per value, reduced to one number for each tensor, for all tensors together, or for each row, column
+                   or group of rows of each tensor; reads p, g, moments, vectors, `s`, `c`
+    @fold          once per tensor: reads constants `c` and what was last measured over tensors, `x`; assigns to the
+                   tensor's scalars `s`
+    @fold("v n")   once per element of what was last measured, which must be rows, columns or groups: reads that
+                   element's `x`, vectors over the same, `s`, `c`; returns what it writes, each a vector
+    @update("p m") per value: reads p, g, moments, vectors, `s`, `c`; returns what it writes
 
-The arguments' names are the operands: `p` and `g`, a letter for each moment, `s`, `c` and `x`. A measurement costs one
-sweep over the gradient, so a program costs `1 + len(measures)` sweeps. The functions are what a backend runs (or
-prints); nothing else in the library states a formula.
+The arguments' names are the operands: `p` and `g`, a letter for each moment, `s`, `c` and `x`. A vector has one fp32
+number per row, column or group: a moment that is declared so is kept from step to step, any other letter that a fold
+writes lasts for this step. Updates and measures read vectors broadcast over their values. A group is a number of
+consecutive rows (`Rule.group_rows`); the last may be short.
+
+A measurement costs one sweep over the gradient, in which the updates before it are repeated, so a program costs
+`1 + len(measures)` sweeps. The functions are what a backend runs (or prints); nothing else in the library states a
+formula.
 """
 
 from __future__ import annotations
@@ -17,36 +27,51 @@ import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from operator import attrgetter
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 from torch import Tensor
 
 from .formats import Format
 
+Reduce = Literal["max", "sum", "mean"]
+Vector = Literal["row", "column", "group"]
+Over = Literal["tensor", "all"] | Vector
+VECTORS = ("row", "column", "group")
+
 
 @dataclass(frozen=True)
 class Moment:
-    """One per-value state of an optimizer: its torch name, its sign, and the scalar that debiases it, if any."""
+    """One state of an optimizer: its torch name, its sign, the scalar that debiases it, if any, and what it is over.
+
+    One number per value can be stored in any format; one per row, column or group of rows is a plain fp32 vector.
+    """
 
     name: str
     signed: bool = True
     weight: str = ""
+    over: Literal["value"] | Vector = "value"
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One printed function of a rule."""
+    """One printed function of a rule. `reduce` and `over` are a measure's; a fold with `writes` is one over vectors."""
 
     kind: Literal["measure", "fold", "update"]
     function: Callable[..., Any]
     reads: tuple[str, ...]
     writes: tuple[str, ...] = ()
-    reduce: Literal["max", "sum", ""] = ""
-    over: Literal["tensor", "all"] = "tensor"
+    reduce: Reduce | Literal[""] = ""
+    over: Over = "tensor"
 
     def __call__(self, operands: Mapping[str, Any]) -> Any:
         return self.function(*(operands[name] for name in self.reads))
+
+    def written(self, operands: Mapping[str, Any]) -> dict[str, Any]:
+        """What the function returns, by letter."""
+        result = self(operands)
+        return dict(zip(self.writes, result if len(self.writes) > 1 else (result,), strict=True))
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[str, str]]:
         # The decorator took the function's name, so what pickle finds there is the stage.
@@ -64,11 +89,10 @@ def _reads(function: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(inspect.signature(function).parameters)
 
 
-def measure(reduce: Literal["max", "sum"], over: Literal["tensor", "all"] = "tensor") -> Callable[..., Stage]:
-    """Decorator: the function's value, reduced to one number per tensor, or to one over all tensors.
-
-    What is maximised must not be negative: the end of a short row counts as 0.
-    """
+def measure(reduce: Reduce, over: Over = "tensor") -> Callable[..., Stage]:
+    """Decorator: the function's value, reduced to one number for each of what it is over; "max" is of magnitudes."""
+    if reduce == "mean" and over == "all":
+        raise ValueError('measure("mean", over="all"): over all tensors there are "max" and "sum" only')
 
     def decorate(function: Callable[..., Any]) -> Stage:
         return Stage("measure", function, _reads(function), reduce=reduce, over=over)
@@ -76,9 +100,16 @@ def measure(reduce: Literal["max", "sum"], over: Literal["tensor", "all"] = "ten
     return decorate
 
 
-def fold(function: Callable[..., None]) -> Stage:
-    """Decorator: once per tensor, from the measured `x`, the scalars `s` and the constants `c`; assigns to `s`."""
-    return Stage("fold", function, _reads(function))
+@overload
+def fold(function: Callable[..., Any], /) -> Stage: ...
+@overload
+def fold(writes: str, /) -> Callable[..., Stage]: ...
+def fold(function: Callable[..., Any] | str, /) -> Stage | Callable[..., Stage]:
+    """Decorator: once per tensor, assigning to `s`; or, given letters as in `update`, per row, column or group."""
+    if not isinstance(function, str):
+        return Stage("fold", function, _reads(function))
+    writes = tuple(function.split())
+    return lambda function: Stage("fold", function, _reads(function), writes)
 
 
 def update(writes: str) -> Callable[..., Stage]:
@@ -108,7 +139,9 @@ class Program:
     """The stages of one optimizer, in order, with the moments (by letter) and persistent scalars they use.
 
     `guarded`: non-finite values harm nothing (DESIGN §5). Released code that lets them through is reproduced with
-    `guarded=False`.
+    `guarded=False`. `vectors` tells what each letter of a vector, persistent or temporary, is over.
+
+    Raises `ValueError` for stages that do not fit together.
     """
 
     stages: tuple[Stage, ...]
@@ -116,6 +149,15 @@ class Program:
     scalars: Mapping[str, float]
     guarded: bool = True
     temporaries: Mapping[str, float] = field(default_factory=dict)  # scalars that each step begins with anew
+    vectors: Mapping[str, Vector] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "vectors", _checked_vectors(self))
+
+    @cached_property
+    def values(self) -> Mapping[str, Moment]:
+        """The moments that have one number per value."""
+        return {letter: moment for letter, moment in self.moments.items() if moment.over == "value"}
 
     @property
     def measures(self) -> tuple[Stage, ...]:
@@ -128,11 +170,50 @@ class Program:
         return 1 + len(self.measures)
 
 
+def _checked_vectors(program: Program) -> dict[str, Vector]:
+    """What each vector is over; follows the stages as a backend runs them."""
+    vectors: dict[str, Vector] = {k: m.over for k, m in program.moments.items() if m.over != "value"}
+    values = {"p", "g", *program.values}
+    over, repeated = "", set[str]()  # what was last measured; what updates, which later sweeps repeat, have read
+    for stage in program.stages:
+        name = f"{stage.kind} {stage.function.__name__!r}"
+        if stage.kind == "fold" and not stage.writes:
+            readable = {"x"} if over in ("tensor", "all") else set()
+            taken = set[str]()
+        elif stage.kind == "fold":
+            if over not in VECTORS:
+                needed = "a measure over rows, columns or groups before it"
+                raise ValueError(f"{name} writes {stage.writes[0]!r} for each element, which takes {needed}")
+            alike = {letter for letter, its in vectors.items() if its == over}
+            readable = {"x", *alike}
+            taken = {*values, *(vectors.keys() - alike), *repeated}
+        else:
+            readable = {*values, *vectors}
+            taken = set(vectors)
+        for letter in stage.reads:
+            if letter not in {"s", "c", *readable}:
+                known = ", ".join(sorted({"s", "c", *readable}))
+                raise ValueError(f"{name} reads {letter!r}, which it cannot at this place; it can: {known}")
+        for letter in stage.writes:
+            if letter in {"s", "c", "x", *taken}:
+                raise ValueError(f"{name} writes {letter!r}, which is something else or was read by an earlier update")
+        if stage.kind == "measure":
+            over = stage.over
+        elif stage.kind == "update":
+            values.update(stage.writes)
+            repeated.update(stage.reads)
+        elif over in VECTORS:
+            vectors.update(dict.fromkeys(stage.writes, over))
+    return vectors
+
+
 @dataclass(eq=False)
 class Job:
-    """One tensor in one step. Moments are the parts of `rows`; scalars are 0-d fp32 tensors, written in place.
+    """One tensor in one step; p and its states are written in place.
 
-    Random bits are those of `rounding.key(*stream, operand)`: operand 0 is p, and the moments are 1, 2 … in order.
+    `moments` are those that have one number per value, as parts of `rows`; `vectors` the others, contiguous 1-D fp32
+    tensors by letter; scalars are 0-d fp32 tensors. Random bits are those of `rounding.key(*stream, operand)`: operand
+    0 is p, and those in `moments` are 1, 2 … in order.
     """
 
     param: Tensor
@@ -149,3 +230,5 @@ class Job:
     companion: Tensor | None = None
     noise: frozenset[str] = frozenset()  # the operands that round stochastically: p, and letters of moments
     stream: tuple[int, int, int] = (0, 0, 0)  # of random bits: seed, step, tensor id
+    vectors: dict[str, Tensor] = field(default_factory=dict)
+    group_rows: int = 1

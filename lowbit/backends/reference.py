@@ -4,9 +4,20 @@ It works on step blocks (256 values of a row, or a whole shorter row), many at a
 cut into pieces of whole rows, and pieces are gathered into chunks of about a quarter of a million values. So a model of
 many small tensors costs a few large torch operations, and no temporary is larger than a chunk (or one row).
 
-A sum has one meaning (DESIGN §5): inside a step block a halving tree in fp32; block sums by the same tree in float64
-along the row; rows, and tensors, by the same tree. Scaling before a square, by a power of two, is the `measure`
-function's own business (`s.unit` of AdaClip and AdaGN).
+A sum has one meaning (DESIGN §5), whose one tool is the halving tree: pad with zeros to a power of two n, then add
+x[i] + x[i + n/2] until one is left. What a `measure` function returns is fp32, and 0 beyond the end of a row.
+
+    row     the tree in fp32 inside each step block; the blocks of the row by the tree in float64
+    group   the row sums of the group, by the tree in float64, padded to the power of two for its own number of rows
+    tensor  all row sums, by the tree in float64
+    all     the tensors, program by program in the order of the jobs, by the tree in float64; a tensor that will be left
+            alone counts as 0
+    column  values converted to float64; inside each tile of TILE = 512 rows (the last may be short) one row after the
+            other, starting from the tile's first; then the tiles by the tree in float64
+
+The float64 sum is rounded to fp32 once: a sum as it is, a mean after one float64 division by the number of values. A
+maximum is that of magnitudes, and NaN if any is. Scaling before a square, by a power of two, is the business of the
+`measure` function (`s.unit` of AdaClip and AdaGN).
 """
 
 from __future__ import annotations
@@ -26,9 +37,10 @@ from ..formats import Format
 from ..layout import row_stride, step_width
 from ..rounding import bits16, key, uniform
 from ..rows import decode_rows, encode_rows, pack, unpack
-from ..stages import Job, Namespace, Program, Stage
+from ..stages import VECTORS, Job, Namespace, Program, Stage
 
 CHUNK = 1 << 18  # values worked on at a time: temporaries of 1 MB, which stay in cache
+TILE = 512  # rows that a sum over a column adds one after the other
 
 encode, decode = encode_rows, decode_rows
 
@@ -88,6 +100,8 @@ class _Step:
                 for name in names
             }
         )
+        kept = jobs[0].vectors
+        self.vectors: dict[str, list[Tensor]] = {letter: [job.vectors[letter] for job in jobs] for letter in kept}
         self.skip = torch.zeros(len(jobs), dtype=torch.bool, device=self.device)
         self.lost = torch.zeros(len(jobs), dtype=torch.int64, device=self.device)
         # A parameter or gradient that is not contiguous is worked on in a contiguous copy and written back.
@@ -100,10 +114,12 @@ class _Step:
     def run(self) -> Generator[tuple[Tensor, str], Tensor | None, None]:
         """One step. Yields (a number per job, how to reduce them) where a number over all tensors is needed."""
         done: list[Stage] = []  # the update stages that a later sweep must repeat
-        measured: Tensor | None = None
+        measured: Any = None
         for stage in self.program.stages:
             if stage.kind == "update":
                 done.append(stage)
+            elif stage.kind == "fold" and stage.writes:
+                self._fold(stage, measured)
             elif stage.kind == "fold":
                 stage({"s": self.scalars, "c": self.constants, "x": measured})
             else:
@@ -117,14 +133,16 @@ class _Step:
         if self.program.guarded and self.program.measures:
             for value in self.scalars.values():
                 self.skip |= ~torch.isfinite(value)
+            for vectors in self.vectors.values():
+                self.skip |= torch.stack([~torch.isfinite(vector).all() for vector in vectors])
         for chunk in self._chunks():
             self._update(chunk, done)
         self._finish()
 
     # ---- sweeps
 
-    def _measure(self, stage: Stage, before: list[Stage]) -> Tensor:
-        """One number per job: fp32, or float64 for sums."""
+    def _measure(self, stage: Stage, before: list[Stage]) -> Tensor | list[Tensor]:
+        """One number per job, fp32 (float64 for a sum over all tensors), or one fp32 vector per job."""
         partial: dict[int, list[Tensor]] = defaultdict(list)
         needed = {name for s in (*before, stage) for name in s.reads}
         for chunk in self._chunks():
@@ -135,23 +153,54 @@ class _Step:
             for earlier in before:
                 blocks.apply(earlier)
             values = blocks.masked(stage(blocks.operands))
-            per_block = values.amax(-1) if stage.reduce == "max" else halve(values)
-            for piece, part in zip(chunk, blocks.split(per_block), strict=True):
-                partial[piece.index].append(part.amax(0, True) if stage.reduce == "max" else _row_sums(part, piece))
-        each = [torch.cat(partial[index]) for index in range(len(self.jobs))]
-        reduced = torch.stack([values.amax() if stage.reduce == "max" else halve(values) for values in each])
-        return reduced if stage.over == "all" else reduced.float()
+            if stage.over != "column":
+                values = _reduced(stage, values)
+            for piece, part in zip(chunk, blocks.split(values), strict=True):
+                rows = part.reshape(piece.last - piece.first, -1)
+                if stage.over == "column":
+                    self._add_columns(stage, partial[piece.index], rows, piece)
+                else:
+                    partial[piece.index].append(_reduced(stage, rows if stage.reduce == "max" else rows.double()))
+        each = [_measured(stage, partial[index], job) for index, job in enumerate(self.jobs)]
+        return each if stage.over in VECTORS else torch.cat(each)
+
+    def _add_columns(self, stage: Stage, tiles: list[Tensor], rows: Tensor, piece: _Piece) -> None:
+        """Take rows of a tensor into its `tiles`: one matrix, of the sums of each tile, or of the largest so far."""
+        job = self.jobs[piece.index]
+        rows = rows[:, : job.cols]
+        if stage.reduce == "max":
+            tiles[:] = [torch.cat([*tiles, rows.abs()]).amax(0, True)]
+            return
+        if not tiles:
+            tiles.append(torch.zeros(-(-job.rows // TILE), job.cols, dtype=torch.float64, device=self.device))
+        for place in sorted((piece.first + i) % TILE for i in range(min(TILE, len(rows)))):
+            start = (place - piece.first) % TILE  # the first row that is at this place of its tile, and all such rows
+            mine, first = rows[start::TILE].double(), (piece.first + start) // TILE
+            sums = tiles[0][first : first + len(mine)]
+            sums.copy_(mine if place == 0 else sums + mine)
+
+    def _fold(self, stage: Stage, measured: list[Tensor]) -> None:
+        """A fold over rows, columns or groups, of all jobs at once."""
+        counts = [len(vector) for vector in measured]
+        owner = torch.arange(len(counts), device=self.device).repeat_interleave(
+            torch.tensor(counts, device=self.device), output_size=sum(counts)
+        )
+        own = {letter: torch.cat(self.vectors[letter]) for letter in stage.reads if letter in self.vectors}
+        s, c = (Namespace({k: v[owner] for k, v in values.items()}) for values in (self.scalars, self.constants))
+        for letter, vector in stage.written({"x": torch.cat(measured), "s": s, "c": c, **own}).items():
+            self.vectors[letter] = list(vector.split(counts))
 
     def _per_job(self, blocks: _Blocks, flags: Tensor) -> Tensor:
         """How many of a chunk's blocks are flagged, per job."""
         return torch.zeros_like(self.lost).index_add_(0, blocks.owner, flags.long())
 
     def _update(self, chunk: list[_Piece], stages: list[Stage]) -> None:
-        blocks = _Blocks(self, chunk, {"p", "g", *self.program.moments})
+        read = {name for stage in stages for name in stage.reads}
+        blocks = _Blocks(self, chunk, {"p", *self.program.values, *read})
         finite = torch.isfinite(blocks.operands["g"]).all(-1) if self.program.guarded else None
         for stage in stages:
             blocks.apply(stage)
-        stored = {letter: blocks.encode(letter) for letter in self.program.moments}
+        stored = {letter: blocks.encode(letter) for letter in self.program.values}
         parameter = blocks.narrow()
         keep = None
         if finite is not None:
@@ -172,6 +221,10 @@ class _Step:
                 torch._foreach_copy_(  # pyright: ignore[reportPrivateImportUsage]
                     [job.scalars[name] for job in self.jobs], list(kept.unbind())
                 )
+        for letter in self.jobs[0].vectors:
+            for index, job in enumerate(self.jobs):
+                old = job.vectors[letter]
+                old.copy_(torch.where(self.skip[index], old, self.vectors[letter][index]))
         counted = torch.stack([self.lost, self.skip.long()], 1)
         torch._foreach_add_(  # pyright: ignore[reportPrivateImportUsage]
             [job.skipped for job in self.jobs], list(counted.unbind())
@@ -225,20 +278,22 @@ class _Blocks:
             self.companion = self._companion()
             self.operands["p"] = masters.load(self.job.master, self.raw, self.companion)
         self.old: dict[str, dict[str, Tensor]] = {}
-        for letter in step.program.moments:
+        for letter in step.program.values:
             if letter in needed:
                 self.old[letter] = self._moment(letter)
                 self.operands[letter] = codec.decode(self.job.formats[letter], self.old[letter]).reshape(-1, self.width)
+        for letter, over in step.program.vectors.items():
+            if letter in needed:
+                self.operands[letter] = torch.cat([self._spread(step.vectors[letter], over, p) for p in chunk])
         self.operands["s"] = self._broadcast(step.scalars)
         self.operands["c"] = self._broadcast(step.constants)
 
     def apply(self, stage: Stage) -> None:
-        result = stage(self.operands)
-        results = result if len(stage.writes) > 1 else (result,)
-        self.operands.update(zip(stage.writes, map(self.masked, results), strict=True))
+        self.operands.update({name: self.masked(values) for name, values in stage.written(self.operands).items()})
 
     def masked(self, values: Tensor) -> Tensor:
         """What a stage makes of the zeros beyond the end of a row is no value: it counts in no scale and no sum."""
+        values = values.broadcast_to(self.operands["g"].shape)  # it may be one number per tensor or row
         return values if self.inside is None else torch.where(self.inside, values, 0.0)
 
     def split(self, values: Tensor) -> tuple[Tensor, ...]:
@@ -266,6 +321,15 @@ class _Blocks:
     def _in_blocks(self, rows: Tensor, piece: _Piece) -> Tensor:
         cols = self.step.jobs[piece.index].cols
         return F.pad(rows, (0, row_stride(cols) - cols)).reshape(-1, self.width)
+
+    def _spread(self, vectors: list[Tensor], over: str, piece: _Piece) -> Tensor:
+        """A vector as blocks: [blocks, width] over columns, else [blocks, 1]."""
+        vector, job = vectors[piece.index], self.step.jobs[piece.index]
+        if over == "column":
+            return self._in_blocks(vector.expand(piece.last - piece.first, -1), piece)
+        rows = torch.arange(piece.first, piece.last, device=self.step.device)
+        each = vector[rows // job.group_rows if over == "group" else rows]
+        return each.repeat_interleave(row_stride(job.cols) // self.width).unsqueeze(1)
 
     def _companion(self) -> Tensor | None:
         if self.job.companion is None:
@@ -368,6 +432,24 @@ def halve(values: Tensor) -> Tensor:
     return values[..., 0]
 
 
-def _row_sums(per_block: Tensor, piece: _Piece) -> Tensor:
-    """Block sums of whole rows to row sums, in float64."""
-    return halve(per_block.double().reshape(piece.last - piece.first, -1))
+def _reduced(stage: Stage, values: Tensor) -> Tensor:
+    return values.abs().amax(-1) if stage.reduce == "max" else halve(values)
+
+
+def _measured(stage: Stage, parts: list[Tensor], job: Job) -> Tensor:
+    """What was measured of one tensor, a vector, from the numbers of its rows, or of its columns' tiles."""
+    each = torch.cat(parts)
+    if stage.over == "row":
+        lines = [each.unsqueeze(1)]
+    elif stage.over == "column":
+        lines = [each.t()]
+    elif stage.over == "group":
+        whole, short = each.split([job.rows - job.rows % job.group_rows, job.rows % job.group_rows])
+        lines = [whole.view(-1, job.group_rows), *([short.unsqueeze(0)] if len(short) else [])]
+    else:
+        lines = [each.unsqueeze(0)]
+    numbers = torch.cat([_reduced(stage, line) for line in lines])
+    if stage.reduce == "mean":
+        sizes = [job.rows if stage.over == "column" else line.shape[1] * job.cols for line in lines]
+        numbers = numbers / torch.cat([numbers.new_full((len(line),), n) for line, n in zip(lines, sizes, strict=True)])
+    return numbers if stage.over == "all" else numbers.float()

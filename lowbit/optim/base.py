@@ -159,6 +159,10 @@ class Rule(torch.optim.Optimizer, Part):
     def check_group(self, group: Mapping[str, Any]) -> None:
         """Raise `ValueError` for a hyper-parameter out of range; called before anything changes."""
 
+    def group_rows(self, group: Mapping[str, Any], name: str, shape: tuple[int, ...], role: str) -> int:
+        """How many consecutive rows of a tensor are a group, where a moment or measure is over groups; asked once."""
+        return 1
+
     def step_after(self, group: Mapping[str, Any], t: int) -> int:
         """What `state["step"]` becomes after step t of a tensor: t."""
         return t
@@ -208,10 +212,12 @@ class Rule(torch.optim.Optimizer, Part):
             raise TypeError(f"seed must be an int, not {type(group['seed']).__name__}")
         for part in self.stabilize:
             part.check(group)
+            known = {"p", "g", "s", "c", "x", *moments, *(letter for stage in part.stages for letter in stage.writes)}
             for stage in part.stages:
-                missing = [r for r in stage.reads if len(r) == 1 and r not in {"p", "g", "s", "c", "x", *moments}]
+                missing = [r for r in stage.reads if len(r) == 1 and r not in known]
                 if missing:
                     raise ValueError(f"stabilize: {part!r} reads {missing[0]!r}, which {type(self).__name__} has not")
+        self.program(group)  # raises for stages that do not fit together
         if group["master"] not in masters.MASTERS:
             hint = nearest(group["master"], masters.MASTERS)
             raise ValueError(f"unknown master {group['master']!r}{hint}; known: {', '.join(masters.MASTERS)}")

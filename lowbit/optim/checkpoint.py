@@ -163,7 +163,11 @@ class _Conversion:
             raise ValueError(f"{self.slot.label}: the checkpoint has no 'step'; it has {sorted(map(str, saved))}")
         state["step"] = torch.as_tensor(saved["step"], dtype=torch.float32).reshape(()).cpu().clone()
         for letter, moment in self.slot.program.moments.items():
-            state.update(self._moment(moment.name, self.slot.formats[letter], moment.signed, saved))
+            name = moment.name
+            if moment.over == "value":
+                state.update(self._moment(name, self.slot.formats[letter], moment.signed, saved))
+            else:
+                state[name] = self._tensor(saved, name, tuple(state[name].shape), torch.float32)
             if moment.weight and moment.weight not in saved:
                 state[moment.weight].fill_(self._weight(letter, int(state["step"])))
         for name in (*self.slot.program.scalars, "skipped"):

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from .. import layout, masters, rows
+from ..formats import format as find_format
 from ..policy import Decision, role_of
-from ..stages import Job
+from ..stages import Job, Moment
 
 if TYPE_CHECKING:
     from .base import Rule
@@ -30,8 +31,13 @@ class Slot:
         self.id = number
         self.asked = _asked(group)
         self.program = rule.program(group)
+        self.group_rows = rule.group_rows(group, name, tuple(p.shape), self.role)
+        if not isinstance(self.group_rows, int) or self.group_rows < 1:
+            raise ValueError(f"{label}: group_rows must be a whole number of at least 1, not {self.group_rows!r}")
         self.decisions: dict[str, Decision] = {
             letter: rule.policy.decide(group["states"], m.name, m.signed, name, tuple(p.shape), self.role)
+            if m.over == "value"
+            else Decision(find_format("fp32"), f"one per {m.over}: fp32")
             for letter, m in self.program.moments.items()
         }
         self.formats = {letter: decision.format for letter, decision in self.decisions.items()}
@@ -67,7 +73,7 @@ class Slot:
         state: dict[str, Any] = {"step": torch.zeros((), dtype=torch.float32, device="cpu")}
         for letter, moment in self.program.moments.items():
             fmt = self.formats[letter]
-            for part, tensor in rows.zeros(fmt, tuple(p.shape), p.device).items():
+            for part, tensor in rows.zeros(fmt, self._shape(moment), p.device).items():
                 state[state_key(moment.name, part)] = tensor
             if fmt.compressed:
                 state[f"{moment.name}_format"] = fmt.tag
@@ -80,12 +86,16 @@ class Slot:
             state["master"] = start.to(kept, copy=True).contiguous()
         return state
 
+    def _shape(self, moment: Moment) -> tuple[int, ...]:
+        vectors = {"row": self.rows, "column": self.cols, "group": -(-self.rows // self.group_rows)}
+        return tuple(self.param.shape) if moment.over == "value" else (vectors[moment.over],)
+
     def job(self, group: Mapping[str, Any], state: dict[str, Any], grad: Tensor, constants: dict[str, float]) -> Job:
         moments = {}
-        for letter, moment in self.program.moments.items():
+        for letter, moment in self.program.values.items():
             parts = self.formats[letter].parts if self.formats[letter].compressed else ("codes",)
             moments[letter] = {part: state[state_key(moment.name, part)] for part in parts}
-        noise = set(self.program.moments) if group["state_rounding"] == "stochastic" else set()
+        noise = set(moments) if group["state_rounding"] == "stochastic" else set()
         half = self.param.dtype != torch.float32
         if half and self.master == "none" and group["rounding"] != "nearest":
             noise.add("p")
@@ -93,7 +103,7 @@ class Slot:
             param=self.param,
             grad=grad,
             moments=moments,
-            formats=self.formats,
+            formats={letter: self.formats[letter] for letter in moments},
             scalars={name: state[name] for name in self.program.scalars},
             constants=constants,
             skipped=state["skipped"],
@@ -104,6 +114,8 @@ class Slot:
             companion=state.get("master"),
             noise=frozenset(noise),
             stream=(group["seed"], group["steps"], self.id),
+            vectors={letter: state[m.name] for letter, m in self.program.moments.items() if m.over != "value"},
+            group_rows=self.group_rows,
         )
 
     def zero_moments(self, state: dict[str, Any], keep: bool) -> None:
@@ -111,7 +123,7 @@ class Slot:
         for letter, moment in self.program.moments.items():
             if keep and moment.name.startswith("max_"):
                 continue
-            for part in rows.part_shapes(self.formats[letter], tuple(self.param.shape)):
+            for part in rows.part_shapes(self.formats[letter], self._shape(moment)):
                 state[state_key(moment.name, part)].zero_()
             if moment.weight:
                 state[moment.weight].zero_()
