@@ -29,7 +29,7 @@ class BuildNative(build_ext):
         try:
             build.compile_to(target)
         except build.BuildError as error:
-            self.warn(f"installing without the native library, which is then compiled at first use: {error}")
+            self.warn(f"installing without the native library; its first use compiles it, if it can then: {error}")
 
 
 class Wheel(bdist_wheel):
