@@ -1,0 +1,273 @@
+// Printed from lowbit/optim by `python -m lowbit.native.printer`; do not edit.
+//
+// For a file that defines LB_KERNEL(symbol): how the declaration of an exported function of that name begins.
+#pragma once
+#include "abi.h"
+#include "rules.h"
+
+// An output may be the same memory as an input, value for value; otherwise nothing overlaps.
+#ifdef __clang__
+#define LB_IVDEP _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define LB_IVDEP _Pragma("GCC ivdep")
+#endif
+
+LB_KERNEL(adamw_weigh)(const lb_frame *frame) {
+  adamw_weigh::S s = {frame->s[frame->si[0]], frame->s[frame->si[1]]};
+  const adamw_weigh::C c = {frame->c[frame->ci[0]], frame->c[frame->ci[1]]};
+  adamw_weigh::apply(s, c);
+  frame->s[frame->si[0]] = s.exp_avg_weight;
+  frame->s[frame->si[1]] = s.exp_avg_sq_weight;
+}
+
+LB_KERNEL(adamw_debias)(const lb_frame *frame) {
+  adamw_debias::S s = {frame->s[frame->si[0]], frame->s[frame->si[1]], frame->s[frame->si[2]], frame->s[frame->si[3]]};
+  const adamw_debias::C c = {frame->c[frame->ci[0]]};
+  adamw_debias::apply(s, c);
+  frame->s[frame->si[0]] = s.step_size;
+  frame->s[frame->si[2]] = s.root;
+}
+
+template <uint32_t ROOTS>
+static void adamw_adamw_run(const lb_frame *frame) {
+  const adamw_adamw::S s = {frame->s[frame->si[0]], frame->s[frame->si[1]]};
+  const adamw_adamw::C c = {frame->c[frame->ci[0]], frame->c[frame->ci[1]], frame->c[frame->ci[2]], frame->c[frame->ci[3]]};
+  const int64_t end = frame->n & ~INT64_C(15);
+  int32_t peaks[4] = {};
+  LB_IVDEP
+  for (int64_t at = 0; at < end; ++at) {
+    float p = frame->in[0][at];
+    const float g = frame->in[1][at];
+    float m = frame->in[2][at];
+    float v = frame->in[3][at];
+    peaks[3] = lb::peak_of(peaks[3], g);
+    adamw_adamw::apply(p, g, m, v, s, c);
+    frame->out[0][at] = p;
+    peaks[0] = lb::peak_of(peaks[0], p);
+    frame->out[1][at] = m;
+    peaks[1] = lb::peak_of(peaks[1], m);
+    if (ROOTS & 4) v = lb::sqrt(v);
+    frame->out[2][at] = v;
+    peaks[2] = lb::peak_of(peaks[2], v);
+  }
+  frame->peaks[0] = (uint32_t)peaks[0];
+  frame->peaks[1] = (uint32_t)peaks[1];
+  frame->peaks[2] = (uint32_t)peaks[2];
+  frame->peaks[3] = (uint32_t)peaks[3];
+}
+LB_KERNEL(adamw_adamw)(const lb_frame *frame) {
+  switch (frame->roots) {
+    case 4: return adamw_adamw_run<4>(frame);
+    default: return adamw_adamw_run<0>(frame);
+  }
+}
+
+template <uint32_t ROOTS>
+static void adamw_amsgrad_run(const lb_frame *frame) {
+  const adamw_amsgrad::S s = {frame->s[frame->si[0]], frame->s[frame->si[1]]};
+  const adamw_amsgrad::C c = {frame->c[frame->ci[0]], frame->c[frame->ci[1]], frame->c[frame->ci[2]], frame->c[frame->ci[3]]};
+  const int64_t end = frame->n & ~INT64_C(15);
+  int32_t peaks[5] = {};
+  LB_IVDEP
+  for (int64_t at = 0; at < end; ++at) {
+    float p = frame->in[0][at];
+    const float g = frame->in[1][at];
+    float m = frame->in[2][at];
+    float v = frame->in[3][at];
+    float h = frame->in[4][at];
+    peaks[4] = lb::peak_of(peaks[4], g);
+    adamw_amsgrad::apply(p, g, m, v, h, s, c);
+    frame->out[0][at] = p;
+    peaks[0] = lb::peak_of(peaks[0], p);
+    frame->out[1][at] = m;
+    peaks[1] = lb::peak_of(peaks[1], m);
+    if (ROOTS & 4) v = lb::sqrt(v);
+    frame->out[2][at] = v;
+    peaks[2] = lb::peak_of(peaks[2], v);
+    if (ROOTS & 8) h = lb::sqrt(h);
+    frame->out[3][at] = h;
+    peaks[3] = lb::peak_of(peaks[3], h);
+  }
+  frame->peaks[0] = (uint32_t)peaks[0];
+  frame->peaks[1] = (uint32_t)peaks[1];
+  frame->peaks[2] = (uint32_t)peaks[2];
+  frame->peaks[3] = (uint32_t)peaks[3];
+  frame->peaks[4] = (uint32_t)peaks[4];
+}
+LB_KERNEL(adamw_amsgrad)(const lb_frame *frame) {
+  switch (frame->roots) {
+    case 4: return adamw_amsgrad_run<4>(frame);
+    case 8: return adamw_amsgrad_run<8>(frame);
+    case 12: return adamw_amsgrad_run<12>(frame);
+    default: return adamw_amsgrad_run<0>(frame);
+  }
+}
+
+LB_KERNEL(stabilizers_peak)(const lb_frame *frame) {
+  const int64_t end = frame->n & ~INT64_C(15);
+  int32_t peaks[1] = {};
+  LB_IVDEP
+  for (int64_t at = 0; at < end; ++at) {
+    const float g = frame->in[0][at];
+    peaks[0] = lb::peak_of(peaks[0], g);
+    frame->out[0][at] = stabilizers_peak::apply(g);
+  }
+  frame->peaks[0] = (uint32_t)peaks[0];
+}
+
+LB_KERNEL(stabilizers_weigh_peak)(const lb_frame *frame) {
+  stabilizers_weigh_peak::S s = {frame->s[frame->si[0]]};
+  const stabilizers_weigh_peak::C c = {frame->c[frame->ci[0]]};
+  stabilizers_weigh_peak::apply(s, c);
+  frame->s[frame->si[0]] = s.m_max_weight;
+}
+
+LB_KERNEL(stabilizers_peak_weight)(const lb_frame *frame) {
+  stabilizers_peak_weight::S s = {frame->s[frame->si[0]]};
+  const stabilizers_peak_weight::C c = {frame->c[frame->ci[0]]};
+  stabilizers_peak_weight::apply(s, c);
+  frame->s[frame->si[0]] = s.m_max_weight;
+}
+
+LB_KERNEL(stabilizers_limit)(const lb_frame *frame) {
+  stabilizers_limit::S s = {frame->s[frame->si[0]], frame->s[frame->si[1]], frame->s[frame->si[2]], frame->s[frame->si[3]], frame->s[frame->si[4]]};
+  const stabilizers_limit::C c = {frame->c[frame->ci[0]], frame->c[frame->ci[1]], frame->c[frame->ci[2]]};
+  const float x = frame->x[0];
+  stabilizers_limit::apply(x, s, c);
+  frame->s[frame->si[0]] = s.m_max_t;
+  frame->s[frame->si[1]] = s.clip_limit;
+  frame->s[frame->si[3]] = s.clip_share;
+  frame->s[frame->si[4]] = s.unit;
+}
+
+LB_KERNEL(stabilizers_clip_spikes)(const lb_frame *frame) {
+  const stabilizers_clip_spikes::S s = {frame->s[frame->si[0]], frame->s[frame->si[1]]};
+  const int64_t end = frame->n & ~INT64_C(15);
+  int32_t peaks[2] = {};
+  LB_IVDEP
+  for (int64_t at = 0; at < end; ++at) {
+    float g = frame->in[0][at];
+    peaks[1] = lb::peak_of(peaks[1], g);
+    stabilizers_clip_spikes::apply(g, s);
+    frame->out[0][at] = g;
+    peaks[0] = lb::peak_of(peaks[0], g);
+  }
+  frame->peaks[0] = (uint32_t)peaks[0];
+  frame->peaks[1] = (uint32_t)peaks[1];
+}
+
+LB_KERNEL(stabilizers_energy)(const lb_frame *frame) {
+  const stabilizers_energy::S s = {frame->s[frame->si[0]]};
+  const int64_t end = frame->n & ~INT64_C(15);
+  int32_t peaks[1] = {};
+  LB_IVDEP
+  for (int64_t at = 0; at < end; ++at) {
+    const float g = frame->in[0][at];
+    peaks[0] = lb::peak_of(peaks[0], g);
+    frame->out[0][at] = stabilizers_energy::apply(g, s);
+  }
+  frame->peaks[0] = (uint32_t)peaks[0];
+}
+
+LB_KERNEL(stabilizers_weigh_norm)(const lb_frame *frame) {
+  stabilizers_weigh_norm::S s = {frame->s[frame->si[0]], frame->s[frame->si[1]]};
+  const stabilizers_weigh_norm::C c = {frame->c[frame->ci[0]], frame->c[frame->ci[1]]};
+  stabilizers_weigh_norm::apply(s, c);
+  frame->s[frame->si[0]] = s.m_norm_weight;
+  frame->s[frame->si[1]] = s.v_norm_weight;
+}
+
+LB_KERNEL(stabilizers_norm_weight)(const lb_frame *frame) {
+  stabilizers_norm_weight::S s = {frame->s[frame->si[0]], frame->s[frame->si[1]]};
+  const stabilizers_norm_weight::C c = {frame->c[frame->ci[0]], frame->c[frame->ci[1]]};
+  stabilizers_norm_weight::apply(s, c);
+  frame->s[frame->si[0]] = s.m_norm_weight;
+  frame->s[frame->si[1]] = s.v_norm_weight;
+}
+
+LB_KERNEL(stabilizers_gain)(const lb_frame *frame) {
+  stabilizers_gain::S s = {frame->s[frame->si[0]], frame->s[frame->si[1]], frame->s[frame->si[2]], frame->s[frame->si[3]], frame->s[frame->si[4]], frame->s[frame->si[5]]};
+  const stabilizers_gain::C c = {frame->c[frame->ci[0]], frame->c[frame->ci[1]], frame->c[frame->ci[2]], frame->c[frame->ci[3]]};
+  const float x = frame->x[0];
+  stabilizers_gain::apply(x, s, c);
+  frame->s[frame->si[1]] = s.m_norm_t;
+  frame->s[frame->si[2]] = s.v_norm_t;
+  frame->s[frame->si[5]] = s.norm_gain;
+}
+
+LB_KERNEL(stabilizers_normalize)(const lb_frame *frame) {
+  const stabilizers_normalize::S s = {frame->s[frame->si[0]], frame->s[frame->si[1]]};
+  const int64_t end = frame->n & ~INT64_C(15);
+  int32_t peaks[2] = {};
+  LB_IVDEP
+  for (int64_t at = 0; at < end; ++at) {
+    float g = frame->in[0][at];
+    peaks[1] = lb::peak_of(peaks[1], g);
+    stabilizers_normalize::apply(g, s);
+    frame->out[0][at] = g;
+    peaks[0] = lb::peak_of(peaks[0], g);
+  }
+  frame->peaks[0] = (uint32_t)peaks[0];
+  frame->peaks[1] = (uint32_t)peaks[1];
+}
+
+LB_KERNEL(stabilizers_clip_to_moment)(const lb_frame *frame) {
+  const stabilizers_clip_to_moment::C c = {frame->c[frame->ci[0]]};
+  const int64_t end = frame->n & ~INT64_C(15);
+  int32_t peaks[2] = {};
+  LB_IVDEP
+  for (int64_t at = 0; at < end; ++at) {
+    float g = frame->in[0][at];
+    const float v = frame->in[1][at];
+    peaks[1] = lb::peak_of(peaks[1], g);
+    stabilizers_clip_to_moment::apply(g, v, c);
+    frame->out[0][at] = g;
+    peaks[0] = lb::peak_of(peaks[0], g);
+  }
+  frame->peaks[0] = (uint32_t)peaks[0];
+  frame->peaks[1] = (uint32_t)peaks[1];
+}
+
+LB_KERNEL(stabilizers_energy_of_all)(const lb_frame *frame) {
+  const int64_t end = frame->n & ~INT64_C(15);
+  int32_t peaks[1] = {};
+  LB_IVDEP
+  for (int64_t at = 0; at < end; ++at) {
+    const float g = frame->in[0][at];
+    peaks[0] = lb::peak_of(peaks[0], g);
+    frame->out[0][at] = stabilizers_energy_of_all::apply(g);
+  }
+  frame->peaks[0] = (uint32_t)peaks[0];
+}
+
+LB_KERNEL(stabilizers_share)(const lb_frame *frame) {
+  stabilizers_share::S s = {frame->s[frame->si[0]]};
+  const stabilizers_share::C c = {frame->c[frame->ci[0]], frame->c[frame->ci[1]], frame->c[frame->ci[2]]};
+  const float x = frame->x[0];
+  stabilizers_share::apply(x, s, c);
+  frame->s[frame->si[0]] = s.global_share;
+}
+
+LB_KERNEL(stabilizers_scale_all)(const lb_frame *frame) {
+  const stabilizers_scale_all::S s = {frame->s[frame->si[0]]};
+  const int64_t end = frame->n & ~INT64_C(15);
+  int32_t peaks[2] = {};
+  LB_IVDEP
+  for (int64_t at = 0; at < end; ++at) {
+    float g = frame->in[0][at];
+    peaks[1] = lb::peak_of(peaks[1], g);
+    stabilizers_scale_all::apply(g, s);
+    frame->out[0][at] = g;
+    peaks[0] = lb::peak_of(peaks[0], g);
+  }
+  frame->peaks[0] = (uint32_t)peaks[0];
+  frame->peaks[1] = (uint32_t)peaks[1];
+}
+
+LB_KERNEL(stable_spam_closed_form)(const lb_frame *frame) {
+  stable_spam_closed_form::S s = {frame->s[frame->si[0]], frame->s[frame->si[1]]};
+  const stable_spam_closed_form::C c = {frame->c[frame->ci[0]], frame->c[frame->ci[1]]};
+  stable_spam_closed_form::apply(s, c);
+  frame->s[frame->si[0]] = s.exp_avg_weight;
+  frame->s[frame->si[1]] = s.exp_avg_sq_weight;
+}

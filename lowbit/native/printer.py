@@ -1,0 +1,536 @@
+"""Prints the stages of rules as C++: what `lowbit/native/rules.h` and `kernels.h` hold, name for name.
+
+    python -m lowbit.native.printer          writes both anew; a test says whether they are current
+
+A stage becomes a functor, `adamw_adamw::apply(p, g, m, v, s, c)`, which CPU and CUDA kernels share, and a CPU kernel,
+the loop around it. The plain functions it calls are printed before it. Arithmetic on numbers alone is done here, in
+float64, as Python does it; a number that meets a value is rounded to fp32 once, as torch does it.
+
+Whatever could mean in C++ anything but what torch makes of it is refused, with its line. So numbers neither divide nor
+are divided by (torch takes a reciprocal: for `1 / x` always, for `x / 3` on CUDA), and += is no assignment (in torch it
+writes into the caller's tensor).
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import math
+import operator
+import pkgutil
+import re
+import struct
+import sys
+import textwrap
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from .. import words
+from ..stages import Stage
+
+# What a word's arguments may be: a condition, a value, any (a number too), or some (numbers too, but not all of them).
+WORDS = {"lerp": "ssv", "where": "css", "maximum": "ss", "minimum": "ss", "clip": "vaa"}
+WORDS.update(dict.fromkeys(["sqrt", "reciprocal", "binade", "abs", "sign"], "v"))
+
+LOGIC, COMPARISON, SUM, PRODUCT, SIGN, ATOM = range(6)  # how tightly a printed expression binds
+ARITHMETIC: dict[type, tuple[str, int, Callable[[Any, Any], Any]]] = {
+    ast.Add: ("+", SUM, operator.add),
+    ast.Sub: ("-", SUM, operator.sub),
+    ast.Mult: ("*", PRODUCT, operator.mul),
+    ast.Div: ("/", PRODUCT, operator.truediv),
+}
+LOGICAL: dict[type, str] = {ast.BitAnd: "&", ast.BitOr: "|"}
+COMPARING: dict[type, str] = {ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">=", ast.Eq: "==", ast.NotEq: "!="}
+
+MAY_SAY = (
+    "a rule may assign to names (a fold to s.name), return at its end, and say its arguments, s.name, c.name, numbers, "
+    f"+ - * /, comparisons, & | ~, plain functions by position, and of lowbit.words {', '.join(WORDS)}"
+)
+ADVICE: dict[type, str] = {
+    ast.IfExp: "say where(condition, a, b)",
+    ast.If: "say where(condition, a, b)",
+    ast.BoolOp: "say & or |",
+    ast.Not: "say ~",
+    ast.Pow: "say a * a",
+    ast.AugAssign: "in torch this writes into the caller's tensor; say a = a + b",
+}
+# Names that the printed code needs; one that ends in _ is the printer's too.
+TAKEN = re.compile(
+    "alignas|alignof|and_eq|asm|auto|bitand|bitor|bool|case|catch|char|compl|const|constexpr|const_cast|decltype|default|"
+    "delete|do|double|dynamic_cast|enum|explicit|export|extern|false|float|friend|goto|inline|int|long|mutable|namespace|"
+    "new|noexcept|not_eq|nullptr|operator|or_eq|private|protected|public|register|reinterpret_cast|short|signed|sizeof|"
+    "static|static_assert|static_cast|struct|switch|template|this|thread_local|throw|true|typedef|typeid|typename|typeof|"
+    "union|unsigned|using|virtual|void|volatile|wchar_t|xor|xor_eq|lb|S|C|ROOTS|apply|frame|at|end|peaks|.*_"
+)
+
+
+class Unprintable(ValueError):
+    """A rule says what has no C++ with the same bits; the message names the line and what may be said."""
+
+
+@dataclass(frozen=True)
+class Printed:
+    """A stage in C++, and what its kernel finds in `lb_frame`, in that order."""
+
+    symbol: str
+    helpers: dict[str, str]  # symbol -> text of what the functor calls, each after what it calls itself
+    functor: str
+    kernel: str
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    scalars: tuple[str, ...]
+    assigns: tuple[str, ...]  # the scalars that a fold writes
+    constants: tuple[str, ...]
+    uses_x: bool
+    roots: int  # bit k: the kernel can write the square root of the k-th write
+
+
+class _Term(NamedTuple):
+    """A printed expression: a "float" or a "bool", and how tightly it binds."""
+
+    kind: str
+    text: str
+    rank: int = ATOM
+
+    def within(self, rank: int) -> str:
+        return self.text if self.rank >= rank else f"({self.text})"
+
+
+class _Function:
+    """One Python function on its way to C++: the lines so far, and what its names mean after them."""
+
+    def __init__(self, function: Any, helpers: dict[Any, _Function], callers: tuple[Any, ...] = ()):
+        self.function, self.helpers, self.callers = function, helpers, (*callers, function)
+        name = getattr(function, "__qualname__", repr(function))
+        if not inspect.isfunction(function) or hasattr(function, "__wrapped__") or function.__name__ == "<lambda>":
+            raise Unprintable(f"{name} is no plain function: say def, without decorators of your own")
+        self.file, self.symbol = function.__code__.co_filename, symbol(function)
+        try:
+            source, self.first = inspect.getsourcelines(function)
+            node = ast.parse(textwrap.dedent("".join(source))).body[0]
+        except (OSError, SyntaxError) as error:
+            raise Unprintable(f"{self.file}: cannot read the source of {name} ({error}): keep it in a file") from None
+        if not isinstance(node, ast.FunctionDef):
+            raise self.refused(node, "say def")
+        self.node, given = node, node.args
+        if given.vararg or given.kwarg or given.kwonlyargs or given.defaults:
+            raise self.refused(given, "arguments are operands, without defaults, * and **", at=node)
+        self.params = [self.own_name(argument.arg, argument) for argument in given.posonlyargs + given.args]
+        self.fields: dict[str, dict[str, None]] = {room: {} for room in "sc" if room in self.params}  # ordered sets
+        self.assigned: dict[str, None] = {}
+        self.declared = {name: "float" for name in self.params if name not in self.fields}
+        self.names: dict[str, _Term | float] = {name: _Term("float", name) for name in self.declared}
+        self.stores = Counter(n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store))
+        self.lines: list[str] = []
+        self.returns = 0
+
+    def refused(self, node: ast.AST, advice: str = "", at: ast.AST | None = None) -> Unprintable:
+        line = self.first - 1 + getattr(at or node, "lineno", 1)
+        advice = advice or ADVICE.get(type(getattr(node, "op", None)), ADVICE.get(type(node), MAY_SAY))
+        return Unprintable(f"{self.file}:{line}: a rule cannot say `{ast.unparse(node).splitlines()[0]}`: {advice}")
+
+    def own_name(self, name: str, node: ast.AST) -> str:
+        if TAKEN.fullmatch(name):
+            raise self.refused(node, f"the printed C++ needs the name {name!r}: choose another")
+        return name
+
+    # ---- statements
+
+    def print(self, outputs: Collection[str] | None, fold: bool = False) -> None:
+        """Print the body. Results go to `outputs`; without these, one is returned, several are out-parameters."""
+        self.declared.update((self.own_name(name, self.node), "float") for name in outputs or ())
+        body = self.node.body[ast.get_docstring(self.node, clean=False) is not None :]
+        last = body.pop() if body and not fold and isinstance(body[-1], ast.Return) else None
+        for statement in body:
+            match statement:
+                case ast.Assign([target], value):
+                    targets = target.elts if isinstance(target, ast.Tuple) else [target]
+                    self.assign([self.place(t, fold) for t in targets], value, statement)
+                case ast.Return() if fold:
+                    raise self.refused(statement, "a fold over the tensor assigns to s.name and returns nothing")
+                case _:
+                    raise self.refused(statement)
+        if fold:
+            return
+        if not isinstance(last, ast.Return) or last.value is None:
+            raise self.refused(self.node, "its last line must return what it computes")
+        self.returns = self.count(last.value)
+        if outputs is None and self.returns == 1:
+            self.lines.append(f"return {self.tensor(last.value).text};")
+            return
+        places = self.outs() if outputs is None else list(outputs)
+        self.declared.update(dict.fromkeys(places, "float"))
+        self.assign(places, last.value, last, results=True)
+
+    def place(self, target: ast.expr, fold: bool) -> str:
+        """What is assigned to: a name, or a scalar."""
+        match target:
+            case ast.Name(name) if name not in self.fields:
+                return self.own_name(name, target)
+            case ast.Attribute(ast.Name("s"), name) if fold and "s" in self.fields:
+                self.fields["s"][self.own_name(name, target)] = self.assigned[name] = None
+                self.declared[f"s.{name}"] = "float"
+                return f"s.{name}"
+        raise self.refused(target, "assign to a name or, in a fold over the tensor, to s.name")
+
+    def count(self, value: ast.expr) -> int:
+        """How many values an expression has: those of a tuple, or of a function that returns one."""
+        if isinstance(value, ast.Tuple):
+            return len(value.elts)
+        helper = self.helper(value) if isinstance(value, ast.Call) else None
+        return helper.returns if helper else 1
+
+    def assign(self, places: list[str], value: ast.expr, at: ast.stmt, results: bool = False) -> None:
+        """All values first, then all places, as in Python."""
+        if self.count(value) != len(places):
+            raise self.refused(at, f"{self.count(value)} values for {len(places)} names")
+        if isinstance(value, ast.Call) and len(places) > 1:
+            if new := [place for place in places if place not in self.declared]:
+                self.lines.append(f"float {', '.join(new)};")
+            self.lines.append(f"{self.call(value, places).text};")
+            self.declared.update(dict.fromkeys(new, "float"))
+            for place in places:
+                self.bind(place, _Term("float", place), at)
+            return
+        said = zip(value.elts if isinstance(value, ast.Tuple) else [value], places, strict=True)
+        terms = [self.tensor(v) if results or "s." in place else self.expression(v) for v, place in said]
+        for k, term in enumerate(terms):  # keep aside what an assignment before it would change
+            before = "|".join(map(re.escape, places[:k]))
+            if k and isinstance(term, _Term) and re.search(rf"(?<![.\w])({before})\b", term.text):
+                kept = f"kept{len(self.lines)}_"
+                self.lines.append(f"const {term.kind} {kept} = {term.text};")
+                terms[k] = _Term(term.kind, kept)
+        for place, term in zip(places, terms, strict=True):
+            self.bind(place, term, at)
+
+    def bind(self, place: str, term: _Term | float, at: ast.stmt) -> None:
+        if not isinstance(term, _Term):  # stays a number until it meets a value
+            self.names[place] = term
+            return
+        new = place not in self.declared
+        if self.declared.setdefault(place, term.kind) != term.kind:
+            raise self.refused(at, f"{place} is a value or a condition, not one after the other")
+        if new:
+            self.lines.append(f"{'const ' * (self.stores[place] == 1)}{term.kind} {place} = {term.text};")
+        elif term.text != place:
+            self.lines.append(f"{place} = {term.text};")
+        self.names[place] = _Term(term.kind, place)
+
+    # ---- expressions
+
+    def expression(self, node: ast.expr) -> _Term | float:
+        """A term; or a number, as long as it has met no value."""
+        match node:
+            case ast.Constant(int() | float() as number) if not isinstance(number, bool):
+                return number
+            case ast.Name(name):
+                return self.meaning(name, node)
+            case ast.Attribute(ast.Name(room), name) if room in self.fields:
+                self.fields[room][self.own_name(name, node)] = None
+                return _Term("float", f"{room}.{name}")
+            case ast.UnaryOp(ast.USub(), a):
+                term = self.expression(a)
+                return (
+                    _Term("float", f"-{self.value(term, a).within(ATOM)}", SIGN) if isinstance(term, _Term) else -term
+                )
+            case ast.UnaryOp(ast.Invert(), a):
+                return _Term("bool", f"!{self.condition(self.expression(a), a).within(ATOM)}", SIGN)
+            case ast.BinOp(a, op, b) if type(op) in LOGICAL:
+                terms = [self.condition(self.expression(each), each).within(SIGN) for each in (a, b)]
+                return _Term("bool", f" {LOGICAL[type(op)]} ".join(terms), LOGIC)
+            case ast.BinOp(a, op, b) if type(op) in ARITHMETIC:
+                sign, rank, fold = ARITHMETIC[type(op)]
+                terms = [self.expression(a), self.expression(b)]
+                numbers = [term for term in terms if not isinstance(term, _Term)]
+                if len(numbers) == 2:
+                    try:
+                        return fold(*numbers)
+                    except ArithmeticError as error:
+                        raise self.refused(node, f"{error}") from None
+                if numbers and sign == "/":
+                    raise self.refused(node, "torch takes a reciprocal here; multiply by a number, or say c.name")
+                left, right = self.value(terms[0], a), self.value(terms[1], b)
+                return _Term("float", f"{left.within(rank)} {sign} {right.within(rank + 1)}", rank)
+            case ast.Compare(a, [op], [b]) if type(op) in COMPARING:
+                terms = self.some([self.expression(a), self.expression(b)], node)
+                left, right = self.value(terms[0], a), self.value(terms[1], b)
+                return _Term("bool", f"{left.within(SUM)} {COMPARING[type(op)]} {right.within(SUM)}", COMPARISON)
+            case ast.Call():
+                return self.call(node)
+        raise self.refused(node)
+
+    def value(self, term: _Term | float, node: ast.expr) -> _Term:
+        """An fp32 value; a number is rounded to one."""
+        if isinstance(term, _Term):
+            if term.kind != "float":
+                raise self.refused(node, "a condition is no value; say where(condition, a, b)")
+            return term
+        try:
+            (number,) = struct.unpack("f", struct.pack("f", term))
+        except OverflowError:
+            number = math.inf
+        if not math.isfinite(number):
+            raise self.refused(node, "numbers are finite in fp32")
+        return _Term("float", f"{number!r}f", SIGN if math.copysign(1, number) < 0 else ATOM)
+
+    def condition(self, term: _Term | float, node: ast.expr) -> _Term:
+        if not isinstance(term, _Term) or term.kind != "bool":
+            raise self.refused(node, "this must be a condition, such as a > b")
+        return term
+
+    def some(self, terms: list[_Term | float], node: ast.expr) -> list[_Term | float]:
+        """The terms, where torch would not take numbers alone."""
+        if terms and not any(isinstance(term, _Term) for term in terms):
+            raise self.refused(node, "a number alone is no tensor; say c.name")
+        return terms
+
+    def tensor(self, node: ast.expr) -> _Term:
+        return self.value(self.some([self.expression(node)], node)[0], node)
+
+    # ---- names and calls
+
+    def meaning(self, name: str, node: ast.expr) -> _Term | float:
+        if name in self.names:
+            return self.names[name]
+        found = self.outer(name)
+        if isinstance(found, bool) or not isinstance(found, (int, float)):
+            raise self.refused(node, f"{name} is no argument, no name assigned above and no number; {MAY_SAY}")
+        return found
+
+    def outer(self, name: str) -> Any:
+        """What a name means outside the function."""
+        code = self.function.__code__
+        if name in code.co_freevars:
+            return self.function.__closure__[code.co_freevars.index(name)].cell_contents
+        return None if name in code.co_varnames else self.function.__globals__.get(name)
+
+    def helper(self, node: ast.Call) -> _Function | None:
+        """The function that is called, printed; None for a word."""
+        name = node.func.id if isinstance(node.func, ast.Name) and not node.keywords else ""
+        called = self.outer(name)
+        if any(called is getattr(words, word) for word in WORDS):
+            return None
+        if not inspect.isfunction(called):
+            raise self.refused(node, f"from lowbit.words import {name}" if name in WORDS else "")
+        if called in self.callers:
+            raise self.refused(node, "a function cannot call itself")
+        if called not in self.helpers:
+            helper = _Function(called, self.helpers, self.callers)
+            helper.print(None)
+            self.helpers[called] = helper
+        return self.helpers[called]
+
+    def call(self, node: ast.Call, outs: Collection[str] = ()) -> _Term:
+        helper, given, name = self.helper(node), node.args, ast.unparse(node.func)
+        word = next((word for word in WORDS if self.outer(name) is getattr(words, word)), "")
+        wanted = helper.params if helper else WORDS[word]
+        if len(given) != len(wanted):
+            raise self.refused(node, f"{name} takes {len(wanted)} arguments")
+        texts = []
+        if helper is None:
+            terms = [self.expression(argument) for argument in given]
+            self.some([term for kind, term in zip(wanted, terms, strict=True) if kind == "s"], node)
+            for kind, term, argument in zip(wanted, terms, given, strict=True):
+                self.some([term] * (kind == "v"), argument)
+                texts.append((self.condition if kind == "c" else self.value)(term, argument).text)
+            return _Term("float", f"lb::{word}({', '.join(texts)})")
+        if helper.returns > 1 and not outs:
+            raise self.refused(node, f"{helper.returns} values; say a, b = {name}(…)")
+        for argument, param in zip(given, wanted, strict=True):
+            if param not in helper.fields:
+                texts.append(self.tensor(argument).text)
+            elif param in self.fields and ast.unparse(argument) == param:
+                texts.append(param)
+                self.fields[param].update(helper.fields[param])
+            else:
+                raise self.refused(argument, f"{name} takes {param} here", at=node)
+        return _Term("float", f"{helper.symbol}({', '.join([*texts, *outs])})")
+
+    # ---- text
+
+    def outs(self) -> list[str]:
+        return [f"out{k}_" for k in range(self.returns)] if self.returns > 1 else []
+
+    def text(self) -> str:
+        """As a helper: a template over the structs of whoever calls it."""
+        params = [f"const {p.upper()} &{p}" if p in self.fields else f"float {p}" for p in self.params]
+        params += [f"float &{name}" for name in self.outs()]
+        template = [f"template <{', '.join(f'class {room.upper()}' for room in self.fields)}>"] * bool(self.fields)
+        kind = "void" if self.outs() else "float"
+        return "\n".join([*template, f"LB_FN {kind} {self.symbol}({', '.join(params)}) {{", *_in(self.lines), "}"])
+
+
+def symbol(function: Any) -> str:
+    """A function's name in C++: its module's last part and its own name."""
+    return re.sub(r"\W+", "_", f"{function.__module__.rpartition('.')[2]}_{function.__qualname__}")
+
+
+def print_stage(stage: Stage, letters: Collection[str]) -> Printed:
+    """Print a stage; `letters` are those of the program's unsigned moments, which may be stored as their roots."""
+    helpers: dict[Any, _Function] = {}
+    f = _Function(stage.function, helpers)
+    reads = tuple(name for name in f.params if name not in ("s", "c", "x"))
+    whole = stage.kind == "fold" and not stage.writes  # over the tensor: no loop
+    if "x" in f.params and stage.kind != "fold":
+        raise f.refused(f.node.args, "x is what was measured: only a fold has it", at=f.node)
+    if reads and whole:
+        raise f.refused(f.node.args, "a fold over the tensor has s, c and x only", at=f.node)
+    f.print(None if stage.kind == "measure" else stage.writes, fold=whole)
+    if stage.kind == "measure" and f.returns != 1:
+        raise f.refused(f.node, "a measure returns one value")
+    # The functor.
+    others = [name for name in stage.writes if name not in reads]
+    params = [f"float {'&' * (name in stage.writes)}{name}" for name in reads] + [f"float &{name}" for name in others]
+    params += ["float x"] * ("x" in f.params)
+    params += [f"{'const ' * (room == 'c' or not whole)}{room.upper()} &{room}" for room in f.fields]
+    structs = [f"struct {r.upper()} {{ float {', '.join(f.fields[r])}; }};" for r in f.fields if f.fields[r]]
+    structs += [f"struct {r.upper()} {{}};" for r in f.fields if not f.fields[r]]
+    apply = f"LB_FN {'float' if stage.kind == 'measure' else 'void'} apply({', '.join(params)}) {{"
+    functor = [f"struct {f.symbol} {{  // {stage.kind}, {stage.function.__module__}"]
+    functor += [*_in([*structs, apply, *_in(f.lines), "}"]), "};"]
+    # The kernel.
+    call = f"{f.symbol}::apply({', '.join([*reads, *others, *['x'] * ('x' in f.params), *f.fields])});"
+    setup = []
+    for room, names in f.fields.items():
+        loads = ", ".join(f"frame->{room}[frame->{room}i[{k}]]" for k in range(len(names)))
+        const = "const " * (room == "c" or not whole)
+        setup.append(f"{const}{f.symbol}::{room.upper()} {room} = {{{loads}}};")
+    roots = sum(1 << k for k, name in enumerate(stage.writes) if stage.kind == "update" and name in letters)
+    if whole:
+        places = {name: k for k, name in enumerate(f.fields.get("s", ()))}
+        body = [*["const float x = frame->x[0];"] * ("x" in f.params), call]
+        body += [f"frame->s[frame->si[{places[name]}]] = s.{name};" for name in f.assigned]
+    else:
+        body = _loop(stage, reads, others, call, roots)
+    head = f"LB_KERNEL({f.symbol})(const lb_frame *frame) {{"
+    kernel = [head, *_in(setup + body), "}"]
+    if roots:
+        run = f"{f.symbol}_run<{{}}>(frame);"
+        cases = [f"case {k}: return {run.format(k)}" for k in range(1, roots + 1) if not k & ~roots]
+        switch = ["switch (frame->roots) {", *_in([*cases, f"default: return {run.format(0)}"]), "}"]
+        kernel[0] = f"template <uint32_t ROOTS>\nstatic void {f.symbol}_run(const lb_frame *frame) {{"
+        kernel += [head, *_in(switch), "}"]
+    return Printed(
+        symbol=f.symbol,
+        helpers={helper.symbol: helper.text() for helper in helpers.values()},
+        functor="\n".join(functor),
+        kernel="\n".join(kernel),
+        reads=reads,
+        writes=stage.writes,
+        scalars=tuple(f.fields.get("s", ())),
+        assigns=tuple(f.assigned),
+        constants=tuple(f.fields.get("c", ())),
+        uses_x="x" in f.params,
+        roots=roots,
+    )
+
+
+def _loop(stage: Stage, reads: tuple[str, ...], others: list[str], call: str, roots: int) -> list[str]:
+    """The functor on every value, with its peaks; for a fold on every element, of which there may be any number."""
+    count, fold = len(stage.writes), stage.kind == "fold"
+    loop = [f"{'const ' * (n not in stage.writes)}float {n} = frame->in[{k}][at];" for k, n in enumerate(reads)]
+    loop += ["const float x = frame->x[at];"] * ("x" in stage.reads) + [f"float {name};" for name in others]
+    peaks = list(range(count + ("g" in reads)) if not fold else ())
+    loop += [f"peaks[{k}] = lb::peak_of(peaks[{k}], g);" for k in peaks[count:]]
+    loop += ["frame->out[0][at] = " * (stage.kind == "measure") + call]
+    for k, name in enumerate(stage.writes):
+        loop += [f"if (ROOTS & {1 << k}) {name} = lb::sqrt({name});"] * (roots >> k & 1)
+        loop += [f"frame->out[{k}][at] = {name};"]
+        loop += [f"peaks[{k}] = lb::peak_of(peaks[{k}], {name});"] * (not fold)
+    return [
+        f"const int64_t end = frame->n{' & ~INT64_C(15)' * (not fold)};",
+        *[f"int32_t peaks[{len(peaks)}] = {{}};"] * bool(peaks),
+        "LB_IVDEP",
+        "for (int64_t at = 0; at < end; ++at) {",
+        *_in(loop),
+        "}",
+        *(f"frame->peaks[{k}] = (uint32_t)peaks[{k}];" for k in peaks),
+    ]
+
+
+def _in(lines: Iterable[str]) -> list[str]:
+    return [f"  {line}" for line in lines]
+
+
+RULES = """// Printed from lowbit/optim by `python -m lowbit.native.printer`; do not edit.
+#pragma once
+#include "words.h"
+
+#ifdef __GNUC__  // a rule need not use all it has
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wunused-parameter"
+#pragma GCC diagnostic ignored "-Wunused-variable"
+#pragma GCC diagnostic ignored "-Wunused-but-set-parameter"
+#pragma GCC diagnostic ignored "-Wunused-but-set-variable"
+#endif
+"""
+END = """#ifdef __GNUC__
+#pragma GCC diagnostic pop
+#endif
+"""
+KERNELS = """// Printed from lowbit/optim by `python -m lowbit.native.printer`; do not edit.
+//
+// For a file that defines LB_KERNEL(symbol): how the declaration of an exported function of that name begins.
+#pragma once
+#include "abi.h"
+#include "rules.h"
+
+// An output may be the same memory as an input, value for value; otherwise nothing overlaps.
+#ifdef __clang__
+#define LB_IVDEP _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define LB_IVDEP _Pragma("GCC ivdep")
+#endif
+"""
+
+
+def rules_header(stages: Iterable[tuple[Stage, Collection[str]]]) -> str:
+    """`rules.h`: the functors of stages, given with their programs' unsigned letters, and what these call."""
+    texts: dict[str, str] = {}
+    for stage, letters in stages:
+        printed = print_stage(stage, letters)
+        for name, text in {**printed.helpers, printed.symbol: printed.functor}.items():
+            if texts.setdefault(name, text) != text:
+                raise Unprintable(f"two functions would be {name} in C++: rename one of them, or its module")
+    return "\n".join([RULES, *(f"{text}\n" for text in texts.values()), END])
+
+
+def kernels_header(stages: Iterable[tuple[Stage, Collection[str]]]) -> str:
+    """`kernels.h`: the CPU kernels of the same stages."""
+    return "\n".join([KERNELS, *(f"{print_stage(*pair).kernel}\n" for pair in stages)])
+
+
+def collect(modules: Iterable[ModuleType]) -> list[tuple[Stage, frozenset[str]]]:
+    """Every stage that these modules define, with the letters that may be unsigned.
+
+    These are all it writes but p, g and the moments that a rule of its module declares as signed. So a moment that only
+    a `plan` declares counts as unsigned; if it is not, that costs a kernel that nobody runs.
+    """
+    found = []
+    for module in modules:
+        own = vars(module).values()
+        declared = [getattr(value, "moments", {}) for value in own if isinstance(value, type)]
+        signed = {letter for moments in declared for letter, moment in moments.items() if moment.signed}
+        for value in own:
+            if isinstance(value, Stage) and value.function.__module__ == module.__name__:
+                found.append((value, frozenset(value.writes) - {"p", "g"} - signed))
+    return found
+
+
+def modules(package: str) -> list[ModuleType]:
+    """The modules of a package, by name."""
+    path = importlib.import_module(package).__path__
+    return [importlib.import_module(f"{package}.{name}") for name in sorted(m.name for m in pkgutil.iter_modules(path))]
+
+
+if __name__ == "__main__":
+    # By name, as from the command line: the printer lives floors below the optimizers.
+    for package in sys.argv[1:] or ["lowbit.optim"]:
+        stages = collect(modules(package))
+        Path(__file__).with_name("rules.h").write_text(rules_header(stages))
+        Path(__file__).with_name("kernels.h").write_text(kernels_header(stages))

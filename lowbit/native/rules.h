@@ -1,0 +1,187 @@
+// Printed from lowbit/optim by `python -m lowbit.native.printer`; do not edit.
+#pragma once
+#include "words.h"
+
+#ifdef __GNUC__  // a rule need not use all it has
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wunused-parameter"
+#pragma GCC diagnostic ignored "-Wunused-variable"
+#pragma GCC diagnostic ignored "-Wunused-but-set-parameter"
+#pragma GCC diagnostic ignored "-Wunused-but-set-variable"
+#endif
+
+struct adamw_weigh {  // fold, lowbit.optim.adamw
+  struct S { float exp_avg_weight, exp_avg_sq_weight; };
+  struct C { float rate1, rate2; };
+  LB_FN void apply(S &s, const C &c) {
+    s.exp_avg_weight = lb::lerp(s.exp_avg_weight, 1.0f, c.rate1);
+    s.exp_avg_sq_weight = lb::lerp(s.exp_avg_sq_weight, 1.0f, c.rate2);
+  }
+};
+
+struct adamw_debias {  // fold, lowbit.optim.adamw
+  struct S { float step_size, exp_avg_weight, root, exp_avg_sq_weight; };
+  struct C { float lr; };
+  LB_FN void apply(S &s, const C &c) {
+    s.step_size = c.lr / s.exp_avg_weight;
+    s.root = lb::reciprocal(lb::sqrt(s.exp_avg_sq_weight));
+  }
+};
+
+template <class C>
+LB_FN void adamw_average(float m, float v, float g, const C &c, float &out0_, float &out1_) {
+  out0_ = lb::lerp(m, g, c.rate1);
+  out1_ = lb::lerp(v, g * g, c.rate2);
+}
+
+template <class S, class C>
+LB_FN float adamw_descend(float p, float m, float v, const C &c, const S &s) {
+  return c.keep * p - s.step_size * (m / (lb::sqrt(v) * s.root + c.eps));
+}
+
+struct adamw_adamw {  // update, lowbit.optim.adamw
+  struct S { float step_size, root; };
+  struct C { float rate1, rate2, keep, eps; };
+  LB_FN void apply(float &p, float g, float &m, float &v, const S &s, const C &c) {
+    adamw_average(m, v, g, c, m, v);
+    p = adamw_descend(p, m, v, c, s);
+  }
+};
+
+struct adamw_amsgrad {  // update, lowbit.optim.adamw
+  struct S { float step_size, root; };
+  struct C { float rate1, rate2, keep, eps; };
+  LB_FN void apply(float &p, float g, float &m, float &v, float &h, const S &s, const C &c) {
+    adamw_average(m, v, g, c, m, v);
+    h = lb::maximum(h, v);
+    p = adamw_descend(p, m, h, c, s);
+  }
+};
+
+struct stabilizers_peak {  // measure, lowbit.optim.stabilizers
+  LB_FN float apply(float g) {
+    return lb::abs(g);
+  }
+};
+
+struct stabilizers_weigh_peak {  // fold, lowbit.optim.stabilizers
+  struct S { float m_max_weight; };
+  struct C { float peak_rate; };
+  LB_FN void apply(S &s, const C &c) {
+    s.m_max_weight = lb::lerp(s.m_max_weight, 1.0f, c.peak_rate);
+  }
+};
+
+struct stabilizers_peak_weight {  // fold, lowbit.optim.stabilizers
+  struct S { float m_max_weight; };
+  struct C { float peak_weight; };
+  LB_FN void apply(S &s, const C &c) {
+    s.m_max_weight = c.peak_weight;
+  }
+};
+
+struct stabilizers_limit {  // fold, lowbit.optim.stabilizers
+  struct S { float m_max_t, clip_limit, m_max_weight, clip_share, unit; };
+  struct C { float peak_rate, one, largest; };
+  LB_FN void apply(float x, S &s, const C &c) {
+    s.m_max_t = lb::lerp(s.m_max_t, x, c.peak_rate);
+    s.clip_limit = s.m_max_t / s.m_max_weight;
+    s.clip_share = s.clip_limit / lb::where(x > 0.0f, x, c.one);
+    const float top = lb::minimum(x, s.clip_limit);
+    s.unit = lb::reciprocal(lb::binade(lb::where(top <= c.largest, top, c.one)));
+  }
+};
+
+struct stabilizers_clip_spikes {  // update, lowbit.optim.stabilizers
+  struct S { float clip_limit, clip_share; };
+  LB_FN void apply(float &g, const S &s) {
+    g = lb::where(lb::abs(g) > s.clip_limit, g * s.clip_share, g);
+  }
+};
+
+struct stabilizers_energy {  // measure, lowbit.optim.stabilizers
+  struct S { float unit; };
+  LB_FN float apply(float g, const S &s) {
+    g = g * s.unit;
+    return g * g;
+  }
+};
+
+struct stabilizers_weigh_norm {  // fold, lowbit.optim.stabilizers
+  struct S { float m_norm_weight, v_norm_weight; };
+  struct C { float norm_rate, energy_rate; };
+  LB_FN void apply(S &s, const C &c) {
+    s.m_norm_weight = lb::lerp(s.m_norm_weight, 1.0f, c.norm_rate);
+    s.v_norm_weight = lb::lerp(s.v_norm_weight, 1.0f, c.energy_rate);
+  }
+};
+
+struct stabilizers_norm_weight {  // fold, lowbit.optim.stabilizers
+  struct S { float m_norm_weight, v_norm_weight; };
+  struct C { float norm_weight, energy_weight; };
+  LB_FN void apply(S &s, const C &c) {
+    s.m_norm_weight = c.norm_weight;
+    s.v_norm_weight = c.energy_weight;
+  }
+};
+
+struct stabilizers_gain {  // fold, lowbit.optim.stabilizers
+  struct S { float unit, m_norm_t, v_norm_t, m_norm_weight, v_norm_weight, norm_gain; };
+  struct C { float norm_rate, energy_rate, norm_eps, one; };
+  LB_FN void apply(float x, S &s, const C &c) {
+    const float norm = lb::sqrt(x) / s.unit;
+    s.m_norm_t = lb::lerp(s.m_norm_t, norm, c.norm_rate);
+    s.v_norm_t = lb::lerp(s.v_norm_t, norm * norm, c.energy_rate);
+    const float wanted = s.m_norm_t / s.m_norm_weight / (lb::sqrt(s.v_norm_t / s.v_norm_weight) + c.norm_eps);
+    s.norm_gain = lb::where(x > 0.0f, wanted / lb::sqrt(lb::where(x > 0.0f, x, c.one)), lb::reciprocal(s.unit));
+  }
+};
+
+struct stabilizers_normalize {  // update, lowbit.optim.stabilizers
+  struct S { float unit, norm_gain; };
+  LB_FN void apply(float &g, const S &s) {
+    g = g * s.unit * s.norm_gain;
+  }
+};
+
+struct stabilizers_clip_to_moment {  // update, lowbit.optim.stabilizers
+  struct C { float spike_threshold; };
+  LB_FN void apply(float &g, float v, const C &c) {
+    const float limit = c.spike_threshold * v;
+    g = lb::where((v > 0.0f) & (g * g > limit), lb::sign(g) * lb::sqrt(limit), g);
+  }
+};
+
+struct stabilizers_energy_of_all {  // measure, lowbit.optim.stabilizers
+  LB_FN float apply(float g) {
+    return g * g;
+  }
+};
+
+struct stabilizers_share {  // fold, lowbit.optim.stabilizers
+  struct S { float global_share; };
+  struct C { float one, max_norm, norm_floor; };
+  LB_FN void apply(float x, S &s, const C &c) {
+    s.global_share = lb::minimum(c.one, c.max_norm / (lb::sqrt(x) + c.norm_floor));
+  }
+};
+
+struct stabilizers_scale_all {  // update, lowbit.optim.stabilizers
+  struct S { float global_share; };
+  LB_FN void apply(float &g, const S &s) {
+    g = g * s.global_share;
+  }
+};
+
+struct stable_spam_closed_form {  // fold, lowbit.optim.stable_spam
+  struct S { float exp_avg_weight, exp_avg_sq_weight; };
+  struct C { float weight1, weight2; };
+  LB_FN void apply(S &s, const C &c) {
+    s.exp_avg_weight = c.weight1;
+    s.exp_avg_sq_weight = c.weight2;
+  }
+};
+
+#ifdef __GNUC__
+#pragma GCC diagnostic pop
+#endif
