@@ -37,7 +37,7 @@ from ..stages import Stage
 WORDS = {"lerp": "ssv", "where": "css", "maximum": "ss", "minimum": "ss", "clip": "vaa"}
 WORDS.update(dict.fromkeys(["sqrt", "reciprocal", "binade", "abs", "sign"], "v"))
 
-LOGIC, COMPARISON, SUM, PRODUCT, SIGN, ATOM = range(6)  # how tightly a printed expression binds
+COMPARISON, LOGIC, SUM, PRODUCT, ATOM, SIGN = range(6)  # how tightly a printed expression binds
 ARITHMETIC: dict[type, tuple[str, int, Callable[[Any, Any], Any]]] = {
     ast.Add: ("+", SUM, operator.add),
     ast.Sub: ("-", SUM, operator.sub),
@@ -132,7 +132,8 @@ class _Function:
     def refused(self, node: ast.AST, advice: str = "", at: ast.AST | None = None) -> Unprintable:
         line = self.first - 1 + getattr(at or node, "lineno", 1)
         advice = advice or ADVICE.get(type(getattr(node, "op", None)), ADVICE.get(type(node), MAY_SAY))
-        return Unprintable(f"{self.file}:{line}: a rule cannot say `{ast.unparse(node).splitlines()[0]}`: {advice}")
+        said = next(text for text in ast.unparse(node).splitlines() if text[0] != "@")
+        return Unprintable(f"{self.file}:{line}: a rule cannot say `{said}`: {advice}")
 
     def own_name(self, name: str, node: ast.AST) -> str:
         if TAKEN.fullmatch(name):

@@ -1,0 +1,125 @@
+// What crosses from Python into the CPU library: plain structs, pointers and fixed-width integers (a C ABI: no C++
+// type, no torch). `lowbit/native/abi.py` states the same layouts for ctypes and a test compares every offset.
+#pragma once
+#include <stdint.h>
+
+enum { LB_ARRAYS = 12 };  // arrays of one program: p, g, the moments, and vectors over rows, columns or groups
+enum { LB_SCALARS = 32 };  // scalars of one program, persistent ones first, then temporaries
+enum { LB_CONSTANTS = 48 };
+enum { LB_STAGES = 32 };  // of one program
+enum { LB_MOMENTS = 6 };  // per-value moments of one program
+enum { LB_BLOCK = 256 };  // values of the largest step block
+
+enum lb_dtype { LB_FLOAT32, LB_BFLOAT16, LB_FLOAT16 };
+enum lb_kind { LB_KIND_FLOAT, LB_KIND_INTEGER, LB_KIND_CODEBOOK, LB_KIND_AFFINE, LB_KIND_LOG };
+enum lb_master { LB_NONE, LB_SPLIT8, LB_SPLIT16, LB_KAHAN, LB_MASTER32 };
+enum lb_stage_kind { LB_MEASURE, LB_FOLD, LB_UPDATE };
+enum lb_reduce { LB_MAX, LB_SUM, LB_MEAN };
+enum lb_over { LB_TENSOR, LB_ALL, LB_ROW, LB_COLUMN, LB_GROUP };
+
+// The operands of one call of a printed stage. Arrays are by position: `in[k]` is the stage's k-th array argument (all
+// arguments but s, c and x, in the order of the function's signature), `out[k]` its k-th write; an out may be the same
+// memory as an in. A measure writes its values to out[0]. Scalars and constants are the program's; the stage's own k-th
+// scalar is s[si[k]], its k-th constant c[ci[k]].
+//
+// An update or measure runs over n values, n a multiple of 16. A fold over the tensor ignores n and the arrays, reads
+// x[0] and writes s in place. A fold over rows, columns or groups is like an update over n elements with x as one more
+// array.
+typedef struct lb_frame {
+  const float *in[LB_ARRAYS];
+  float *out[LB_ARRAYS];
+  const float *x;
+  float *s;
+  const int32_t *si;
+  const float *c;
+  const int32_t *ci;
+  int64_t n;
+  uint32_t roots;  // bit k: write the square root of the k-th write instead of it (what a root format stores)
+  // What an update or measure finds on its way, as bits of magnitudes, so that NaN > infinity > finite: the largest of
+  // each write (its root where roots says so), then, where the stage reads g, the largest of g as it was read.
+  uint32_t *peaks;
+} lb_frame;
+
+typedef void (*lb_kernel)(const lb_frame *);
+
+// How numbers are stored: lowbit/formats.py, with what encoding needs made ready.
+typedef struct lb_format {
+  int32_t kind, bits, is_signed, square, sign_magnitude, dtype;
+  int32_t block;     // values that share a scale
+  int32_t limit;     // integer and affine: the largest code in use
+  int32_t rungs;     // codebook: entries of the ladder
+  int32_t has_zero;  // whether a code means exactly 0
+  int32_t least;     // the smallest positive code
+  int32_t same;      // codebook: rung k has code k
+  float top, min_scale, max_scale;
+  float values[256];      // codebook: what each code stands for
+  float ladder[256];      // the values encoding chooses from, ascending
+  float thresholds[256];  // the rung of u is the count of thresholds below u; unused ones are infinite
+  uint8_t codes[256];     // the code of each rung
+  // Up to 16 rungs: the thresholds as a search tree, level after level: 1, 2, 4 and 8 of them, at 0, 8, 16 and 24.
+  float tree[32];
+  // More: cells by the leading bits of the magnitude, each with at most one threshold. An entry is the rung of the
+  // cell's small magnitudes, shifted by 24, and the low bits from which on the next rung begins.
+  const uint32_t *cells;
+  int32_t cell_shift, cell_half;  // low bits; where the cells of negative numbers begin
+  uint32_t cell_low, cell_high;   // magnitudes are held between these
+} lb_format;
+
+// One per-value moment of one tensor, as rows (lowbit/rows.py).
+typedef struct lb_operand {
+  const lb_format *format;
+  void *codes;       // uint8, or the dtype of a float format
+  float *scale;      // [rows, scales]
+  void *extra;       // zero points (uint8) or bases (float), like scale
+  int64_t row_bytes;  // of codes
+  int64_t scales;     // per row
+  int32_t stochastic;
+  int32_t live;  // not negative, and a value above 0 must not become 0
+} lb_operand;
+
+// One stage of a program. Arrays have slots: 0 is p, 1 is g, then the moments, then the vectors.
+typedef struct lb_stage {
+  lb_kernel kernel;
+  int32_t kind, reduce, over;
+  int32_t reads, writes;
+  uint32_t rootable;  // a bit per write: whether the kernel can write its root
+  int32_t read[LB_ARRAYS], write[LB_ARRAYS];
+  int32_t s[LB_SCALARS], c[LB_CONSTANTS];
+} lb_stage;
+
+typedef struct lb_program {
+  const lb_stage *stages;
+  int32_t count, guarded;
+  int32_t moments;               // slots 2 .. 2 + moments - 1
+  int32_t vectors, temporaries;  // slots after that: persistent vectors, then those of one step
+  int32_t scalars, kept;         // scalars in all, and how many of them persist
+  int32_t over[LB_ARRAYS];       // of each vector
+  float initial[LB_SCALARS];     // of the scalars that do not persist
+} lb_program;
+
+// One tensor in one step.
+typedef struct lb_job {
+  const lb_program *program;
+  void *param;
+  const void *grad;
+  void *companion;
+  int64_t *skipped;  // blocks, tensors
+  int64_t rows, cols, group_rows;
+  int32_t param_dtype, grad_dtype, master;
+  int32_t stochastic;  // how the parameter is rounded
+  int64_t seed, step, tensor;
+  lb_operand moments[LB_MOMENTS];
+  float *vectors[LB_ARRAYS];
+  float *scalars[LB_SCALARS];
+  float constants[LB_CONSTANTS];
+} lb_job;
+
+// A whole matrix to codes and back.
+typedef struct lb_matrix {
+  void *values;  // float32, bfloat16 or float16, [rows, cols], contiguous
+  int64_t rows, cols, stride;  // stride: of the numbering of elements, for random bits
+  int32_t dtype;
+  int32_t stochastic;
+  uint32_t key[2];
+  lb_operand packed;
+} lb_matrix;

@@ -1,0 +1,98 @@
+"""The structs and numbers of abi.h for ctypes; a test compares every one with what the compiler makes of that file."""
+
+from __future__ import annotations
+
+from ctypes import Structure, c_float, c_int32, c_int64, c_uint8, c_uint32, c_void_p
+
+ARRAYS, SCALARS, CONSTANTS, STAGES, MOMENTS = 12, 32, 48, 32, 6
+DTYPE = {"float32": 0, "bfloat16": 1, "float16": 2}
+KIND = {"float": 0, "integer": 1, "codebook": 2, "affine": 3, "log": 4}
+MASTER = {"none": 0, "split8": 1, "split16": 2, "kahan": 3, "fp32": 4}
+STAGE = {"measure": 0, "fold": 1, "update": 2}
+REDUCE = {"": 0, "max": 0, "sum": 1, "mean": 2}
+OVER = {"tensor": 0, "all": 1, "row": 2, "column": 3, "group": 4}
+
+
+class Format(Structure):
+    """How numbers are stored."""
+
+    _fields_ = (
+        *((name, c_int32) for name in ("kind", "bits", "is_signed", "square", "sign_magnitude", "dtype", "block")),
+        *((name, c_int32) for name in ("limit", "rungs", "has_zero", "least", "same")),
+        *((name, c_float) for name in ("top", "min_scale", "max_scale")),
+        ("values", c_float * 256),
+        ("ladder", c_float * 256),
+        ("thresholds", c_float * 256),
+        ("codes", c_uint8 * 256),
+        ("tree", c_float * 32),
+        ("cells", c_void_p),
+        ("cell_shift", c_int32),
+        ("cell_half", c_int32),
+        ("cell_low", c_uint32),
+        ("cell_high", c_uint32),
+    )
+
+
+class Operand(Structure):
+    """One per-value moment of one tensor."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("format", "codes", "scale", "extra")),
+        ("row_bytes", c_int64),
+        ("scales", c_int64),
+        ("stochastic", c_int32),
+        ("live", c_int32),
+    )
+
+
+class Stage(Structure):
+    """One stage of a program."""
+
+    _fields_ = (
+        ("kernel", c_void_p),
+        *((name, c_int32) for name in ("kind", "reduce", "over", "reads", "writes")),
+        ("rootable", c_uint32),
+        ("read", c_int32 * ARRAYS),
+        ("write", c_int32 * ARRAYS),
+        ("s", c_int32 * SCALARS),
+        ("c", c_int32 * CONSTANTS),
+    )
+
+
+class Program(Structure):
+    """The stages of one optimizer."""
+
+    _fields_ = (
+        ("stages", c_void_p),
+        *((name, c_int32) for name in ("count", "guarded", "moments", "vectors", "temporaries", "scalars", "kept")),
+        ("over", c_int32 * ARRAYS),
+        ("initial", c_float * SCALARS),
+    )
+
+
+class Job(Structure):
+    """One tensor in one step."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("program", "param", "grad", "companion", "skipped")),
+        *((name, c_int64) for name in ("rows", "cols", "group_rows")),
+        *((name, c_int32) for name in ("param_dtype", "grad_dtype", "master", "stochastic")),
+        *((name, c_int64) for name in ("seed", "step", "tensor")),
+        ("moments", Operand * MOMENTS),
+        ("vectors", c_void_p * ARRAYS),
+        ("scalars", c_void_p * SCALARS),
+        ("constants", c_float * CONSTANTS),
+    )
+
+
+class Matrix(Structure):
+    """A whole matrix and its codes."""
+
+    _fields_ = (
+        ("values", c_void_p),
+        *((name, c_int64) for name in ("rows", "cols", "stride")),
+        ("dtype", c_int32),
+        ("stochastic", c_int32),
+        ("key", c_uint32 * 2),
+        ("packed", Operand),
+    )

@@ -1,0 +1,463 @@
+// Formats, a block at a time: up to 256 values between their stored form and fp32 in the first-level cache.
+//
+// Formats are data: a switch on the kind outside, a loop without branches inside, which the compiler turns into vector
+// code for the instruction set that this text is compiled for. Written by hand is only what it cannot find: looking up
+// one of 16 numbers in a register (AVX2; benchmarks/codec.py shows what that buys).
+#pragma once
+#include <string.h>
+
+#include "arithmetic.h"
+#if defined(__AVX2__) && defined(__GNUC__)
+#include <immintrin.h>
+#endif
+
+namespace LB_SPACE {
+using namespace lb;
+
+#define LB_LOOP _Pragma("GCC ivdep")
+
+// ---- 16-bit floats to fp32 and back, and whole rows of values
+
+static void widen(const void *from, int dtype, int64_t at, int n, float *to) {
+  if (dtype == LB_FLOAT32) {
+    memcpy(to, (const float *)from + at, 4 * n);
+  } else if (dtype == LB_BFLOAT16) {
+    const uint16_t *x = (const uint16_t *)from + at;
+    LB_LOOP for (int i = 0; i < n; ++i) to[i] = widen_bf16(x[i]);
+  } else {
+    const uint16_t *x = (const uint16_t *)from + at;
+    LB_LOOP for (int i = 0; i < n; ++i) to[i] = widen_fp16(x[i]);
+  }
+}
+
+static void narrow(const float *x, int dtype, int n, const uint16_t *draws, uint16_t *to) {
+  if (dtype == LB_BFLOAT16) {
+    if (draws) {
+      LB_LOOP for (int i = 0; i < n; ++i) to[i] = narrow_bf16(x[i], draws[i]);
+    } else {
+      LB_LOOP for (int i = 0; i < n; ++i) to[i] = narrow_bf16(x[i]);
+    }
+  } else if (draws) {
+    LB_LOOP for (int i = 0; i < n; ++i) to[i] = narrow_fp16(x[i], draws[i]);
+  } else {
+    LB_LOOP for (int i = 0; i < n; ++i) to[i] = narrow_fp16(x[i]);
+  }
+}
+
+static uint32_t peak(const float *x, int n) {  // magnitudes as integers: NaN > infinity > finite
+  int32_t most = 0;
+  LB_LOOP for (int i = 0; i < n; ++i) {
+    const int32_t b = (int32_t)magnitude_bits(x[i]);
+    most = b > most ? b : most;
+  }
+  return (uint32_t)most;
+}
+
+static bool finite16(const uint16_t *x, int dtype, int n) {
+  const uint16_t infinite = dtype == LB_BFLOAT16 ? 0x7F80 : 0x7C00;
+  int16_t most = 0;
+  LB_LOOP for (int i = 0; i < n; ++i) {
+    const int16_t b = (int16_t)(x[i] & 0x7FFF);
+    most = b > most ? b : most;
+  }
+  return (uint16_t)most < infinite;
+}
+
+// ---- random bits: 16 for each element, one hash for two
+
+struct Draws {
+  alignas(64) uint32_t pairs[LB_BLOCK / 2 + 16];
+  const uint16_t *fill(const uint32_t key[2], int64_t start, int n) {
+    const int64_t first = start / 2;
+    const int count = (int)((start + n + 1) / 2 - first);
+    const uint32_t low = (uint32_t)first;
+    // A block never spans a multiple of 2**33 elements, so the high bits are the same for all of it.
+    const uint32_t second = (uint32_t)(first >> 32) * 0x9E3779B1u + key[1];
+    for (int i = 0; i < count; ++i) pairs[i] = hash(low + (uint32_t)i, key[0], second);
+    return (const uint16_t *)pairs + start % 2;
+  }
+};
+
+static void stream_key(int64_t seed, int64_t step, int64_t tensor, int operand, uint32_t key[2]) {
+  const uint32_t words[6] = {(uint32_t)seed, (uint32_t)(seed >> 32), (uint32_t)step, (uint32_t)(step >> 32),
+                             (uint32_t)tensor, (uint32_t)operand};
+  for (int k = 0; k < 2; ++k) {
+    uint32_t mixed = k ? 0x5BF03635u : 0u;
+    for (uint32_t word : words) mixed = mix(mixed * 0x9E3779B9u + word + 1u);
+    key[k] = mixed;
+  }
+}
+
+// ---- codes, one per byte, to a little-endian bit stream and back
+
+static void unpack(const uint8_t *packed, int bits, int n, uint8_t *codes) {
+  if (bits == 4) {
+    LB_LOOP for (int i = 0; i < n / 2; ++i) {
+      codes[2 * i] = packed[i] & 15;
+      codes[2 * i + 1] = packed[i] >> 4;
+    }
+    if (n % 2) codes[n - 1] = packed[n / 2] & 15;
+  } else if (bits == 8) {
+    memcpy(codes, packed, n);
+  } else {
+    const int per_byte = 8 / bits, mask = (1 << bits) - 1;
+    for (int i = 0; i < n; ++i) codes[i] = packed[i / per_byte] >> (i % per_byte * bits) & mask;
+  }
+}
+
+static void pack(const uint8_t *codes, int bits, int n, uint8_t *packed) {
+  if (bits == 4) {
+    LB_LOOP for (int i = 0; i < n / 2; ++i) {
+      uint16_t pair;  // little-endian, as every machine that this is built for
+      memcpy(&pair, codes + 2 * i, 2);
+      packed[i] = (uint8_t)(pair | pair >> 4);
+    }
+    if (n % 2) packed[n / 2] = codes[n - 1];
+  } else if (bits == 8) {
+    memcpy(packed, codes, n);
+  } else {
+    const int per_byte = 8 / bits;
+    for (int i = 0; i < n; i += per_byte) {
+      int byte = 0;
+      for (int k = 0; k < per_byte && i + k < n; ++k) byte |= codes[i + k] << (k * bits);
+      packed[i / per_byte] = (uint8_t)byte;
+    }
+  }
+}
+
+// ---- decoding: codes of one block, one per byte, to values
+
+#ifdef __AVX2__
+struct Sixteen {  // 16 numbers in two registers
+  __m256 low, high;
+  explicit Sixteen(const float *table) : low(_mm256_loadu_ps(table)), high(_mm256_loadu_ps(table + 8)) {}
+  __m256 operator[](__m256i index) const {  // the lookups take the low 3 bits, the blend bit 3
+    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, index), _mm256_permutevar8x32_ps(high, index),
+                            _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
+  }
+};
+#endif
+
+static void decode_codebook(const lb_format &f, const uint8_t *codes, int n, float scale, float *to) {
+  int i = 0;
+#ifdef __AVX2__
+  if (f.bits <= 4) {
+    const Sixteen values(f.values);
+    const __m256 by = _mm256_set1_ps(scale);
+    for (; i + 8 <= n; i += 8) {
+      const __m256i index = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(codes + i)));
+      _mm256_storeu_ps(to + i, _mm256_mul_ps(values[index], by));
+    }
+  }
+#endif
+  LB_LOOP for (; i < n; ++i) to[i] = f.values[codes[i]] * scale;
+}
+
+static void log_levels(float base, int count, float *levels) {  // by repeated multiplication
+  levels[0] = 1.0f;
+  for (int k = 1; k < count; ++k) levels[k] = levels[k - 1] * base;
+}
+
+static void decode(const lb_format &f, const uint8_t *codes, int n, float scale, const void *extra, float *to) {
+  if (f.kind == LB_KIND_INTEGER && f.is_signed) {
+    if (f.bits == 8) {
+      LB_LOOP for (int i = 0; i < n; ++i) to[i] = (float)(int8_t)codes[i] * scale;
+    } else {
+      const int sign = 1 << (f.bits - 1);
+      LB_LOOP for (int i = 0; i < n; ++i) to[i] = (float)((codes[i] ^ sign) - sign) * scale;
+    }
+  } else if (f.kind == LB_KIND_INTEGER) {
+    LB_LOOP for (int i = 0; i < n; ++i) to[i] = (float)codes[i] * scale;
+  } else if (f.kind == LB_KIND_CODEBOOK) {
+    decode_codebook(f, codes, n, scale, to);
+  } else if (f.kind == LB_KIND_AFFINE) {
+    const float zero = (float)*(const uint8_t *)extra;
+    LB_LOOP for (int i = 0; i < n; ++i) to[i] = ((float)codes[i] - zero) * scale;
+  } else {
+    float levels[16];
+    log_levels(*(const float *)extra, 1 << f.bits, levels);
+    for (int i = 0; i < n; ++i) to[i] = levels[codes[i]] * scale;
+  }
+  if (f.square) {
+    LB_LOOP for (int i = 0; i < n; ++i) to[i] = to[i] * to[i];
+  }
+}
+
+// ---- encoding: values of one block (roots for a square format) to codes, one per byte
+
+struct Block {
+  float scale, inverse;
+  float zero;        // affine
+  float base;        // log
+};
+
+static uint32_t select_bits(uint32_t *x, int n, int rank) {  // the rank-th smallest: quickselect
+  int low = 0, high = n - 1;
+  while (low < high) {
+    const uint32_t pivot = x[(low + high) / 2];
+    int i = low, j = high;
+    while (i <= j) {
+      while (x[i] < pivot) ++i;
+      while (x[j] > pivot) --j;
+      if (i <= j) {
+        const uint32_t t = x[i];
+        x[i++] = x[j];
+        x[j--] = t;
+      }
+    }
+    if (rank <= j) high = j;
+    else if (rank >= i) low = i;
+    else break;
+  }
+  return x[rank];
+}
+
+enum { ROOT_STEPS = 6 };
+
+// The n-th root of x in [2**-126, 1], by a fixed course of IEEE operations (lowbit/codec.py has the same).
+static double fixed_root(double x, int n) {
+  int64_t bits, one = 0x3FF0000000000000;
+  memcpy(&bits, &x, 8);
+  const int64_t apart = bits - one;
+  bits = one + (apart >= 0 ? apart / n : -((-apart + n - 1) / n));
+  double y;
+  memcpy(&y, &bits, 8);
+  for (int step = 0; step < ROOT_STEPS; ++step) {
+    double power = y;
+    for (int k = 2; k < n; ++k) power = power * y;
+    y = y - (y - x / power) / n;
+  }
+  return y;
+}
+
+// SOLO's base: the lowest level is the 0.1 quantile of the values above 0. `work` has room for n numbers.
+static float log_base(const lb_format &f, const float *x, int64_t n, float scale, uint32_t *work) {
+  int alive = 0;
+  bool odd = false;
+  for (int64_t i = 0; i < n; ++i) {
+    odd |= x[i] != x[i];
+    if (x[i] > 0.0f) work[alive++] = bits_of(x[i]);
+  }
+  if (scale == 0.0f) return 1.0f;
+  if (odd || scale != scale) return float_of(0x7FC00000u);
+  const float low = alive ? float_of(select_bits(work, alive, (alive - 1) / 10)) : 0.0f;
+  double ratio = (double)low / (double)scale;
+  ratio = ratio < 0x1p-126 ? 0x1p-126 : ratio > 1.0 ? 1.0 : ratio;
+  return (float)fixed_root(ratio, (1 << f.bits) - 1);
+}
+
+// The scale of a block from its largest magnitude; affine formats need the range instead.
+static Block scaled(const lb_format &f, float absmax) {
+  Block b = {};
+  b.scale = derive_scale(f, absmax);
+  b.inverse = inverse(b.scale);
+  return b;
+}
+
+static Block scaled_affine(const lb_format &f, float low, float high) {  // low <= 0 <= high
+  Block b = {};
+  const float span = high - low, limit = (float)f.limit;
+  const bool finite = finite_bits(magnitude_bits(low)) && finite_bits(magnitude_bits(high));
+  b.scale = finite && !finite_bits(magnitude_bits(span)) ? high / limit - low / limit : derive_scale(f, span);
+  b.inverse = inverse(b.scale);
+  const float zero = rint(-low * b.inverse);
+  b.zero = !(zero > 0.0f) ? 0.0f : zero > limit ? limit : zero;
+  return b;
+}
+
+static void range(const float *x, int n, float *low, float *high) {  // a NaN stays
+  for (int i = 0; i < n; ++i) {
+    *low = x[i] < *low || x[i] != x[i] ? x[i] : *low;
+    *high = x[i] > *high || x[i] != x[i] ? x[i] : *high;
+  }
+}
+
+// The rung of each value in units of the scale: how many thresholds are below it.
+static void rungs(const lb_format &f, const float *x, int n, float inverse, uint8_t *to) {
+  const uint32_t keep = f.sign_magnitude ? 0x7FFFFFFFu : 0xFFFFFFFFu;
+  if (f.rungs > 16) {
+    // Copies, because a store to a byte may change anything in memory, as far as the compiler knows.
+    const int shift = f.cell_shift, half = f.cell_half;
+    const uint32_t below = (1u << shift) - 1, low = f.cell_low, high = f.cell_high, *cells = f.cells;
+    LB_LOOP for (int i = 0; i < n; ++i) {
+      const uint32_t raw = bits_of(in_units(x[i], inverse)) & keep, magnitude = raw & 0x7FFFFFFFu;
+      const uint32_t least = magnitude > low ? magnitude : low;
+      const uint32_t held = least < high ? least : high;
+      const int32_t negative = (int32_t)raw < 0;
+      const uint32_t cell = cells[(negative ? half : 0) + (int32_t)((held - low) >> shift)];
+      const int32_t over = (int32_t)(held & below) >= (int32_t)(cell & 0xFFFFFFu);
+      to[i] = (uint8_t)((int32_t)(cell >> 24) + (negative ? -over : over));
+    }
+    return;
+  }
+  int i = 0;
+#ifdef __AVX2__
+  const __m256 first = _mm256_set1_ps(f.tree[0]), second = _mm256_loadu_ps(f.tree + 8),
+               third = _mm256_loadu_ps(f.tree + 16), fourth = _mm256_loadu_ps(f.tree + 24);
+  const __m256 by = _mm256_set1_ps(inverse), mask = _mm256_castsi256_ps(_mm256_set1_epi32((int)keep));
+  for (; i + 32 <= n; i += 32) {
+    __m256i found[4];
+    for (int k = 0; k < 4; ++k) {
+      __m256 u = _mm256_mul_ps(_mm256_loadu_ps(x + i + 8 * k), by);
+      u = _mm256_and_ps(u, _mm256_cmp_ps(u, u, _CMP_ORD_Q));  // NaN, of a block that is not finite, counts as 0
+      u = _mm256_and_ps(u, mask);
+      // Down a search tree of 15 thresholds: a comparison is -1 where it holds.
+      __m256i r = _mm256_castps_si256(_mm256_cmp_ps(first, u, _CMP_LT_OQ));
+      r = _mm256_sub_epi32(_mm256_setzero_si256(), r);
+      const __m256 tables[3] = {second, third, fourth};
+      for (const __m256 &table : tables) {
+        const __m256 t = _mm256_permutevar8x32_ps(table, r);
+        r = _mm256_sub_epi32(_mm256_add_epi32(r, r), _mm256_castps_si256(_mm256_cmp_ps(t, u, _CMP_LT_OQ)));
+      }
+      found[k] = r;
+    }
+    const __m256i pairs = _mm256_packus_epi16(_mm256_packs_epi32(found[0], found[1]),
+                                              _mm256_packs_epi32(found[2], found[3]));
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    _mm256_storeu_si256((__m256i *)(to + i), _mm256_permutevar8x32_epi32(pairs, order));
+  }
+#endif
+  LB_LOOP for (; i < n; ++i) {
+    const float u = float_of(bits_of(in_units(x[i], inverse)) & keep);
+    int r = 0;
+    for (int k = 0; k < 15; ++k) r += f.thresholds[k] < u ? 1 : 0;
+    to[i] = (uint8_t)r;
+  }
+}
+
+static void encode_codebook(const lb_format &f, const float *x, int n, float inverse, const uint16_t *draws,
+                            uint8_t *to) {
+  rungs(f, x, n, inverse, to);
+  if (draws) {  // from the nearest rung to the one at or below, and up again by chance
+    const uint32_t keep = f.sign_magnitude ? 0x7FFFFFFFu : 0xFFFFFFFFu;
+    const int last = f.rungs - 2;
+    for (int i = 0; i < n; ++i) {
+      const float u = float_of(bits_of(in_units(x[i], inverse)) & keep);
+      int r = to[i] - (f.ladder[to[i]] > u ? 1 : 0);
+      r = r < 0 ? 0 : r > last ? last : r;
+      const float low = f.ladder[r], high = f.ladder[r + 1];
+      to[i] = (uint8_t)(r + (u - low >= (1.0f - uniform(draws[i])) * (high - low) ? 1 : 0));
+    }
+  }
+  if (!f.same) {
+    for (int i = 0; i < n; ++i) to[i] = f.codes[to[i]];
+  }
+  if (f.sign_magnitude) {
+    const int shift = 32 - f.bits;
+    LB_LOOP for (int i = 0; i < n; ++i) {
+      to[i] = (uint8_t)(to[i] | ((bits_of(in_units(x[i], inverse)) & 0x80000000u) >> shift));
+    }
+  }
+}
+
+static void encode_integer(const lb_format &f, const float *x, int n, float inverse, const uint16_t *draws,
+                           uint8_t *to) {
+  const float limit = (float)f.limit, least = f.is_signed ? -limit : 0.0f;
+  const int32_t mask = (1 << f.bits) - 1;
+  if (!draws) {
+    LB_LOOP for (int i = 0; i < n; ++i) {
+      const float u = x[i] * inverse;
+      float held = u > least ? u : least;  // NaN, of a block that is not finite ...
+      held = held < limit ? held : limit;
+      held = u == u ? held : 0.0f;  // ... counts as 0
+      to[i] = (uint8_t)((int32_t)bits_of(shifted(held)) & mask);
+    }
+    return;
+  }
+  // Unbiased in the value: between low**2 and (low + 1)**2 for a square format.
+  const bool square = f.square;
+  LB_LOOP for (int i = 0; i < n; ++i) {
+    const float u = in_units(x[i], inverse);
+    float held = u > least ? u : least;
+    held = held < limit ? held : limit;
+    const float low = floor(held), share = 1.0f - uniform(draws[i]);
+    const float above = square ? held * held - low * low : held - low, gap = square ? 2.0f * low + 1.0f : 1.0f;
+    to[i] = (uint8_t)((int32_t)(low + (above >= share * gap ? 1.0f : 0.0f)) & mask);
+  }
+}
+
+static void encode_affine(const lb_format &f, const float *x, int n, const Block &b, const uint16_t *draws, bool live,
+                          uint8_t *to) {
+  const float limit = (float)f.limit;
+  for (int i = 0; i < n; ++i) {
+    const float u = in_units(x[i], b.inverse), low = floor(u);
+    const float rounded = draws ? low + (u - low >= 1.0f - uniform(draws[i]) ? 1.0f : 0.0f) : rint(u);
+    float code = rounded + b.zero;
+    code = code > 0.0f ? code : 0.0f;
+    code = code < limit ? code : limit;
+    code = live && x[i] > 0.0f && code < b.zero + 1.0f ? b.zero + 1.0f : code;
+    to[i] = (uint8_t)(int32_t)code;
+  }
+}
+
+static void encode_log(const lb_format &f, const float *x, int n, const Block &b, const uint16_t *draws, uint8_t *to) {
+  const int count = 1 << f.bits;
+  float levels[16];
+  log_levels(b.base, count, levels);
+  for (int i = 0; i < n; ++i) {
+    const float u = x[i] * b.inverse, share = draws ? 1.0f - uniform(draws[i]) : 0.0f;
+    int code = 0;
+    for (int k = 0; k + 1 < count; ++k) {
+      const float gap = levels[k] - levels[k + 1], above = u - levels[k + 1];
+      const bool up = draws ? above >= share * gap : above > gap * 0.5f;
+      code += up ? 0 : 1;
+    }
+    to[i] = (uint8_t)code;
+  }
+}
+
+static void keep_alive(const lb_format &f, const float *x, int n, uint8_t *to) {
+  if (!f.has_zero) return;
+  const uint8_t least = (uint8_t)f.least;
+  if (!f.is_signed) {
+    LB_LOOP for (int i = 0; i < n; ++i) {
+      const uint8_t raised = to[i] > least ? to[i] : least;
+      to[i] = x[i] > 0.0f ? raised : to[i];
+    }
+  } else if (f.kind == LB_KIND_INTEGER) {
+    const int sign = 1 << (f.bits - 1);
+    for (int i = 0; i < n; ++i) to[i] = x[i] > 0.0f && (to[i] ^ sign) - sign <= 0 ? least : to[i];
+  } else {
+    for (int i = 0; i < n; ++i) to[i] = x[i] > 0.0f && f.values[to[i]] <= 0.0f ? least : to[i];
+  }
+}
+
+static void encode(const lb_format &f, const float *x, int n, const Block &b, const uint16_t *draws, bool live,
+                   uint8_t *to) {
+  if (f.kind == LB_KIND_LOG) {
+    encode_log(f, x, n, b, draws, to);
+    return;
+  }
+  if (f.kind == LB_KIND_AFFINE) {
+    encode_affine(f, x, n, b, draws, live, to);
+    return;
+  }
+  if (f.kind == LB_KIND_INTEGER) encode_integer(f, x, n, b.inverse, draws, to);
+  else encode_codebook(f, x, n, b.inverse, draws, to);
+  if (live || !f.is_signed) keep_alive(f, x, n, to);
+}
+
+// ---- reduction trees
+
+// The sum of n values, n a power of two up to 256, by halving: x[i] + x[i + n/2]. Overwrites x.
+static float halve(float *x, int n) {
+  for (int half = n / 2; half >= 1; half /= 2) {
+    LB_LOOP for (int i = 0; i < half; ++i) x[i] = x[i] + x[i + half];
+  }
+  return x[0];
+}
+
+// The same for any count of doubles: what is missing to a power of two counts as 0. Overwrites x.
+static double halve(double *x, int64_t n) {
+  if (n == 0) return 0.0;
+  int64_t half = 1;
+  while (half < n) half *= 2;
+  for (half /= 2; half >= 1; half /= 2) {
+    for (int64_t i = 0; i + half < n; ++i) x[i] = x[i] + x[i + half];
+    for (int64_t i = n - half > 0 ? n - half : 0; i < half && i < n; ++i) x[i] = x[i] + 0.0;  // -0 + 0 = 0
+    n = n < half ? n : half;
+  }
+  return x[0];
+}
+
+}  // namespace LB_SPACE

@@ -1,0 +1,75 @@
+// The driver for one instruction set: each isa_*.cpp includes this once, with its own target, namespace and names.
+#include <sched.h>
+
+#ifndef LB_BARRIER  // without OpenMP (and under ThreadSanitizer, which does not know libgomp): a barrier of our own
+#ifdef _OPENMP
+#define LB_BARRIER() _Pragma("omp barrier")
+#else
+#define LB_BARRIER() meet(step)
+#endif
+#endif
+#include "matrix.h"
+
+#define LB_PASTE_(a, b) a##b
+#define LB_PASTE(a, b) LB_PASTE_(a, b)
+#define LB_NAME(name) LB_PASTE(lb_##name##_, LB_SPACE)
+#define LB_EXPORT extern "C" __attribute__((visibility("default")))
+
+#include "rules.h"
+#define LB_KERNEL(name) LB_EXPORT void LB_NAME(name)
+#include "kernels.h"
+
+#include "threads.h"
+
+// Packs a matrix; with `fake`, writes the values its codes stand for there (fp32) and packs nothing. 1: no memory.
+LB_EXPORT int LB_NAME(encode)(const lb_matrix *matrix, float *fake, int32_t threads) {
+  LB_SPACE::Hand hand = {0, false, matrix, fake, false};
+  LB_SPACE::run_threads(hand, threads);
+  return hand.failed;
+}
+
+LB_EXPORT void LB_NAME(decode)(const lb_matrix *matrix, int32_t threads) {
+  LB_SPACE::Hand hand = {0, false, matrix, nullptr, true};
+  LB_SPACE::run_threads(hand, threads);
+}
+
+// 0, or 1 when there is no memory (then nothing has changed).
+LB_EXPORT int LB_NAME(step)(const lb_job *jobs, int32_t count, int32_t threads) {
+  using namespace LB_SPACE;
+  Step step = {};
+  step.count = count;
+  step.threads = threads;
+  step.runs = (Run *)calloc(count + 1, sizeof(Run));
+  step.first = (int64_t *)calloc(count + 2, sizeof(int64_t));
+  bool fine = step.runs && step.first;
+  step.longest = 1;
+  int64_t values = 0;
+  for (int k = 0; fine && k < count; ++k) {
+    fine = prepare(step.runs[k], jobs[k], &step.longest);
+    values += jobs[k].rows * jobs[k].cols;
+  }
+  // A thread is worth starting for some ten thousand values.
+  const int64_t useful = 1 + values / 16384;
+  if (threads > useful) step.threads = threads = (int)useful;
+  Room *rooms = nullptr;
+  double *spaces = nullptr;
+  if (fine) {
+    if (posix_memalign((void **)&rooms, 64, sizeof(Room) * threads)) rooms = nullptr;
+    spaces = (double *)malloc(sizeof(double) * step.longest * threads);
+    fine = rooms && spaces;
+  }
+  if (fine) {
+    Crew crew = {&step, rooms, spaces};
+    run_threads(crew, threads);
+    fine = !step.failed;
+  }
+  if (fine) {
+    for (int k = 0; k < count; ++k) finish(step.runs[k]);
+  }
+  for (int k = 0; step.runs && k < count; ++k) free(step.runs[k].sums);
+  free(step.runs);
+  free(step.first);
+  free(rooms);
+  free(spaces);
+  return fine ? 0 : 1;
+}

@@ -1,0 +1,106 @@
+"""The native library in this process: found or built, loaded, and its functions for one instruction set.
+
+`LOWBIT_ISA` forces baseline, avx2 or avx512; without it the library's own choice holds.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from ctypes import CDLL, POINTER, c_char_p, c_int32, c_void_p, cast
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch  # its OpenMP must be in the process before ours asks for one
+
+from ..formats import nearest
+from ..stages import Stage
+from . import abi, build
+from .printer import Printed, print_stage
+
+# What each instruction set needs said before any code.
+ISAS = {
+    "baseline": "",
+    "avx2": '#pragma GCC target("arch=x86-64-v3")',
+    "avx512": '#pragma GCC target("arch=x86-64-v4")',
+}
+
+
+class Library:
+    """The functions of the library for one instruction set."""
+
+    def __init__(self, found: build.Found, isa: str, best: str):
+        self.found, self.isa, self.best = found, isa, best
+        self.handle = CDLL(str(found.path))
+        self._kernels: dict[tuple[Stage, frozenset[str]], tuple[int, Printed]] = {}
+        self._extras: list[CDLL] = []
+        self.step = self._function("step", [POINTER(abi.Job), c_int32, c_int32], c_int32)
+        self.encode = self._function("encode", [POINTER(abi.Matrix), c_void_p, c_int32], c_int32)
+        self.decode = self._function("decode", [POINTER(abi.Matrix), c_int32], None)
+
+    def _function(self, name: str, arguments: list[Any], result: Any) -> Any:
+        function = getattr(self.handle, f"lb_{name}_{self.isa}")
+        function.argtypes, function.restype = arguments, result
+        return function
+
+    def kernel(self, stage: Stage, letters: frozenset[str]) -> tuple[int, Printed]:
+        """The address of a stage's kernel: from the library where it is shipped, else printed, compiled and cached.
+
+        Raises `printer.Unprintable` for what cannot be printed and `build.BuildError` for what cannot be compiled.
+        """
+        if (stage, letters) not in self._kernels:
+            printed = print_stage(stage, letters)
+            name = f"lb_{printed.symbol}_{self.isa}"
+            handle = self.handle
+            if not (_shipped(printed) and hasattr(handle, name)):
+                handle = CDLL(str(build.compile_extra(_source(printed, self.isa), printed.symbol)))
+                self._extras.append(handle)
+            address = cast(getattr(handle, name), c_void_p).value
+            assert address is not None
+            self._kernels[stage, letters] = address, printed
+        return self._kernels[stage, letters]
+
+
+@cache
+def _rules() -> str:
+    return (Path(__file__).parent / "rules.h").read_text(encoding="utf-8")
+
+
+def _shipped(printed: Printed) -> bool:
+    """Whether the library's kernel of this name is this very text, and not another rule's of the same name."""
+    return printed.functor in _rules()
+
+
+def _source(printed: Printed, isa: str) -> str:
+    """A kernel of its own: what a rule outside the package becomes."""
+    return "\n".join(
+        [
+            ISAS[isa],
+            f'#define LB_KERNEL(name) extern "C" __attribute__((visibility("default"))) void lb_##name##_{isa}',
+            '#include "abi.h"',
+            '#include "words.h"',
+            *printed.helpers.values(),
+            printed.functor,
+            printed.kernel,
+            "",
+        ]
+    )
+
+
+@cache
+def load() -> Library:
+    """The library, found or built; raises `build.BuildError` with what is missing.
+
+    Raises `ValueError` for a LOWBIT_ISA that does not exist or that this processor lacks.
+    """
+    found = build.find()
+    handle = CDLL(str(found.path))
+    handle.lb_best.restype = c_char_p
+    best = handle.lb_best().decode()
+    isa = os.environ.get("LOWBIT_ISA", "") or best
+    if isa not in ISAS:
+        raise ValueError(f"LOWBIT_ISA={isa!r} is no instruction set{nearest(isa, list(ISAS))}; known: {', '.join(ISAS)}")
+    if list(ISAS).index(isa) > list(ISAS).index(best):
+        raise ValueError(f"LOWBIT_ISA={isa!r}: this processor has {best} at best")
+    return Library(found, isa, best)

@@ -1,0 +1,910 @@
+// One optimizer step on the CPU: every tensor of every group in one call and one parallel region.
+//
+// The work is a few sweeps over all tensors, each cut into chunks that threads take one after the other:
+//
+//     plan    one thread: folds, up to each tensor's next measurement
+//     sweep   all threads: measure every block, or (last) update every block
+//     reduce  all threads: each tensor's measurement from its blocks
+//
+// A block is up to 256 values of a row (several rows where rows are short powers of two). It is decoded into the
+// first-level cache, run through the printed stages, checked, encoded and stored: no value leaves a block as fp32.
+// What is computed, to the bit, is said by lowbit/backends/reference.py.
+#pragma once
+#include <stdlib.h>
+
+#include "blocks.h"
+
+namespace LB_SPACE {
+
+// Values of a span, rows of a tile, spans of a chunk.
+constexpr int SPAN = LB_BLOCK, TILE = 512, CHUNK = 64;
+
+// How a tensor is cut. Spans are what is worked on at once; blocks are what is left untouched together.
+struct Cut {
+  int64_t stride, per_row, spans;  // elements of a row with its padding; spans (or, if rows are short, 1) per row
+  int width, rows;                 // of a block; rows of a span
+  bool dense;                      // several rows in a span
+};
+
+static Cut cut(const lb_job &job) {
+  Cut c = {};
+  c.width = SPAN;
+  while (c.width / 2 >= job.cols && c.width > 1) c.width /= 2;
+  c.stride = (job.cols + c.width - 1) / c.width * c.width;
+  c.per_row = c.stride / c.width;
+  c.dense = c.width < SPAN && job.cols == c.width;
+  for (int k = 0; k < job.program->moments; ++k) {  // rows of codes must follow each other without a gap
+    const lb_format &f = *job.moments[k].format;
+    c.dense &= f.kind == LB_KIND_FLOAT || job.cols * f.bits % 8 == 0;
+  }
+  c.rows = c.dense ? SPAN / c.width : 1;
+  c.spans = c.dense ? (job.rows + c.rows - 1) / c.rows : job.rows * c.per_row;
+  return c;
+}
+
+struct Span {
+  int64_t row, col, at, number;  // first row and column, offset in memory, number of the first element
+  int64_t block;                 // number of the first block
+  int n, blocks;                 // values, blocks
+};
+
+static Span span(const lb_job &job, const Cut &c, int64_t k) {
+  Span s;
+  if (c.dense) {
+    s.row = k * c.rows;
+    s.col = 0;
+    s.blocks = (int)(job.rows - s.row < c.rows ? job.rows - s.row : c.rows);
+    s.n = s.blocks * c.width;
+  } else {
+    s.row = k / c.per_row;
+    s.col = k % c.per_row * c.width;
+    s.blocks = 1;
+    s.n = (int)(job.cols - s.col < c.width ? job.cols - s.col : c.width);
+  }
+  s.at = s.row * job.cols + s.col;
+  s.number = s.row * c.stride + s.col;
+  s.block = s.row * c.per_row + s.col / c.width;
+  return s;
+}
+
+// One tensor while a step runs.
+struct Run {
+  const lb_job *job;
+  Cut cut;
+  int next, last;  // the stage to go on with; the latest measurement
+  int wanted;      // a bit per slot: what a sweep must load
+  int written;     // a bit per slot: what updates write
+  int gauge;       // the update that reads the gradient as it came, and reports its peak; -1 for none
+  int rooted;      // a bit per slot: of which the last update leaves the root, as it will be stored
+  bool waiting, skip, measured;
+  int64_t lost;
+  float scalars[LB_SCALARS];
+  float *vectors[LB_ARRAYS];     // what this step makes of them, persistent ones first
+  int64_t lengths[LB_ARRAYS];
+  uint32_t most;        // max: bits of the magnitude
+  double total;         // of the tensor: sum or maximum
+  float *x;             // the measurement, one number per element of what it runs over
+  int64_t elements;
+  float *partial;       // per block: sum (or maximum)
+  double *sums;         // per row (or per tile and column)
+  uint32_t key[LB_MOMENTS + 1][2];
+};
+
+// Room for one thread.
+struct Room {
+  alignas(64) float array[LB_ARRAYS][SPAN];
+  alignas(64) float value[SPAN];
+  alignas(64) uint16_t narrow[LB_MOMENTS][SPAN];
+  alignas(64) uint16_t parameter[SPAN];
+  alignas(64) uint8_t codes[SPAN];
+  Draws draws;
+  Block block[LB_MOMENTS][SPAN];
+  float companion[SPAN];
+  uint32_t peaks[LB_ARRAYS][SPAN / 64];  // of what updates wrote to each slot, per piece
+  uint32_t gradient[SPAN / 64];          // of the gradient as it came
+  uint32_t work[SPAN];
+  const float *at[LB_ARRAYS];            // where each slot's values are now
+};
+
+static const Half &half_of(int dtype) { return dtype == LB_BFLOAT16 ? BF16 : FP16; }
+
+// ---- loading
+
+static void load_parameter(const Run &run, const Span &s, Room &room) {
+  const lb_job &job = *run.job;
+  float *p = room.array[0];
+  room.at[0] = p;
+  const int n = s.n, dtype = job.param_dtype;
+  if (dtype == LB_FLOAT32) {
+    const float *from = (const float *)job.param + s.at;
+    if (n % 16 == 0) room.at[0] = from;
+    else memcpy(p, from, 4 * n);
+    return;
+  }
+  widen(job.param, dtype, s.at, n, p);
+  const Half half = half_of(dtype);
+  if (job.master == LB_MASTER32) {
+    const float *kept = (const float *)job.companion + s.at;
+    const uint16_t *own = (const uint16_t *)job.param + s.at;
+    uint16_t *rounded = room.parameter;
+    narrow(kept, dtype, n, nullptr, rounded);
+    for (int i = 0; i < n; ++i) {  // -0 equals 0, NaN nothing
+      const bool same = rounded[i] == own[i] || ((rounded[i] | own[i]) & 0x7FFF) == 0;
+      p[i] = same && p[i] == p[i] ? kept[i] : p[i];
+    }
+  } else if (job.master == LB_KAHAN) {
+    widen(job.companion, dtype, s.at, n, room.companion);
+    LB_LOOP for (int i = 0; i < n; ++i) p[i] = load_kahan(p[i], room.companion[i], half);
+  } else if (job.master == LB_SPLIT8) {
+    const int8_t *kept = (const int8_t *)job.companion + s.at;
+    LB_LOOP for (int i = 0; i < n; ++i) p[i] = load_share(p[i], (float)kept[i], 127.0f, half);
+  } else if (job.master == LB_SPLIT16 && dtype == LB_FLOAT16) {
+    const int16_t *kept = (const int16_t *)job.companion + s.at;
+    LB_LOOP for (int i = 0; i < n; ++i) p[i] = load_share(p[i], (float)kept[i], 8192.0f, half);
+  } else if (job.master == LB_SPLIT16) {
+    const int16_t *kept = (const int16_t *)job.companion + s.at;
+    const uint16_t *own = (const uint16_t *)job.param + s.at;
+    LB_LOOP for (int i = 0; i < n; ++i) p[i] = load_split16(own[i], kept[i]);
+  }
+}
+
+static void load_gradient(const Run &run, const Span &s, Room &room) {
+  const lb_job &job = *run.job;
+  room.at[1] = room.array[1];
+  if (job.grad_dtype == LB_FLOAT32 && s.n % 16 == 0) room.at[1] = (const float *)job.grad + s.at;
+  else widen(job.grad, job.grad_dtype, s.at, s.n, room.array[1]);
+}
+
+// Values that share a scale inside a span.
+static int sub_block(const lb_format &f, const Cut &c) { return f.block < c.width ? f.block : c.width; }
+
+static void load_moment(const Run &run, const Span &s, int k, Room &room) {
+  const lb_operand &o = run.job->moments[k];
+  const lb_format &f = *o.format;
+  float *to = room.array[2 + k];
+  room.at[2 + k] = to;
+  if (f.kind == LB_KIND_FLOAT) {
+    if (f.dtype == LB_FLOAT32 && s.n % 16 == 0) room.at[2 + k] = (const float *)o.codes + s.at;
+    else widen(o.codes, f.dtype, s.at, s.n, to);
+    return;
+  }
+  const uint8_t *codes = (const uint8_t *)o.codes + s.row * o.row_bytes + s.col * f.bits / 8;
+  if (f.bits != 8) {
+    unpack(codes, f.bits, s.n, room.codes);
+    codes = room.codes;
+  }
+  const int each = sub_block(f, run.cut);
+  int64_t scale = s.row * o.scales + s.col / f.block;
+  for (int i = 0; i < s.n; i += each, ++scale) {
+    const int n = s.n - i < each ? s.n - i : each;
+    const void *extra = !o.extra                     ? nullptr
+                        : f.kind == LB_KIND_AFFINE ? (const void *)((const uint8_t *)o.extra + scale)
+                                                   : (const void *)((const float *)o.extra + scale);
+    decode(f, codes + i, n, o.scale[scale], extra, to + i);
+  }
+}
+
+static void load_vector(const Run &run, const Span &s, int slot, int over, const float *values, Room &room) {
+  float *to = room.array[slot];
+  room.at[slot] = to;
+  const int64_t cols = run.job->cols;
+  if (over == LB_COLUMN) {
+    for (int b = 0; b < s.blocks; ++b) memcpy(to + b * run.cut.width, values + s.col, 4 * (s.n / s.blocks));
+    return;
+  }
+  const int64_t group = over == LB_GROUP ? run.job->group_rows : 1;
+  const int each = s.blocks > 1 ? (int)cols : s.n;
+  for (int b = 0; b < s.blocks; ++b) {
+    const float value = values[(s.row + b) / group];
+    for (int i = 0; i < each; ++i) to[b * each + i] = value;
+  }
+}
+
+static void load(const Run &run, const Span &s, int wanted, Room &room) {
+  const lb_program &program = *run.job->program;
+  if (wanted & 1) load_parameter(run, s, room);
+  load_gradient(run, s, room);
+  for (int k = 0; k < program.moments; ++k) {
+    if (wanted >> (2 + k) & 1) load_moment(run, s, k, room);
+  }
+  const int first = 2 + program.moments;
+  for (int k = 0; k < program.vectors + program.temporaries; ++k) {
+    if (wanted >> (first + k) & 1) load_vector(run, s, first + k, program.over[k], run.vectors[k], room);
+  }
+  if (s.n % 16) {  // stages run over multiples of 16 values
+    for (int slot = 0; slot < first + program.vectors + program.temporaries; ++slot) {
+      if (slot == 1 || wanted >> slot & 1) memset(room.array[slot] + s.n, 0, 4 * (SPAN - s.n < 16 ? SPAN - s.n : 16));
+    }
+  }
+}
+
+// ---- stages
+
+static void clear_tail(float *values, int n) {
+  if (n % 16) memset(values + n, 0, 4 * (16 - n % 16));
+}
+
+// Run an update or measurement over a span, in pieces that share a scale, so that its peaks are theirs.
+static void run_stage(const Run &run, const lb_stage &stage, const Span &s, int piece, uint32_t roots, Room &room) {
+  lb_frame f;
+  uint32_t peaks[LB_ARRAYS + 1];
+  f.s = (float *)run.scalars;
+  f.si = stage.s;
+  f.c = run.job->constants;
+  f.ci = stage.c;
+  f.x = nullptr;
+  f.roots = roots;
+  f.peaks = peaks;
+  const int all = (s.n + 15) / 16 * 16;
+  for (int start = 0, number = 0; start < all; start += piece, ++number) {
+    f.n = all - start < piece ? all - start : piece;
+    for (int k = 0; k < stage.reads; ++k) f.in[k] = room.at[stage.read[k]] + start;
+    if (stage.kind == LB_MEASURE) f.out[0] = room.value + start;
+    else
+      for (int k = 0; k < stage.writes; ++k) f.out[k] = room.array[stage.write[k]] + start;
+    stage.kernel(&f);
+    if (number < SPAN / 64) {
+      for (int k = 0; k < stage.writes; ++k) room.peaks[stage.write[k]][number] = peaks[k];
+      if (&stage - run.job->program->stages == run.gauge) room.gradient[number] = peaks[stage.writes];
+    }
+  }
+  if (stage.kind == LB_MEASURE) {
+    clear_tail(room.value, s.n);
+    return;
+  }
+  for (int k = 0; k < stage.writes; ++k) {
+    room.at[stage.write[k]] = room.array[stage.write[k]];
+    clear_tail(room.array[stage.write[k]], s.n);
+  }
+}
+
+// ---- a measuring sweep
+
+static void measure_span(Run &run, const Span &s, Room &room) {
+  const lb_program &program = *run.job->program;
+  const lb_stage &stage = program.stages[run.next];
+  load(run, s, run.wanted, room);
+  if (program.guarded && !finite_bits(peak(room.at[1], s.n))) __atomic_store_n(&run.skip, true, __ATOMIC_RELAXED);
+  for (int k = 0; k < run.next; ++k) {
+    if (program.stages[k].kind == LB_UPDATE) run_stage(run, program.stages[k], s, SPAN, 0, room);
+  }
+  run_stage(run, stage, s, SPAN, 0, room);
+  if (stage.over == LB_COLUMN) return;  // the caller adds the values up
+  const int width = run.cut.width;
+  for (int b = 0; b < s.blocks; ++b) {
+    float *values = room.value + b * width;
+    const int n = s.blocks > 1 ? width : s.n;
+    if (stage.reduce == LB_MAX) {
+      run.partial[s.block + b] = float_of(peak(values, n));
+    } else {
+      if (n < width) memset(values + n, 0, 4 * (width - n));
+      run.partial[s.block + b] = halve(values, width);
+    }
+  }
+}
+
+// A tile of rows and a span of columns: sums from the first row down.
+static void measure_columns(Run &run, int64_t unit, Room &room) {
+  const lb_job &job = *run.job;
+  const bool max = job.program->stages[run.next].reduce == LB_MAX;
+  const int64_t across = run.cut.dense ? 1 : run.cut.per_row, tile = unit / across;
+  const int64_t first = tile * TILE, last = first + TILE < job.rows ? first + TILE : job.rows;
+  double *sums = run.sums + tile * job.cols + (run.cut.dense ? 0 : unit % across * run.cut.width);
+  const int64_t step = run.cut.rows;
+  for (int64_t row = first; row < last; row += step) {
+    Span s = span(job, run.cut, run.cut.dense ? row / step : row * across + unit % across);
+    measure_span(run, s, room);
+    const int n = s.n / s.blocks;
+    for (int b = 0; b < s.blocks; ++b) {
+      for (int i = 0; i < n; ++i) {
+        const float value = room.value[b * n + i];
+        if (max) {
+          const uint32_t bits = magnitude_bits(value);
+          const double old = row + b == first ? 0.0 : sums[i];
+          sums[i] = bits > magnitude_bits((float)old) ? (double)float_of(bits) : old;
+        } else {
+          sums[i] = row + b == first ? (double)value : sums[i] + (double)value;
+        }
+      }
+    }
+  }
+}
+
+static double largest(const float *x, int64_t n) {
+  uint32_t most = 0;
+  for (int64_t i = 0; i < n; ++i) most = magnitude_bits(x[i]) > most ? magnitude_bits(x[i]) : most;
+  return (double)float_of(most);
+}
+
+// From blocks to what the stage runs over. `work` has room for a row of blocks, a group of rows or a column of tiles.
+static void reduce_run(Run &run, double *work) {
+  const lb_job &job = *run.job;
+  const lb_stage &stage = job.program->stages[run.next];
+  const bool max = stage.reduce == LB_MAX;
+  const double mean = stage.reduce == LB_MEAN ? 1.0 : 0.0;
+  const int64_t rows = job.rows, cols = job.cols, per_row = run.cut.per_row;
+  if (stage.over == LB_COLUMN) {
+    const int64_t tiles = (rows + TILE - 1) / TILE;
+    for (int64_t c = 0; c < cols; ++c) {
+      for (int64_t t = 0; t < tiles; ++t) work[t] = run.sums[t * cols + c];
+      double value = 0.0;
+      if (max) {
+        for (int64_t t = 0; t < tiles; ++t) value = work[t] > value || work[t] != work[t] ? work[t] : value;
+      } else {
+        value = halve(work, tiles);
+      }
+      run.x[c] = (float)(mean != 0.0 ? value / (double)rows : value);
+    }
+    return;
+  }
+  for (int64_t row = 0; row < rows; ++row) {
+    const float *blocks = run.partial + row * per_row;
+    if (max) {
+      run.sums[row] = largest(blocks, per_row);
+    } else {
+      for (int64_t b = 0; b < per_row; ++b) work[b] = (double)blocks[b];
+      run.sums[row] = halve(work, per_row);
+    }
+  }
+  const int64_t group = stage.over == LB_ROW ? 1 : stage.over == LB_GROUP ? job.group_rows : rows;
+  for (int64_t first = 0, k = 0; first < rows; first += group, ++k) {
+    const int64_t n = rows - first < group ? rows - first : group;
+    double value = 0.0;
+    if (max) {
+      for (int64_t i = 0; i < n; ++i) {
+        const double each = run.sums[first + i];
+        value = each > value || each != each ? each : value;
+      }
+    } else {
+      value = halve(run.sums + first, n);
+    }
+    if (mean != 0.0) value = value / ((double)n * (double)cols);
+    run.total = value;
+    run.x[k] = (float)value;
+  }
+}
+
+// ---- the updating sweep
+
+// Whether the peaks of a whole span's pieces are finite.
+static bool finite_peaks(const uint32_t *peaks, int piece) {
+  return finite_bits(peaks[0]) && (piece == SPAN || finite_bits(peaks[1]));
+}
+
+static bool prepare_moment(const Run &run, const Span &s, int k, int piece, bool *good, Room &room) {
+  const lb_operand &o = run.job->moments[k];
+  const lb_format &f = *o.format;
+  const float *x = room.at[2 + k];
+  const int width = run.cut.width;
+  bool fine = true;
+  piece = run.written >> (2 + k) & 1 ? piece : 0;
+  if (f.square && !(run.rooted >> (2 + k) & 1)) {
+    float *roots = room.array[2 + k];
+    LB_LOOP for (int i = 0; i < s.n; ++i) roots[i] = lb::sqrt(x[i]);
+    piece = 0;
+  }
+  if (f.kind == LB_KIND_FLOAT) {
+    if (f.dtype != LB_FLOAT32) {
+      uint16_t *to = room.narrow[k];
+      const uint16_t *draws = o.stochastic ? room.draws.fill(run.key[1 + k], s.number, s.n) : nullptr;
+      narrow(x, f.dtype, s.n, draws, to);
+      if (o.live) {
+        LB_LOOP for (int i = 0; i < s.n; ++i) to[i] = x[i] > 0.0f && (to[i] & 0x7FFF) == 0 ? 1 : to[i];
+      }
+    }
+    for (int b = 0; b < s.blocks; ++b) {
+      const int n = s.blocks > 1 ? width : s.n;
+      const bool ok = f.dtype != LB_FLOAT32 ? finite16(room.narrow[k] + b * width, f.dtype, n)
+                      : piece               ? finite_peaks(room.peaks[2 + k], piece)
+                                            : finite_bits(peak(x + b * width, n));
+      good[b] &= ok;
+      fine &= ok;
+    }
+    return fine;
+  }
+  const int each = sub_block(f, run.cut);
+  for (int i = 0, number = 0; i < s.n; i += each, ++number) {
+    const int n = s.n - i < each ? s.n - i : each;
+    Block &b = room.block[k][number];
+    if (f.kind == LB_KIND_AFFINE) {
+      float low = 0.0f, high = 0.0f;
+      range(x + i, n, &low, &high);
+      b = scaled_affine(f, low, high);
+    } else {
+      uint32_t most;
+      if (piece == each) most = room.peaks[2 + k][number];
+      else if (piece && each == SPAN) {
+        most = room.peaks[2 + k][0] > room.peaks[2 + k][1] ? room.peaks[2 + k][0] : room.peaks[2 + k][1];
+      } else {
+        most = peak(x + i, n);
+      }
+      b = scaled(f, float_of(most));
+      if (f.kind == LB_KIND_LOG) b.base = log_base(f, x + i, n, b.scale, room.work);
+    }
+    const bool ok = finite_bits(magnitude_bits(b.scale));
+    good[i / width] &= ok;
+    fine &= ok;
+  }
+  return fine;
+}
+
+static void store_moment(const Run &run, const Span &s, int k, const bool *good, bool all, Room &room) {
+  const lb_operand &o = run.job->moments[k];
+  const lb_format &f = *o.format;
+  const float *x = room.at[2 + k];
+  const int width = run.cut.width;
+  if (f.kind == LB_KIND_FLOAT) {
+    const int size = f.dtype == LB_FLOAT32 ? 4 : 2;
+    const char *from = f.dtype == LB_FLOAT32 ? (const char *)x : (const char *)room.narrow[k];
+    char *to = (char *)o.codes + s.at * size;
+    for (int b = 0; b < s.blocks; ++b) {
+      const int n = all ? s.n : s.blocks > 1 ? width : s.n;
+      if (good[b]) memcpy(to + (int64_t)b * width * size, from + (int64_t)b * width * size, (size_t)n * size);
+      if (all) break;
+    }
+    return;
+  }
+  const uint16_t *draws = o.stochastic ? room.draws.fill(run.key[1 + k], s.number, s.n) : nullptr;
+  uint8_t *target = (uint8_t *)o.codes + s.row * o.row_bytes + s.col * f.bits / 8;
+  const bool direct = f.bits == 8 && all;
+  uint8_t *codes = direct ? target : room.codes;
+  const int each = sub_block(f, run.cut);
+  int64_t scale = s.row * o.scales + s.col / f.block;
+  for (int i = 0, number = 0; i < s.n; i += each, ++number, ++scale) {
+    const int n = s.n - i < each ? s.n - i : each;
+    const Block &b = room.block[k][number];
+    encode(f, x + i, n, b, draws ? draws + i : nullptr, o.live, codes + i);
+    if (!good[i / width]) continue;
+    o.scale[scale] = b.scale;
+    if (f.kind == LB_KIND_AFFINE) ((uint8_t *)o.extra)[scale] = (uint8_t)(int32_t)b.zero;
+    if (f.kind == LB_KIND_LOG) ((float *)o.extra)[scale] = b.base;
+  }
+  if (direct) return;
+  if (all) {
+    pack(codes, f.bits, s.n, target);
+    return;
+  }
+  for (int b = 0; b < s.blocks; ++b) {
+    if (good[b]) pack(codes + b * width, f.bits, s.blocks > 1 ? width : s.n, target + (int64_t)b * width * f.bits / 8);
+  }
+}
+
+// The parameter as it will be stored, and whether it stays finite where it was.
+static bool prepare_parameter(const Run &run, const Span &s, int piece, bool *good, Room &room) {
+  const lb_job &job = *run.job;
+  const float *p = room.at[0];
+  const int width = run.cut.width, dtype = job.param_dtype;
+  bool fine;
+  if (dtype == LB_FLOAT32) {
+    fine = piece ? finite_peaks(room.peaks[0], piece) : finite_bits(peak(p, s.n));
+  } else {
+    uint16_t *to = room.parameter;
+    if (job.master == LB_SPLIT16 && dtype == LB_BFLOAT16) {  // ties go up, so that what is left fits int16
+      LB_LOOP for (int i = 0; i < s.n; ++i) to[i] = (uint16_t)((bits_of(p[i]) + 0x8000u) >> 16);
+    } else {
+      const uint16_t *draws = job.stochastic ? room.draws.fill(run.key[0], s.number, s.n) : nullptr;
+      narrow(p, dtype, s.n, draws, to);
+    }
+    fine = finite16(to, dtype, s.n);
+  }
+  if (fine || !job.program->guarded) return true;
+  bool kept = true;
+  for (int i = 0; i < s.n; ++i) {  // a value that is broken already must not freeze its neighbours
+    float now, was;
+    if (dtype == LB_FLOAT32) {
+      now = p[i];
+      was = ((const float *)job.param)[s.at + i];
+    } else {
+      const uint16_t raw = ((const uint16_t *)job.param)[s.at + i];
+      now = dtype == LB_BFLOAT16 ? widen_bf16(room.parameter[i]) : widen_fp16(room.parameter[i]);
+      was = dtype == LB_BFLOAT16 ? widen_bf16(raw) : widen_fp16(raw);
+    }
+    if (!finite_bits(magnitude_bits(now)) && finite_bits(magnitude_bits(was))) {
+      good[i / width] = false;
+      kept = false;
+    }
+  }
+  return kept;
+}
+
+static void store_companion(const Run &run, int64_t at, int from, int n, Room &room) {
+  const lb_job &job = *run.job;
+  const float *p = room.at[0] + from;
+  const uint16_t *stored = room.parameter + from;
+  const int dtype = job.param_dtype;
+  const Half half = half_of(dtype);
+  if (job.master == LB_MASTER32) {
+    memcpy((float *)job.companion + at, p, 4 * n);
+    return;
+  }
+  if (job.master == LB_SPLIT16 && dtype == LB_BFLOAT16) {
+    int16_t *to = (int16_t *)job.companion + at;
+    LB_LOOP for (int i = 0; i < n; ++i) to[i] = (int16_t)(bits_of(p[i]) - ((uint32_t)stored[i] << 16));
+    return;
+  }
+  float *wide = room.companion;
+  widen(stored, dtype, 0, n, wide);
+  if (job.master == LB_KAHAN) {
+    LB_LOOP for (int i = 0; i < n; ++i) wide[i] = p[i] - wide[i];
+    narrow(wide, dtype, n, nullptr, (uint16_t *)job.companion + at);
+  } else if (job.master == LB_SPLIT8) {
+    int8_t *to = (int8_t *)job.companion + at;
+    LB_LOOP for (int i = 0; i < n; ++i) to[i] = (int8_t)(int32_t)store_share(p[i], wide[i], 127.0f, half);
+  } else {
+    int16_t *to = (int16_t *)job.companion + at;
+    LB_LOOP for (int i = 0; i < n; ++i) to[i] = (int16_t)(int32_t)store_share(p[i], wide[i], 8192.0f, half);
+  }
+}
+
+static void store_parameter(const Run &run, const Span &s, const bool *good, bool all, Room &room) {
+  const lb_job &job = *run.job;
+  const int width = run.cut.width, size = job.param_dtype == LB_FLOAT32 ? 4 : 2;
+  const char *from = size == 4 ? (const char *)room.at[0] : (const char *)room.parameter;
+  for (int b = 0; b < s.blocks; ++b) {
+    const int n = all ? s.n : s.blocks > 1 ? width : s.n, start = b * width;
+    if (good[b]) {
+      if (from + start * size != (const char *)job.param + (s.at + start) * size) {
+        memcpy((char *)job.param + (s.at + start) * size, from + start * size, (size_t)n * size);
+      }
+      if (size == 2 && job.master != LB_NONE) store_companion(run, s.at + start, start, n, room);
+    }
+    if (all) break;
+  }
+}
+
+// Pieces in which stages run so that the peaks they report are those of every scale; 0 if they cannot be.
+static int piece_of(const Run &run) {
+  int piece = SPAN;
+  if (run.cut.width < SPAN) return 0;
+  for (int k = 0; k < run.job->program->moments; ++k) {
+    const lb_format &f = *run.job->moments[k].format;
+    if (f.kind == LB_KIND_FLOAT) continue;
+    const int each = sub_block(f, run.cut);
+    if (each < SPAN / 2) return 0;
+    piece = each < piece ? each : piece;
+  }
+  return piece;
+}
+
+// Which writes of each update are stored as roots: of square formats, by the last that writes and none reads after it.
+static void root_masks(Run &run, uint32_t *roots) {
+  const lb_program &program = *run.job->program;
+  run.rooted = 0;
+  int later = 0;
+  for (int k = program.count - 1; k >= 0; --k) {
+    const lb_stage &stage = program.stages[k];
+    roots[k] = 0;
+    if (stage.kind != LB_UPDATE) continue;
+    for (int i = 0; i < stage.writes; ++i) {
+      const int slot = stage.write[i];
+      const bool square = slot >= 2 && slot < 2 + program.moments && run.job->moments[slot - 2].format->square;
+      if (square && stage.rootable >> i & 1 && !(later >> slot & 1)) {
+        roots[k] |= 1u << i;
+        run.rooted |= 1 << slot;
+      }
+    }
+    for (int i = 0; i < stage.writes; ++i) later |= 1 << stage.write[i];
+    for (int i = 0; i < stage.reads; ++i) later |= 1 << stage.read[i];
+  }
+}
+
+static int64_t update_span(const Run &run, const Span &s, int shared, const uint32_t *roots, Room &room) {
+  const lb_job &job = *run.job;
+  const lb_program &program = *job.program;
+  const int piece = s.n == SPAN && s.blocks == 1 ? shared : 0;  // peaks only of whole blocks
+  load(run, s, run.wanted, room);
+  bool good[SPAN];
+  for (int b = 0; b < s.blocks; ++b) good[b] = true;
+  bool all = true;
+  const bool gauged = piece && run.gauge >= 0;
+  const float *gradient = room.at[1];
+  if (program.guarded && !gauged && !finite_bits(peak(gradient, s.n))) {
+    all = false;
+    for (int b = 0; b < s.blocks; ++b) {
+      const int n = s.blocks > 1 ? run.cut.width : s.n;
+      good[b] = finite_bits(peak(gradient + b * run.cut.width, n));
+    }
+  }
+  for (int k = 0; k < program.count; ++k) {
+    if (program.stages[k].kind == LB_UPDATE) {
+      run_stage(run, program.stages[k], s, piece ? piece : SPAN, roots[k], room);
+    }
+  }
+  if (gauged) good[0] = all = finite_peaks(room.gradient, piece);
+  all &= prepare_parameter(run, s, run.written & 1 ? piece : 0, good, room);
+  for (int k = 0; k < program.moments; ++k) all &= prepare_moment(run, s, k, piece, good, room);
+  if (!program.guarded) {
+    all = true;
+    for (int b = 0; b < s.blocks; ++b) good[b] = true;
+  }
+  store_parameter(run, s, good, all, room);
+  for (int k = 0; k < program.moments; ++k) store_moment(run, s, k, good, all, room);
+  int64_t lost = 0;
+  for (int b = 0; b < s.blocks; ++b) lost += !good[b];
+  return lost;
+}
+
+// ---- the whole step
+
+struct Step {
+  int64_t arrived, phase;  // of a barrier of our own
+  Run *runs;
+  int count, threads;
+  bool updating, done, failed;
+  int64_t *first;   // of each run, its first unit of this sweep; then the end
+  int64_t units, next_unit, next_run;
+  int64_t longest;  // doubles a thread needs for reductions
+};
+
+#ifndef _OPENMP
+static void meet(Step &step) {
+  const int64_t phase = __atomic_load_n(&step.phase, __ATOMIC_ACQUIRE);
+  if (__atomic_add_fetch(&step.arrived, 1, __ATOMIC_ACQ_REL) == step.threads) {
+    __atomic_store_n(&step.arrived, 0, __ATOMIC_RELAXED);
+    __atomic_store_n(&step.phase, phase + 1, __ATOMIC_RELEASE);
+  } else {
+    while (__atomic_load_n(&step.phase, __ATOMIC_ACQUIRE) == phase) sched_yield();
+  }
+}
+#endif
+
+static int64_t units_of(const Run &run, bool updating) {
+  const lb_program &program = *run.job->program;
+  if (updating) return run.skip ? 0 : (run.cut.spans + CHUNK - 1) / CHUNK;
+  if (run.waiting || run.next >= program.count) return 0;
+  if (program.stages[run.next].over == LB_COLUMN) {
+    return (run.job->rows + TILE - 1) / TILE * (run.cut.dense ? 1 : run.cut.per_row);
+  }
+  return (run.cut.spans + CHUNK - 1) / CHUNK;
+}
+
+static void fold(Run &run, const lb_stage &stage) {
+  const lb_program &program = *run.job->program;
+  lb_frame f = {};
+  f.s = run.scalars;
+  f.si = stage.s;
+  f.c = run.job->constants;
+  f.ci = stage.c;
+  f.x = run.x;
+  f.n = 16;
+  const int first = 2 + program.moments;
+  for (int k = 0; k < stage.reads; ++k) f.in[k] = run.vectors[stage.read[k] - first];
+  for (int k = 0; k < stage.writes; ++k) f.out[k] = run.vectors[stage.write[k] - first];
+  if (stage.writes) f.n = (run.lengths[stage.write[0] - first] + 15) / 16 * 16;
+  stage.kernel(&f);
+}
+
+// Fold up to the next measurement.
+static void advance(Run &run) {
+  const lb_program &program = *run.job->program;
+  for (; run.next < program.count; ++run.next) {
+    const lb_stage &stage = program.stages[run.next];
+    if (stage.kind == LB_FOLD) fold(run, stage);
+    if (stage.kind == LB_MEASURE) break;
+  }
+  run.wanted = 0;
+  for (int k = 0; k <= run.next && k < program.count; ++k) {
+    const lb_stage &stage = program.stages[k];
+    if (stage.kind == LB_FOLD || (stage.kind == LB_MEASURE && k != run.next)) continue;
+    for (int i = 0; i < stage.reads; ++i) run.wanted |= 1 << stage.read[i];
+  }
+}
+
+static bool all_finite(const float *x, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    if (!finite_bits(magnitude_bits(x[i]))) return false;
+  }
+  return true;
+}
+
+// A measurement over all tensors: those that are left alone do not count.
+static void total(Step &step) {
+  bool max = false;
+  int64_t n = 0;
+  double *each = (double *)malloc(sizeof(double) * (step.count + 1));
+  if (!each) {
+    step.failed = true;
+    return;
+  }
+  for (int k = 0; k < step.count; ++k) {
+    Run &run = step.runs[k];
+    if (!run.waiting) continue;
+    max = run.job->program->stages[run.next].reduce == LB_MAX;
+    if (run.job->program->guarded && !finite_bits(magnitude_bits((float)run.total))) run.skip = true;
+    each[n++] = run.skip ? 0.0 : run.total;
+  }
+  double value = 0.0;
+  if (max) {
+    for (int64_t k = 0; k < n; ++k) value = each[k] > value || each[k] != each[k] ? each[k] : value;
+  } else {
+    value = halve(each, n);
+  }
+  free(each);
+  for (int k = 0; k < step.count; ++k) {
+    Run &run = step.runs[k];
+    if (!run.waiting) continue;
+    run.x[0] = (float)value;
+    run.waiting = false;
+    ++run.next;
+    advance(run);
+  }
+}
+
+// What the next sweep does. One thread.
+static void plan(Step &step, bool start) {
+  if (step.updating) {
+    step.done = true;
+    return;
+  }
+  bool unfinished = false, ready = false;
+  for (int k = 0; k < step.count; ++k) {
+    Run &run = step.runs[k];
+    const lb_program &program = *run.job->program;
+    if (!start && !run.waiting && run.next < program.count) {  // has just been measured
+      if (program.stages[run.next].over == LB_ALL) run.waiting = true;
+      else ++run.next;
+    }
+    if (!run.waiting) advance(run);
+    if (run.next < program.count) (run.waiting ? unfinished : ready) = true;
+  }
+  if (!ready && unfinished) total(step);
+  ready |= unfinished;
+  bool left = false;
+  for (int k = 0; k < step.count; ++k) left |= step.runs[k].next < step.runs[k].job->program->count;
+  step.updating = !left;
+  if (step.updating) {
+    for (int k = 0; k < step.count; ++k) {
+      Run &run = step.runs[k];
+      const lb_program &program = *run.job->program;
+      bool measures = false;
+      for (int i = 0; i < program.count; ++i) measures |= program.stages[i].kind == LB_MEASURE;
+      if (program.guarded && measures) {
+        run.skip |= !all_finite(run.scalars, program.scalars);
+        for (int i = 0; i < program.vectors + program.temporaries; ++i) {
+          run.skip |= !all_finite(run.vectors[i], run.lengths[i]);
+        }
+      }
+      run.wanted |= 3 | ((1 << program.moments) - 1) << 2;
+    }
+  }
+  step.units = 0;
+  for (int k = 0; k < step.count; ++k) {
+    step.first[k] = step.units;
+    step.units += units_of(step.runs[k], step.updating);
+  }
+  step.first[step.count] = step.units;
+  step.next_unit = step.next_run = 0;
+}
+
+static void sweep(Step &step, Room &room) {
+  int at = 0;  // units come in rising order, so the run is found by going on
+  int prepared = -1, piece = 0;
+  uint32_t roots[LB_STAGES];
+  for (;;) {
+    const int64_t unit = __atomic_fetch_add(&step.next_unit, 1, __ATOMIC_RELAXED);
+    if (unit >= step.units) return;
+    while (unit >= step.first[at + 1]) ++at;
+    Run &run = step.runs[at];
+    const int64_t local = unit - step.first[at];
+    if (!step.updating && run.job->program->stages[run.next].over == LB_COLUMN) {
+      measure_columns(run, local, room);
+      continue;
+    }
+    const int64_t last = (local + 1) * CHUNK < run.cut.spans ? (local + 1) * CHUNK : run.cut.spans;
+    if (step.updating && prepared != at) {
+      Run copy = run;
+      root_masks(copy, roots);
+      piece = piece_of(run);
+      prepared = at;
+    }
+    int64_t lost = 0;
+    for (int64_t k = local * CHUNK; k < last; ++k) {
+      const Span s = span(*run.job, run.cut, k);
+      if (step.updating) lost += update_span(run, s, piece, roots, room);
+      else measure_span(run, s, room);
+    }
+    if (lost) __atomic_fetch_add(&run.lost, lost, __ATOMIC_RELAXED);
+  }
+}
+
+static void reduce(Step &step, double *work) {
+  for (;;) {
+    const int64_t k = __atomic_fetch_add(&step.next_run, 1, __ATOMIC_RELAXED);
+    if (k >= step.count) return;
+    Run &run = step.runs[k];
+    if (step.first[k + 1] > step.first[k]) reduce_run(run, work);
+  }
+}
+
+static void finish(Run &run) {
+  const lb_job &job = *run.job;
+  const lb_program &program = *job.program;
+  if (run.skip) run.lost = job.rows * run.cut.per_row;
+  job.skipped[0] += run.lost;
+  job.skipped[1] += run.skip;
+  if (run.skip) return;
+  for (int k = 0; k < program.kept; ++k) *job.scalars[k] = run.scalars[k];
+  for (int k = 0; k < program.vectors; ++k) memcpy(job.vectors[k], run.vectors[k], 4 * run.lengths[k]);
+}
+
+static int gauge(const lb_program &program) {
+  for (int k = 0; k < program.count; ++k) {
+    const lb_stage &stage = program.stages[k];
+    if (stage.kind != LB_UPDATE) continue;
+    for (int i = 0; i < stage.reads; ++i) {
+      if (stage.read[i] == 1) return k;
+    }
+    for (int i = 0; i < stage.writes; ++i) {
+      if (stage.write[i] == 1) return -1;
+    }
+  }
+  return -1;
+}
+
+static int64_t elements_over(const lb_job &job, int over) {
+  return over == LB_ROW      ? job.rows
+         : over == LB_COLUMN ? job.cols
+         : over == LB_GROUP  ? (job.rows + job.group_rows - 1) / job.group_rows
+                             : 1;
+}
+
+// Room for measurements, zeroed. False if there is no memory.
+static bool prepare(Run &run, const lb_job &job, int64_t *longest) {
+  const lb_program &program = *job.program;
+  run.job = &job;
+  run.cut = cut(job);
+  int64_t elements = 1, sums = 0, blocks = 0;
+  for (int k = 0; k < program.count; ++k) {
+    const lb_stage &stage = program.stages[k];
+    if (stage.kind == LB_UPDATE) {
+      for (int i = 0; i < stage.writes; ++i) run.written |= 1 << stage.write[i];
+    }
+    if (stage.kind != LB_MEASURE) continue;
+    const int64_t n = elements_over(job, stage.over), tiles = (job.rows + TILE - 1) / TILE;
+    const int64_t needed = stage.over == LB_COLUMN ? tiles * job.cols : job.rows;
+    const int64_t work = stage.over == LB_COLUMN ? tiles : run.cut.per_row;
+    elements = n > elements ? n : elements;
+    sums = needed > sums ? needed : sums;
+    *longest = work > *longest ? work : *longest;
+    if (stage.over != LB_COLUMN) blocks = job.rows * run.cut.per_row;
+  }
+  const int vectors = program.vectors + program.temporaries;
+  int64_t floats = (elements + 31) / 16 * 16 + blocks;
+  for (int k = 0; k < vectors; ++k) {
+    run.lengths[k] = elements_over(job, program.over[k]);
+    floats += (run.lengths[k] + 15) / 16 * 16;
+  }
+  char *memory = (char *)calloc(1, sizeof(double) * sums + sizeof(float) * floats);
+  if (!memory) return false;
+  run.sums = (double *)memory;
+  run.x = (float *)(run.sums + sums);
+  float *free = run.x + (elements + 31) / 16 * 16;
+  for (int k = 0; k < vectors; ++k) {
+    run.vectors[k] = free;
+    free += (run.lengths[k] + 15) / 16 * 16;
+    if (k < program.vectors) memcpy(run.vectors[k], job.vectors[k], 4 * run.lengths[k]);
+  }
+  run.partial = free;
+  for (int k = 0; k < program.scalars; ++k) {
+    run.scalars[k] = k < program.kept ? *job.scalars[k] : program.initial[k];
+  }
+  for (int k = 0; k <= program.moments; ++k) stream_key(job.seed, job.step, job.tensor, k, run.key[k]);
+  uint32_t roots[LB_STAGES];
+  root_masks(run, roots);
+  run.gauge = gauge(program);
+  return true;
+}
+
+static void work(Step &step, int thread, Room *room, double *space) {
+  for (bool start = true;; start = false) {
+    if (thread == 0) plan(step, start);
+    LB_BARRIER();
+    if (step.done || step.failed) return;
+    sweep(step, *room);
+    LB_BARRIER();
+    if (!step.updating) reduce(step, space);
+    LB_BARRIER();
+  }
+}
+
+}  // namespace LB_SPACE

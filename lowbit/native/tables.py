@@ -1,0 +1,85 @@
+"""Formats as the native library takes them: lowbit.formats' values, with what fast encoding needs made ready."""
+
+from __future__ import annotations
+
+import math
+from ctypes import addressof, c_uint32
+from functools import lru_cache
+from itertools import pairwise
+from struct import pack, unpack
+
+from ..formats import Format
+from . import abi
+
+INFINITE = math.inf
+
+
+@lru_cache(maxsize=256)
+def table(fmt: Format) -> abi.Format:
+    """The struct of a format; kept, because jobs point to it."""
+    made = abi.Format(
+        kind=abi.KIND[fmt.kind],
+        bits=fmt.bits,
+        is_signed=fmt.signed,
+        square=fmt.square,
+        sign_magnitude=fmt.sign_magnitude,
+        block=fmt.block[1],
+        limit=fmt.limit,
+    )
+    if fmt.dtype is not None:
+        made.dtype = abi.DTYPE[str(fmt.dtype).removeprefix("torch.")]
+        return made
+    made.top, made.min_scale, made.max_scale = fmt.top, fmt.min_scale, fmt.max_scale
+    if fmt.kind in ("integer", "codebook"):
+        made.has_zero = fmt.zero_code is not None
+        made.least = next(code for value, code in fmt.ladder if value > 0)
+    if fmt.kind == "codebook":
+        _codebook(made, fmt)
+    return made
+
+
+def _codebook(made: abi.Format, fmt: Format) -> None:
+    ladder, codes = zip(*fmt.ladder, strict=True)
+    made.rungs, made.same = len(ladder), codes == tuple(range(len(codes)))
+    made.values[: len(fmt.values)] = fmt.values
+    made.ladder[:] = (*ladder, *[INFINITE] * (256 - len(ladder)))
+    made.thresholds[:] = (*fmt.thresholds, *[INFINITE] * (256 - len(fmt.thresholds)))
+    made.codes[: len(codes)] = codes
+    if len(ladder) <= 16:
+        # Step k looks at every (16 >> k)-th threshold, from the (8 >> k)-th on.
+        for level in range(4):
+            step = 16 >> level
+            some = list(made.thresholds[step // 2 - 1 : 15 : step])
+            made.tree[8 * level : 8 * level + len(some)] = some
+    else:
+        _cells(made, fmt.thresholds)
+
+
+def _bits(x: float) -> int:
+    return unpack("<I", pack("<f", x))[0]
+
+
+def _cells(made: abi.Format, thresholds: tuple[float, ...]) -> None:
+    """Cut magnitudes into the widest equal ranges of bits with at most one threshold each, for either sign."""
+    assert 0 not in thresholds
+    sides = [sorted(_bits(abs(t)) for t in thresholds if (t < 0) is negative) for negative in (False, True)]
+    every = sorted(sides[0] + sides[1])
+    shift = next(s for s in range(23, 0, -1) if all(a >> s != b >> s for side in sides for a, b in pairwise(side)))
+    width = 1 << shift
+    low = (every[0] & -width) - width  # the first cell is for all that is smaller than any threshold
+    half = (every[-1] + 1 - low) // width + 1
+    cells = []
+    for side, negative in zip(sides, (False, True), strict=True):
+        for number in range(half):
+            start = low + number * width
+            inside = [bits for bits in side if start <= bits < start + width]
+            # Going up in magnitude, a positive number passes a threshold after it, a negative one when it gets there.
+            turn = inside[0] % width + (not negative) if inside else width
+            smaller = sum(bits < start for bits in side)
+            larger = len(side) - smaller
+            rung = larger if negative else len(sides[1]) + smaller
+            cells.append(rung << 24 | turn)
+    made.cell_shift, made.cell_half = shift, half
+    made.cell_low, made.cell_high = low, every[-1] + 1
+    made.array = (c_uint32 * len(cells))(*cells)  # kept with the struct, which holds its address only
+    made.cells = addressof(made.array)

@@ -1,0 +1,86 @@
+// Threads: OpenMP's (one team, which torch shares: `torch.set_num_threads` decides how many), else the system's.
+#ifndef _OPENMP
+#include <pthread.h>
+#endif
+
+namespace LB_SPACE {
+
+struct Crew {
+  Step *step;
+  Room *rooms;
+  double *spaces;
+};
+
+struct Hand {  // one task of a matrix
+  int64_t next;
+  bool failed;
+  const lb_matrix *matrix;
+  float *fake;
+  bool decoding;
+};
+
+static void one_of_crew(Crew &crew, int thread) {
+  work(*crew.step, thread, crew.rooms + thread, crew.spaces + thread * crew.step->longest);
+}
+
+static void one_hand(Hand &hand) {
+  Desk desk;
+  const Pieces pieces(*hand.matrix);
+  const int64_t each = 1 + WIDE / (pieces.each > 0 ? pieces.each : 1);
+  for (;;) {
+    const int64_t first = __atomic_fetch_add(&hand.next, each, __ATOMIC_RELAXED);
+    if (first >= pieces.count) return;
+    for (int64_t k = first; k < first + each && k < pieces.count; ++k) {
+      if (hand.decoding) decode_piece(*hand.matrix, pieces[k], desk);
+      else if (!encode_piece(*hand.matrix, pieces[k], hand.fake, desk)) hand.failed = true;
+    }
+  }
+}
+
+#ifdef _OPENMP
+extern "C" int omp_get_thread_num(void);
+
+static void run_threads(Crew &crew, int threads) {
+#pragma omp parallel num_threads(threads)
+  one_of_crew(crew, omp_get_thread_num());
+}
+
+static void run_threads(Hand &hand, int threads) {
+#pragma omp parallel num_threads(threads)
+  one_hand(hand);
+}
+#else
+template <class Task> struct Start {
+  Task *task;
+  int thread;
+};
+
+static void *start_crew(void *argument) {
+  Start<Crew> *s = (Start<Crew> *)argument;
+  one_of_crew(*s->task, s->thread);
+  return nullptr;
+}
+
+static void *start_hand(void *argument) {
+  one_hand(*((Start<Hand> *)argument)->task);
+  return nullptr;
+}
+
+enum { MOST_THREADS = 256 };
+
+template <class Task> static void run_started(Task &task, int threads, void *(*body)(void *)) {
+  pthread_t others[MOST_THREADS];
+  Start<Task> starts[MOST_THREADS];
+  for (int k = 0; k < threads; ++k) {
+    starts[k] = {&task, k};
+    if (k && pthread_create(&others[k], nullptr, body, &starts[k])) __builtin_trap();
+  }
+  body(&starts[0]);
+  for (int k = 1; k < threads; ++k) pthread_join(others[k], nullptr);
+}
+
+static void run_threads(Crew &crew, int threads) { run_started(crew, threads, start_crew); }
+static void run_threads(Hand &hand, int threads) { run_started(hand, threads, start_hand); }
+#endif
+
+}  // namespace LB_SPACE
