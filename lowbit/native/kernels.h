@@ -5,13 +5,6 @@
 #include "abi.h"
 #include "rules.h"
 
-// An output may be the same memory as an input, value for value; otherwise nothing overlaps.
-#ifdef __clang__
-#define LB_IVDEP _Pragma("clang loop vectorize(assume_safety)")
-#else
-#define LB_IVDEP _Pragma("GCC ivdep")
-#endif
-
 LB_KERNEL(adamw_weigh)(const lb_frame *frame) {
   adamw_weigh::S s = {frame->s[frame->si[0]], frame->s[frame->si[1]]};
   const adamw_weigh::C c = {frame->c[frame->ci[0]], frame->c[frame->ci[1]]};

@@ -37,7 +37,7 @@ from ..stages import Stage
 WORDS = {"lerp": "ssv", "where": "css", "maximum": "ss", "minimum": "ss", "clip": "vaa"}
 WORDS.update(dict.fromkeys(["sqrt", "reciprocal", "binade", "abs", "sign"], "v"))
 
-COMPARISON, LOGIC, SUM, PRODUCT, ATOM, SIGN = range(6)  # how tightly a printed expression binds
+LOGIC, COMPARISON, SUM, PRODUCT, SIGN, ATOM = range(6)  # how tightly a printed expression binds
 ARITHMETIC: dict[type, tuple[str, int, Callable[[Any, Any], Any]]] = {
     ast.Add: ("+", SUM, operator.add),
     ast.Sub: ("-", SUM, operator.sub),
@@ -132,7 +132,7 @@ class _Function:
     def refused(self, node: ast.AST, advice: str = "", at: ast.AST | None = None) -> Unprintable:
         line = self.first - 1 + getattr(at or node, "lineno", 1)
         advice = advice or ADVICE.get(type(getattr(node, "op", None)), ADVICE.get(type(node), MAY_SAY))
-        said = next(text for text in ast.unparse(node).splitlines() if text[0] != "@")
+        said = next(text for text in ast.unparse(node).splitlines() if not text.startswith("@"))
         return Unprintable(f"{self.file}:{line}: a rule cannot say `{said}`: {advice}")
 
     def own_name(self, name: str, node: ast.AST) -> str:
@@ -376,51 +376,19 @@ def print_stage(stage: Stage, letters: Collection[str]) -> Printed:
     helpers: dict[Any, _Function] = {}
     f = _Function(stage.function, helpers)
     reads = tuple(name for name in f.params if name not in ("s", "c", "x"))
-    whole = stage.kind == "fold" and not stage.writes  # over the tensor: no loop
     if "x" in f.params and stage.kind != "fold":
         raise f.refused(f.node.args, "x is what was measured: only a fold has it", at=f.node)
-    if reads and whole:
+    if reads and stage.kind == "fold" and not stage.writes:
         raise f.refused(f.node.args, "a fold over the tensor has s, c and x only", at=f.node)
-    f.print(None if stage.kind == "measure" else stage.writes, fold=whole)
+    f.print(None if stage.kind == "measure" else stage.writes, fold=stage.kind == "fold" and not stage.writes)
     if stage.kind == "measure" and f.returns != 1:
         raise f.refused(f.node, "a measure returns one value")
-    # The functor.
-    others = [name for name in stage.writes if name not in reads]
-    params = [f"float {'&' * (name in stage.writes)}{name}" for name in reads] + [f"float &{name}" for name in others]
-    params += ["float x"] * ("x" in f.params)
-    params += [f"{'const ' * (room == 'c' or not whole)}{room.upper()} &{room}" for room in f.fields]
-    structs = [f"struct {r.upper()} {{ float {', '.join(f.fields[r])}; }};" for r in f.fields if f.fields[r]]
-    structs += [f"struct {r.upper()} {{}};" for r in f.fields if not f.fields[r]]
-    apply = f"LB_FN {'float' if stage.kind == 'measure' else 'void'} apply({', '.join(params)}) {{"
-    functor = [f"struct {f.symbol} {{  // {stage.kind}, {stage.function.__module__}"]
-    functor += [*_in([*structs, apply, *_in(f.lines), "}"]), "};"]
-    # The kernel.
-    call = f"{f.symbol}::apply({', '.join([*reads, *others, *['x'] * ('x' in f.params), *f.fields])});"
-    setup = []
-    for room, names in f.fields.items():
-        loads = ", ".join(f"frame->{room}[frame->{room}i[{k}]]" for k in range(len(names)))
-        const = "const " * (room == "c" or not whole)
-        setup.append(f"{const}{f.symbol}::{room.upper()} {room} = {{{loads}}};")
     roots = sum(1 << k for k, name in enumerate(stage.writes) if stage.kind == "update" and name in letters)
-    if whole:
-        places = {name: k for k, name in enumerate(f.fields.get("s", ()))}
-        body = [*["const float x = frame->x[0];"] * ("x" in f.params), call]
-        body += [f"frame->s[frame->si[{places[name]}]] = s.{name};" for name in f.assigned]
-    else:
-        body = _loop(stage, reads, others, call, roots)
-    head = f"LB_KERNEL({f.symbol})(const lb_frame *frame) {{"
-    kernel = [head, *_in(setup + body), "}"]
-    if roots:
-        run = f"{f.symbol}_run<{{}}>(frame);"
-        cases = [f"case {k}: return {run.format(k)}" for k in range(1, roots + 1) if not k & ~roots]
-        switch = ["switch (frame->roots) {", *_in([*cases, f"default: return {run.format(0)}"]), "}"]
-        kernel[0] = f"template <uint32_t ROOTS>\nstatic void {f.symbol}_run(const lb_frame *frame) {{"
-        kernel += [head, *_in(switch), "}"]
     return Printed(
         symbol=f.symbol,
         helpers={helper.symbol: helper.text() for helper in helpers.values()},
-        functor="\n".join(functor),
-        kernel="\n".join(kernel),
+        functor=_functor(stage, f, reads),
+        kernel=_kernel(stage, f, reads, roots),
         reads=reads,
         writes=stage.writes,
         scalars=tuple(f.fields.get("s", ())),
@@ -431,27 +399,61 @@ def print_stage(stage: Stage, letters: Collection[str]) -> Printed:
     )
 
 
+def _functor(stage: Stage, f: _Function, reads: tuple[str, ...]) -> str:
+    lines = [f"struct {f.symbol} {{  // {stage.kind}, {stage.function.__module__}"]
+    for room, names in f.fields.items():
+        fields = f" float {', '.join(names)}; " if names else ""
+        lines.append(f"  struct {room.upper()} {{{fields}}};")
+    params = [f"float {'&' * (name in stage.writes)}{name}" for name in reads]
+    params += [f"float &{name}" for name in stage.writes if name not in reads]
+    params += ["float x"] * ("x" in f.params)
+    params += [f"{_const(f, room)}{room.upper()} &{room}" for room in f.fields]
+    lines.append(f"  LB_FN {'float' if stage.kind == 'measure' else 'void'} apply({', '.join(params)}) {{")
+    return "\n".join([*lines, *_in(_in(f.lines)), "  }", "};"])
+
+
+def _kernel(stage: Stage, f: _Function, reads: tuple[str, ...], roots: int) -> str:
+    """The functor on every value; with `roots`, once for each set of writes whose square roots are written."""
+    lines = []
+    for room, names in f.fields.items():
+        loads = ", ".join(f"frame->{room}[frame->{room}i[{k}]]" for k in range(len(names)))
+        lines.append(f"{_const(f, room)}{f.symbol}::{room.upper()} {room} = {{{loads}}};")
+    others = [name for name in stage.writes if name not in reads]
+    call = f"{f.symbol}::apply({', '.join([*reads, *others, *['x'] * ('x' in f.params), *f.fields])});"
+    if stage.kind == "fold" and not stage.writes:
+        lines += ["const float x = frame->x[0];"] * ("x" in f.params) + [call]
+        order = list(f.fields.get("s", ()))
+        lines += [f"frame->s[frame->si[{order.index(name)}]] = s.{name};" for name in f.assigned]
+    else:
+        lines += _loop(stage, reads, others, call, roots)
+    head = f"LB_KERNEL({f.symbol})(const lb_frame *frame) {{"
+    if not roots:
+        return "\n".join([head, *_in(lines), "}"])
+    run = f"template <uint32_t ROOTS>\nstatic void {f.symbol}_run(const lb_frame *frame) {{"
+    cases = [f"case {k}: return {f.symbol}_run<{k}>(frame);" for k in range(1, roots + 1) if not k & ~roots]
+    switch = ["switch (frame->roots) {", *_in([*cases, f"default: return {f.symbol}_run<0>(frame);"]), "}"]
+    return "\n".join([run, *_in(lines), "}", head, *_in(switch), "}"])
+
+
 def _loop(stage: Stage, reads: tuple[str, ...], others: list[str], call: str, roots: int) -> list[str]:
-    """The functor on every value, with its peaks; for a fold on every element, of which there may be any number."""
+    """One value after the other, with the peaks. A fold's elements have none, and may be any number."""
     count, fold = len(stage.writes), stage.kind == "fold"
+    peaks = [] if fold else [*stage.writes, *["g"] * ("g" in reads)]
+    peak = [f"peaks[{k}] = lb::peak_of(peaks[{k}], {name});" for k, name in enumerate(peaks)]
     loop = [f"{'const ' * (n not in stage.writes)}float {n} = frame->in[{k}][at];" for k, n in enumerate(reads)]
     loop += ["const float x = frame->x[at];"] * ("x" in stage.reads) + [f"float {name};" for name in others]
-    peaks = list(range(count + ("g" in reads)) if not fold else ())
-    loop += [f"peaks[{k}] = lb::peak_of(peaks[{k}], g);" for k in peaks[count:]]
-    loop += ["frame->out[0][at] = " * (stage.kind == "measure") + call]
+    loop += [*peak[count:], "frame->out[0][at] = " * (stage.kind == "measure") + call]
     for k, name in enumerate(stage.writes):
         loop += [f"if (ROOTS & {1 << k}) {name} = lb::sqrt({name});"] * (roots >> k & 1)
-        loop += [f"frame->out[{k}][at] = {name};"]
-        loop += [f"peaks[{k}] = lb::peak_of(peaks[{k}], {name});"] * (not fold)
-    return [
-        f"const int64_t end = frame->n{' & ~INT64_C(15)' * (not fold)};",
-        *[f"int32_t peaks[{len(peaks)}] = {{}};"] * bool(peaks),
-        "LB_IVDEP",
-        "for (int64_t at = 0; at < end; ++at) {",
-        *_in(loop),
-        "}",
-        *(f"frame->peaks[{k}] = (uint32_t)peaks[{k}];" for k in peaks),
-    ]
+        loop += [f"frame->out[{k}][at] = {name};", *peak[:count][k : k + 1]]
+    lines = [f"const int64_t end = frame->n{' & ~INT64_C(15)' * (not fold)};"]
+    lines += [f"int32_t peaks[{len(peaks)}] = {{}};"] * bool(peaks)
+    lines += ["LB_IVDEP", "for (int64_t at = 0; at < end; ++at) {", *_in(loop), "}"]
+    return lines + [f"frame->peaks[{k}] = (uint32_t)peaks[{k}];" for k in range(len(peaks))]
+
+
+def _const(f: _Function, room: str) -> str:
+    return "" if room == "s" and f.assigned else "const "
 
 
 def _in(lines: Iterable[str]) -> list[str]:
@@ -480,13 +482,6 @@ KERNELS = """// Printed from lowbit/optim by `python -m lowbit.native.printer`; 
 #pragma once
 #include "abi.h"
 #include "rules.h"
-
-// An output may be the same memory as an input, value for value; otherwise nothing overlaps.
-#ifdef __clang__
-#define LB_IVDEP _Pragma("clang loop vectorize(assume_safety)")
-#else
-#define LB_IVDEP _Pragma("GCC ivdep")
-#endif
 """
 
 
@@ -506,32 +501,25 @@ def kernels_header(stages: Iterable[tuple[Stage, Collection[str]]]) -> str:
     return "\n".join([KERNELS, *(f"{print_stage(*pair).kernel}\n" for pair in stages)])
 
 
-def collect(modules: Iterable[ModuleType]) -> list[tuple[Stage, frozenset[str]]]:
-    """Every stage that these modules define, with the letters that may be unsigned.
+def collect(package: ModuleType) -> list[tuple[Stage, frozenset[str]]]:
+    """Every stage that the modules of a package define, with the letters that may be unsigned.
 
-    These are all it writes but p, g and the moments that a rule of its module declares as signed. So a moment that only
+    These are all it writes but p, g and the moments that a rule in its module declares as signed. So a moment that only
     a `plan` declares counts as unsigned; if it is not, that costs a kernel that nobody runs.
     """
     found = []
-    for module in modules:
-        own = vars(module).values()
-        declared = [getattr(value, "moments", {}) for value in own if isinstance(value, type)]
+    for name in sorted(info.name for info in pkgutil.iter_modules(package.__path__, f"{package.__name__}.")):
+        module = vars(importlib.import_module(name)).values()
+        declared = [getattr(value, "moments", {}) for value in module if isinstance(value, type)]
         signed = {letter for moments in declared for letter, moment in moments.items() if moment.signed}
-        for value in own:
-            if isinstance(value, Stage) and value.function.__module__ == module.__name__:
-                found.append((value, frozenset(value.writes) - {"p", "g"} - signed))
+        stages = [value for value in module if isinstance(value, Stage) and value.function.__module__ == name]
+        found += [(stage, frozenset(stage.writes) - {"p", "g"} - signed) for stage in stages]
     return found
-
-
-def modules(package: str) -> list[ModuleType]:
-    """The modules of a package, by name."""
-    path = importlib.import_module(package).__path__
-    return [importlib.import_module(f"{package}.{name}") for name in sorted(m.name for m in pkgutil.iter_modules(path))]
 
 
 if __name__ == "__main__":
     # By name, as from the command line: the printer lives floors below the optimizers.
     for package in sys.argv[1:] or ["lowbit.optim"]:
-        stages = collect(modules(package))
+        stages = collect(importlib.import_module(package))
         Path(__file__).with_name("rules.h").write_text(rules_header(stages))
         Path(__file__).with_name("kernels.h").write_text(kernels_header(stages))

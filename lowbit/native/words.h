@@ -12,6 +12,13 @@
 #define LB_FN static inline __attribute__((always_inline))
 #endif
 
+// Before a loop over values: an output may be the same memory as an input, value for value; else nothing overlaps.
+#ifdef __clang__
+#define LB_IVDEP _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define LB_IVDEP _Pragma("GCC ivdep")
+#endif
+
 namespace lb {
 
 #ifdef __CUDACC__
