@@ -7,14 +7,16 @@
 #include <string.h>
 
 #include "arithmetic.h"
-#if defined(__AVX2__) && defined(__GNUC__)
+#ifdef LB_AVX2
 #include <immintrin.h>
 #endif
 
 namespace LB_SPACE {
 using namespace lb;
 
-#define LB_LOOP _Pragma("GCC ivdep")
+
+// Values that are worked on together: a few arrays of them fit the first-level cache.
+constexpr int SPAN = 4 * LB_BLOCK;
 
 // ---- 16-bit floats to fp32 and back, and whole rows of values
 
@@ -23,30 +25,30 @@ static void widen(const void *from, int dtype, int64_t at, int n, float *to) {
     memcpy(to, (const float *)from + at, 4 * n);
   } else if (dtype == LB_BFLOAT16) {
     const uint16_t *x = (const uint16_t *)from + at;
-    LB_LOOP for (int i = 0; i < n; ++i) to[i] = widen_bf16(x[i]);
+    LB_IVDEP for (int i = 0; i < n; ++i) to[i] = widen_bf16(x[i]);
   } else {
     const uint16_t *x = (const uint16_t *)from + at;
-    LB_LOOP for (int i = 0; i < n; ++i) to[i] = widen_fp16(x[i]);
+    LB_IVDEP for (int i = 0; i < n; ++i) to[i] = widen_fp16(x[i]);
   }
 }
 
 static void narrow(const float *x, int dtype, int n, const uint16_t *draws, uint16_t *to) {
   if (dtype == LB_BFLOAT16) {
     if (draws) {
-      LB_LOOP for (int i = 0; i < n; ++i) to[i] = narrow_bf16(x[i], draws[i]);
+      LB_IVDEP for (int i = 0; i < n; ++i) to[i] = narrow_bf16(x[i], draws[i]);
     } else {
-      LB_LOOP for (int i = 0; i < n; ++i) to[i] = narrow_bf16(x[i]);
+      LB_IVDEP for (int i = 0; i < n; ++i) to[i] = narrow_bf16(x[i]);
     }
   } else if (draws) {
-    LB_LOOP for (int i = 0; i < n; ++i) to[i] = narrow_fp16(x[i], draws[i]);
+    LB_IVDEP for (int i = 0; i < n; ++i) to[i] = narrow_fp16(x[i], draws[i]);
   } else {
-    LB_LOOP for (int i = 0; i < n; ++i) to[i] = narrow_fp16(x[i]);
+    LB_IVDEP for (int i = 0; i < n; ++i) to[i] = narrow_fp16(x[i]);
   }
 }
 
 static uint32_t peak(const float *x, int n) {  // magnitudes as integers: NaN > infinity > finite
   int32_t most = 0;
-  LB_LOOP for (int i = 0; i < n; ++i) {
+  LB_IVDEP for (int i = 0; i < n; ++i) {
     const int32_t b = (int32_t)magnitude_bits(x[i]);
     most = b > most ? b : most;
   }
@@ -56,7 +58,7 @@ static uint32_t peak(const float *x, int n) {  // magnitudes as integers: NaN > 
 static bool finite16(const uint16_t *x, int dtype, int n) {
   const uint16_t infinite = dtype == LB_BFLOAT16 ? 0x7F80 : 0x7C00;
   int16_t most = 0;
-  LB_LOOP for (int i = 0; i < n; ++i) {
+  LB_IVDEP for (int i = 0; i < n; ++i) {
     const int16_t b = (int16_t)(x[i] & 0x7FFF);
     most = b > most ? b : most;
   }
@@ -66,12 +68,12 @@ static bool finite16(const uint16_t *x, int dtype, int n) {
 // ---- random bits: 16 for each element, one hash for two
 
 struct Draws {
-  alignas(64) uint32_t pairs[LB_BLOCK / 2 + 16];
+  alignas(64) uint32_t pairs[SPAN / 2 + 16];
   const uint16_t *fill(const uint32_t key[2], int64_t start, int n) {
     const int64_t first = start / 2;
     const int count = (int)((start + n + 1) / 2 - first);
     const uint32_t low = (uint32_t)first;
-    // A block never spans a multiple of 2**33 elements, so the high bits are the same for all of it.
+    // A span never crosses a multiple of 2**33 elements, so its high bits are all the same.
     const uint32_t second = (uint32_t)(first >> 32) * 0x9E3779B1u + key[1];
     for (int i = 0; i < count; ++i) pairs[i] = hash(low + (uint32_t)i, key[0], second);
     return (const uint16_t *)pairs + start % 2;
@@ -92,7 +94,7 @@ static void stream_key(int64_t seed, int64_t step, int64_t tensor, int operand, 
 
 static void unpack(const uint8_t *packed, int bits, int n, uint8_t *codes) {
   if (bits == 4) {
-    LB_LOOP for (int i = 0; i < n / 2; ++i) {
+    LB_IVDEP for (int i = 0; i < n / 2; ++i) {
       codes[2 * i] = packed[i] & 15;
       codes[2 * i + 1] = packed[i] >> 4;
     }
@@ -107,7 +109,7 @@ static void unpack(const uint8_t *packed, int bits, int n, uint8_t *codes) {
 
 static void pack(const uint8_t *codes, int bits, int n, uint8_t *packed) {
   if (bits == 4) {
-    LB_LOOP for (int i = 0; i < n / 2; ++i) {
+    LB_IVDEP for (int i = 0; i < n / 2; ++i) {
       uint16_t pair;  // little-endian, as every machine that this is built for
       memcpy(&pair, codes + 2 * i, 2);
       packed[i] = (uint8_t)(pair | pair >> 4);
@@ -127,7 +129,7 @@ static void pack(const uint8_t *codes, int bits, int n, uint8_t *packed) {
 
 // ---- decoding: codes of one block, one per byte, to values
 
-#ifdef __AVX2__
+#ifdef LB_AVX2
 struct Sixteen {  // 16 numbers in two registers
   __m256 low, high;
   explicit Sixteen(const float *table) : low(_mm256_loadu_ps(table)), high(_mm256_loadu_ps(table + 8)) {}
@@ -140,7 +142,7 @@ struct Sixteen {  // 16 numbers in two registers
 
 static void decode_codebook(const lb_format &f, const uint8_t *codes, int n, float scale, float *to) {
   int i = 0;
-#ifdef __AVX2__
+#ifdef LB_AVX2
   if (f.bits <= 4) {
     const Sixteen values(f.values);
     const __m256 by = _mm256_set1_ps(scale);
@@ -150,7 +152,7 @@ static void decode_codebook(const lb_format &f, const uint8_t *codes, int n, flo
     }
   }
 #endif
-  LB_LOOP for (; i < n; ++i) to[i] = f.values[codes[i]] * scale;
+  LB_IVDEP for (; i < n; ++i) to[i] = f.values[codes[i]] * scale;
 }
 
 static void log_levels(float base, int count, float *levels) {  // by repeated multiplication
@@ -161,25 +163,25 @@ static void log_levels(float base, int count, float *levels) {  // by repeated m
 static void decode(const lb_format &f, const uint8_t *codes, int n, float scale, const void *extra, float *to) {
   if (f.kind == LB_KIND_INTEGER && f.is_signed) {
     if (f.bits == 8) {
-      LB_LOOP for (int i = 0; i < n; ++i) to[i] = (float)(int8_t)codes[i] * scale;
+      LB_IVDEP for (int i = 0; i < n; ++i) to[i] = (float)(int8_t)codes[i] * scale;
     } else {
       const int sign = 1 << (f.bits - 1);
-      LB_LOOP for (int i = 0; i < n; ++i) to[i] = (float)((codes[i] ^ sign) - sign) * scale;
+      LB_IVDEP for (int i = 0; i < n; ++i) to[i] = (float)((codes[i] ^ sign) - sign) * scale;
     }
   } else if (f.kind == LB_KIND_INTEGER) {
-    LB_LOOP for (int i = 0; i < n; ++i) to[i] = (float)codes[i] * scale;
+    LB_IVDEP for (int i = 0; i < n; ++i) to[i] = (float)codes[i] * scale;
   } else if (f.kind == LB_KIND_CODEBOOK) {
     decode_codebook(f, codes, n, scale, to);
   } else if (f.kind == LB_KIND_AFFINE) {
     const float zero = (float)*(const uint8_t *)extra;
-    LB_LOOP for (int i = 0; i < n; ++i) to[i] = ((float)codes[i] - zero) * scale;
+    LB_IVDEP for (int i = 0; i < n; ++i) to[i] = ((float)codes[i] - zero) * scale;
   } else {
     float levels[16];
     log_levels(*(const float *)extra, 1 << f.bits, levels);
     for (int i = 0; i < n; ++i) to[i] = levels[codes[i]] * scale;
   }
   if (f.square) {
-    LB_LOOP for (int i = 0; i < n; ++i) to[i] = to[i] * to[i];
+    LB_IVDEP for (int i = 0; i < n; ++i) to[i] = to[i] * to[i];
   }
 }
 
@@ -279,7 +281,7 @@ static void rungs(const lb_format &f, const float *x, int n, float inverse, uint
     // Copies, because a store to a byte may change anything in memory, as far as the compiler knows.
     const int shift = f.cell_shift, half = f.cell_half;
     const uint32_t below = (1u << shift) - 1, low = f.cell_low, high = f.cell_high, *cells = f.cells;
-    LB_LOOP for (int i = 0; i < n; ++i) {
+    LB_IVDEP for (int i = 0; i < n; ++i) {
       const uint32_t raw = bits_of(in_units(x[i], inverse)) & keep, magnitude = raw & 0x7FFFFFFFu;
       const uint32_t least = magnitude > low ? magnitude : low;
       const uint32_t held = least < high ? least : high;
@@ -291,7 +293,7 @@ static void rungs(const lb_format &f, const float *x, int n, float inverse, uint
     return;
   }
   int i = 0;
-#ifdef __AVX2__
+#ifdef LB_AVX2
   const __m256 first = _mm256_set1_ps(f.tree[0]), second = _mm256_loadu_ps(f.tree + 8),
                third = _mm256_loadu_ps(f.tree + 16), fourth = _mm256_loadu_ps(f.tree + 24);
   const __m256 by = _mm256_set1_ps(inverse), mask = _mm256_castsi256_ps(_mm256_set1_epi32((int)keep));
@@ -317,7 +319,7 @@ static void rungs(const lb_format &f, const float *x, int n, float inverse, uint
     _mm256_storeu_si256((__m256i *)(to + i), _mm256_permutevar8x32_epi32(pairs, order));
   }
 #endif
-  LB_LOOP for (; i < n; ++i) {
+  LB_IVDEP for (; i < n; ++i) {
     const float u = float_of(bits_of(in_units(x[i], inverse)) & keep);
     int r = 0;
     for (int k = 0; k < 15; ++k) r += f.thresholds[k] < u ? 1 : 0;
@@ -344,7 +346,7 @@ static void encode_codebook(const lb_format &f, const float *x, int n, float inv
   }
   if (f.sign_magnitude) {
     const int shift = 32 - f.bits;
-    LB_LOOP for (int i = 0; i < n; ++i) {
+    LB_IVDEP for (int i = 0; i < n; ++i) {
       to[i] = (uint8_t)(to[i] | ((bits_of(in_units(x[i], inverse)) & 0x80000000u) >> shift));
     }
   }
@@ -355,7 +357,7 @@ static void encode_integer(const lb_format &f, const float *x, int n, float inve
   const float limit = (float)f.limit, least = f.is_signed ? -limit : 0.0f;
   const int32_t mask = (1 << f.bits) - 1;
   if (!draws) {
-    LB_LOOP for (int i = 0; i < n; ++i) {
+    LB_IVDEP for (int i = 0; i < n; ++i) {
       const float u = x[i] * inverse;
       float held = u > least ? u : least;  // NaN, of a block that is not finite ...
       held = held < limit ? held : limit;
@@ -366,7 +368,7 @@ static void encode_integer(const lb_format &f, const float *x, int n, float inve
   }
   // Unbiased in the value: between low**2 and (low + 1)**2 for a square format.
   const bool square = f.square;
-  LB_LOOP for (int i = 0; i < n; ++i) {
+  LB_IVDEP for (int i = 0; i < n; ++i) {
     const float u = in_units(x[i], inverse);
     float held = u > least ? u : least;
     held = held < limit ? held : limit;
@@ -410,7 +412,7 @@ static void keep_alive(const lb_format &f, const float *x, int n, uint8_t *to) {
   if (!f.has_zero) return;
   const uint8_t least = (uint8_t)f.least;
   if (!f.is_signed) {
-    LB_LOOP for (int i = 0; i < n; ++i) {
+    LB_IVDEP for (int i = 0; i < n; ++i) {
       const uint8_t raised = to[i] > least ? to[i] : least;
       to[i] = x[i] > 0.0f ? raised : to[i];
     }
@@ -442,7 +444,7 @@ static void encode(const lb_format &f, const float *x, int n, const Block &b, co
 // The sum of n values, n a power of two up to 256, by halving: x[i] + x[i + n/2]. Overwrites x.
 static float halve(float *x, int n) {
   for (int half = n / 2; half >= 1; half /= 2) {
-    LB_LOOP for (int i = 0; i < half; ++i) x[i] = x[i] + x[i + half];
+    LB_IVDEP for (int i = 0; i < half; ++i) x[i] = x[i] + x[i + half];
   }
   return x[0];
 }

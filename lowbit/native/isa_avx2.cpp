@@ -5,5 +5,6 @@
 #include <string.h>
 #pragma GCC target("arch=x86-64-v3")
 #define LB_SPACE avx2
+#define LB_AVX2
 #include "clone.h"
 #endif

@@ -3,7 +3,8 @@
 #include <sched.h>
 #include <stdlib.h>
 #include <string.h>
-#pragma GCC target("arch=x86-64-v4")
+#pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
 #define LB_SPACE avx512
+#define LB_AVX2
 #include "clone.h"
 #endif

@@ -5,7 +5,7 @@
 
 namespace LB_SPACE {
 
-constexpr int64_t WIDE = 32 * SPAN;  // values that a thread takes at once, about
+constexpr int64_t WIDE = 8 * SPAN;  // values that a thread takes at once, about
 
 struct Piece {  // whole blocks of one row
   int64_t row, first, last;
@@ -68,7 +68,7 @@ static bool measure_block(const lb_matrix &m, int64_t row, int64_t col, int64_t 
     if (m.dtype == LB_FLOAT32) x = (const float *)m.values + row * m.cols + col + i;
     else widen(m.values, m.dtype, row * m.cols + col + i, part, desk.values);
     if (f.square) {
-      LB_LOOP for (int k = 0; k < part; ++k) desk.values[k] = lb::sqrt(x[k]);
+      LB_IVDEP for (int k = 0; k < part; ++k) desk.values[k] = lb::sqrt(x[k]);
       x = desk.values;
     }
     if (f.kind == LB_KIND_AFFINE) range(x, part, &low, &high);
@@ -106,7 +106,7 @@ static bool encode_piece(const lb_matrix &m, const Piece &p, float *fake, Desk &
       if (m.dtype == LB_FLOAT32) x = (const float *)m.values + at;
       else widen(m.values, m.dtype, at, part, desk.values);
       if (f.square) {
-        LB_LOOP for (int k = 0; k < part; ++k) desk.values[k] = lb::sqrt(x[k]);
+        LB_IVDEP for (int k = 0; k < part; ++k) desk.values[k] = lb::sqrt(x[k]);
         x = desk.values;
       }
       const uint16_t *draws = m.stochastic ? desk.draws.fill(m.key, p.row * m.stride + col + i, part) : nullptr;

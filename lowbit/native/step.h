@@ -16,55 +16,68 @@
 
 namespace LB_SPACE {
 
-// Values of a span, rows of a tile, spans of a chunk.
-constexpr int SPAN = LB_BLOCK, TILE = 512, CHUNK = 64;
+constexpr int TILE = 512, CHUNK = 16;  // rows of a tile of columns, spans of a chunk
 
-// How a tensor is cut. Spans are what is worked on at once; blocks are what is left untouched together.
+// How a tensor is cut. Blocks are left untouched together; spans, a few blocks that follow each other in memory, are
+// worked on together. Spans stay inside a row unless rows are made of whole blocks.
 struct Cut {
-  int64_t stride, per_row, spans;  // elements of a row with its padding; spans (or, if rows are short, 1) per row
-  int width, rows;                 // of a block; rows of a span
-  bool dense;                      // several rows in a span
+  int64_t stride, per_row;  // elements of a row with its padding; blocks of a row
+  int64_t across, spans;    // spans of a row (0: spans do not mind rows); spans of the tensor
+  int width;                // of a block
 };
 
 static Cut cut(const lb_job &job) {
   Cut c = {};
-  c.width = SPAN;
+  c.width = LB_BLOCK;
   while (c.width / 2 >= job.cols && c.width > 1) c.width /= 2;
-  c.stride = (job.cols + c.width - 1) / c.width * c.width;
-  c.per_row = c.stride / c.width;
-  c.dense = c.width < SPAN && job.cols == c.width;
+  c.per_row = (job.cols + c.width - 1) / c.width;
+  c.stride = c.per_row * c.width;
+  bool dense = job.cols % c.width == 0;
   for (int k = 0; k < job.program->moments; ++k) {  // rows of codes must follow each other without a gap
     const lb_format &f = *job.moments[k].format;
-    c.dense &= f.kind == LB_KIND_FLOAT || job.cols * f.bits % 8 == 0;
+    dense &= f.kind == LB_KIND_FLOAT || job.cols * f.bits % 8 == 0;
   }
-  c.rows = c.dense ? SPAN / c.width : 1;
-  c.spans = c.dense ? (job.rows + c.rows - 1) / c.rows : job.rows * c.per_row;
+  const int64_t each = SPAN / c.width;
+  c.across = dense ? 0 : (c.per_row + each - 1) / each;
+  c.spans = dense ? (job.rows * c.per_row + each - 1) / each : job.rows * c.across;
   return c;
 }
 
 struct Span {
-  int64_t row, col, at, number;  // first row and column, offset in memory, number of the first element
-  int64_t block;                 // number of the first block
-  int n, blocks;                 // values, blocks
+  int64_t row, col;    // of the first value
+  int64_t at, number;  // its offset in memory, and its number for random bits
+  int64_t block;       // number of the first block
+  int n, blocks;       // values, blocks; only a row's last block may be short
 };
 
 static Span span(const lb_job &job, const Cut &c, int64_t k) {
   Span s;
-  if (c.dense) {
-    s.row = k * c.rows;
-    s.col = 0;
-    s.blocks = (int)(job.rows - s.row < c.rows ? job.rows - s.row : c.rows);
-    s.n = s.blocks * c.width;
+  const int64_t each = SPAN / c.width;
+  int64_t blocks;
+  if (c.across) {
+    const int64_t first = k % c.across * each;
+    s.row = k / c.across;
+    s.col = first * c.width;
+    s.block = s.row * c.per_row + first;
+    blocks = c.per_row - first;
   } else {
-    s.row = k / c.per_row;
-    s.col = k % c.per_row * c.width;
-    s.blocks = 1;
-    s.n = (int)(job.cols - s.col < c.width ? job.cols - s.col : c.width);
+    s.block = k * each;
+    s.row = s.block / c.per_row;
+    s.col = s.block % c.per_row * c.width;
+    blocks = job.rows * c.per_row - s.block;
   }
+  s.blocks = (int)(blocks < each ? blocks : each);
+  s.n = s.blocks * c.width;
+  if (c.across && job.cols - s.col < s.n) s.n = (int)(job.cols - s.col);
   s.at = s.row * job.cols + s.col;
   s.number = s.row * c.stride + s.col;
-  s.block = s.row * c.per_row + s.col / c.width;
   return s;
+}
+
+// Values of a span's block.
+static int values_of(const Span &s, const Cut &c, int block) {
+  const int left = s.n - block * c.width;
+  return left < c.width ? left : c.width;
 }
 
 // One tensor while a step runs.
@@ -90,6 +103,9 @@ struct Run {
   uint32_t key[LB_MOMENTS + 1][2];
 };
 
+// Stages run in pieces of 256 or 128 values where each piece's peaks are those of a scale.
+constexpr int PIECE = LB_BLOCK / 2, PIECES = SPAN / PIECE;
+
 // Room for one thread.
 struct Room {
   alignas(64) float array[LB_ARRAYS][SPAN];
@@ -100,11 +116,15 @@ struct Room {
   Draws draws;
   Block block[LB_MOMENTS][SPAN];
   float companion[SPAN];
-  uint32_t peaks[LB_ARRAYS][SPAN / 64];  // of what updates wrote to each slot, per piece
-  uint32_t gradient[SPAN / 64];          // of the gradient as it came
-  uint32_t work[SPAN];
-  const float *at[LB_ARRAYS];            // where each slot's values are now
+  uint32_t peaks[LB_ARRAYS][PIECES];  // of what updates wrote to each slot, per piece
+  uint32_t gradient[PIECES];          // of the gradient as it came
+  uint32_t work[LB_BLOCK];
+  const float *at[LB_ARRAYS];         // where each slot's values are now
 };
+
+static void clear_tail(float *values, int n) {
+  if (n % 16) memset(values + n, 0, 4 * (16 - n % 16));
+}
 
 static const Half &half_of(int dtype) { return dtype == LB_BFLOAT16 ? BF16 : FP16; }
 
@@ -134,17 +154,17 @@ static void load_parameter(const Run &run, const Span &s, Room &room) {
     }
   } else if (job.master == LB_KAHAN) {
     widen(job.companion, dtype, s.at, n, room.companion);
-    LB_LOOP for (int i = 0; i < n; ++i) p[i] = load_kahan(p[i], room.companion[i], half);
+    LB_IVDEP for (int i = 0; i < n; ++i) p[i] = load_kahan(p[i], room.companion[i], half);
   } else if (job.master == LB_SPLIT8) {
     const int8_t *kept = (const int8_t *)job.companion + s.at;
-    LB_LOOP for (int i = 0; i < n; ++i) p[i] = load_share(p[i], (float)kept[i], 127.0f, half);
+    LB_IVDEP for (int i = 0; i < n; ++i) p[i] = load_share(p[i], (float)kept[i], 127.0f, half);
   } else if (job.master == LB_SPLIT16 && dtype == LB_FLOAT16) {
     const int16_t *kept = (const int16_t *)job.companion + s.at;
-    LB_LOOP for (int i = 0; i < n; ++i) p[i] = load_share(p[i], (float)kept[i], 8192.0f, half);
+    LB_IVDEP for (int i = 0; i < n; ++i) p[i] = load_share(p[i], (float)kept[i], 8192.0f, half);
   } else if (job.master == LB_SPLIT16) {
     const int16_t *kept = (const int16_t *)job.companion + s.at;
     const uint16_t *own = (const uint16_t *)job.param + s.at;
-    LB_LOOP for (int i = 0; i < n; ++i) p[i] = load_split16(own[i], kept[i]);
+    LB_IVDEP for (int i = 0; i < n; ++i) p[i] = load_split16(own[i], kept[i]);
   }
 }
 
@@ -177,26 +197,30 @@ static void load_moment(const Run &run, const Span &s, int k, Room &room) {
   int64_t scale = s.row * o.scales + s.col / f.block;
   for (int i = 0; i < s.n; i += each, ++scale) {
     const int n = s.n - i < each ? s.n - i : each;
-    const void *extra = !o.extra                     ? nullptr
-                        : f.kind == LB_KIND_AFFINE ? (const void *)((const uint8_t *)o.extra + scale)
-                                                   : (const void *)((const float *)o.extra + scale);
-    decode(f, codes + i, n, o.scale[scale], extra, to + i);
+    decode(f, codes + i, n, o.scale[scale], o.extra ? (const float *)o.extra + scale : nullptr, to + i);
   }
 }
 
 static void load_vector(const Run &run, const Span &s, int slot, int over, const float *values, Room &room) {
   float *to = room.array[slot];
   room.at[slot] = to;
-  const int64_t cols = run.job->cols;
-  if (over == LB_COLUMN) {
-    for (int b = 0; b < s.blocks; ++b) memcpy(to + b * run.cut.width, values + s.col, 4 * (s.n / s.blocks));
-    return;
-  }
+  const Cut &c = run.cut;
   const int64_t group = over == LB_GROUP ? run.job->group_rows : 1;
-  const int each = s.blocks > 1 ? (int)cols : s.n;
+  int64_t row = s.row, col = s.col;
   for (int b = 0; b < s.blocks; ++b) {
-    const float value = values[(s.row + b) / group];
-    for (int i = 0; i < each; ++i) to[b * each + i] = value;
+    const int n = values_of(s, c, b);
+    if (over == LB_COLUMN) {
+      memcpy(to, values + col, 4 * n);
+    } else {
+      const float value = values[row / group];
+      for (int i = 0; i < n; ++i) to[i] = value;
+    }
+    to += n;
+    col += n;
+    if (col >= run.job->cols) {
+      col = 0;
+      ++row;
+    }
   }
 }
 
@@ -213,18 +237,14 @@ static void load(const Run &run, const Span &s, int wanted, Room &room) {
   }
   if (s.n % 16) {  // stages run over multiples of 16 values
     for (int slot = 0; slot < first + program.vectors + program.temporaries; ++slot) {
-      if (slot == 1 || wanted >> slot & 1) memset(room.array[slot] + s.n, 0, 4 * (SPAN - s.n < 16 ? SPAN - s.n : 16));
+      if (slot == 1 || wanted >> slot & 1) clear_tail(room.array[slot], s.n);
     }
   }
 }
 
 // ---- stages
 
-static void clear_tail(float *values, int n) {
-  if (n % 16) memset(values + n, 0, 4 * (16 - n % 16));
-}
-
-// Run an update or measurement over a span, in pieces that share a scale, so that its peaks are theirs.
+// Run an update or measurement over a span; in pieces (0: in one) that share a scale, so that the peaks are theirs.
 static void run_stage(const Run &run, const lb_stage &stage, const Span &s, int piece, uint32_t roots, Room &room) {
   lb_frame f;
   uint32_t peaks[LB_ARRAYS + 1];
@@ -235,26 +255,31 @@ static void run_stage(const Run &run, const lb_stage &stage, const Span &s, int 
   f.x = nullptr;
   f.roots = roots;
   f.peaks = peaks;
-  const int all = (s.n + 15) / 16 * 16;
-  for (int start = 0, number = 0; start < all; start += piece, ++number) {
-    f.n = all - start < piece ? all - start : piece;
-    for (int k = 0; k < stage.reads; ++k) f.in[k] = room.at[stage.read[k]] + start;
-    if (stage.kind == LB_MEASURE) f.out[0] = room.value + start;
-    else
-      for (int k = 0; k < stage.writes; ++k) f.out[k] = room.array[stage.write[k]] + start;
+  const bool gauged = &stage - run.job->program->stages == run.gauge;
+  const int all = (s.n + 15) / 16 * 16, each = piece ? piece : SPAN;
+  for (int k = 0; k < stage.reads; ++k) f.in[k] = room.at[stage.read[k]];
+  if (stage.kind == LB_MEASURE) f.out[0] = room.value;
+  else
+    for (int k = 0; k < stage.writes; ++k) f.out[k] = room.array[stage.write[k]];
+  for (int start = 0, number = 0; start < all; start += each, ++number) {
+    f.n = all - start < each ? all - start : each;
     stage.kernel(&f);
-    if (number < SPAN / 64) {
-      for (int k = 0; k < stage.writes; ++k) room.peaks[stage.write[k]][number] = peaks[k];
-      if (&stage - run.job->program->stages == run.gauge) room.gradient[number] = peaks[stage.writes];
-    }
+    for (int k = 0; k < stage.reads; ++k) f.in[k] += each;
+    for (int k = 0; k < stage.writes; ++k) f.out[k] += each;
+    if (!piece) continue;
+    for (int k = 0; k < stage.writes; ++k) room.peaks[stage.write[k]][number] = peaks[k];
+    if (gauged) room.gradient[number] = peaks[stage.writes];
   }
   if (stage.kind == LB_MEASURE) {
     clear_tail(room.value, s.n);
     return;
   }
   for (int k = 0; k < stage.writes; ++k) {
-    room.at[stage.write[k]] = room.array[stage.write[k]];
-    clear_tail(room.array[stage.write[k]], s.n);
+    const int slot = stage.write[k];
+    room.at[slot] = room.array[slot];
+    if (s.n % 16 == 0) continue;
+    clear_tail(room.array[slot], s.n);  // what a stage makes of the zeros beyond the end of a row is no value
+    if (piece) room.peaks[slot][(s.n - 1) / piece] = peak(room.array[slot] + (s.n - 1) / piece * piece, (s.n - 1) % piece + 1);
   }
 }
 
@@ -266,14 +291,14 @@ static void measure_span(Run &run, const Span &s, Room &room) {
   load(run, s, run.wanted, room);
   if (program.guarded && !finite_bits(peak(room.at[1], s.n))) __atomic_store_n(&run.skip, true, __ATOMIC_RELAXED);
   for (int k = 0; k < run.next; ++k) {
-    if (program.stages[k].kind == LB_UPDATE) run_stage(run, program.stages[k], s, SPAN, 0, room);
+    if (program.stages[k].kind == LB_UPDATE) run_stage(run, program.stages[k], s, 0, 0, room);
   }
-  run_stage(run, stage, s, SPAN, 0, room);
+  run_stage(run, stage, s, 0, 0, room);
   if (stage.over == LB_COLUMN) return;  // the caller adds the values up
   const int width = run.cut.width;
   for (int b = 0; b < s.blocks; ++b) {
     float *values = room.value + b * width;
-    const int n = s.blocks > 1 ? width : s.n;
+    const int n = values_of(s, run.cut, b);
     if (stage.reduce == LB_MAX) {
       run.partial[s.block + b] = float_of(peak(values, n));
     } else {
@@ -283,28 +308,30 @@ static void measure_span(Run &run, const Span &s, Room &room) {
   }
 }
 
-// A tile of rows and a span of columns: sums from the first row down.
+// A tile of rows and a block of columns: sums from the first row down.
 static void measure_columns(Run &run, int64_t unit, Room &room) {
   const lb_job &job = *run.job;
+  const Cut &c = run.cut;
   const bool max = job.program->stages[run.next].reduce == LB_MAX;
-  const int64_t across = run.cut.dense ? 1 : run.cut.per_row, tile = unit / across;
-  const int64_t first = tile * TILE, last = first + TILE < job.rows ? first + TILE : job.rows;
-  double *sums = run.sums + tile * job.cols + (run.cut.dense ? 0 : unit % across * run.cut.width);
-  const int64_t step = run.cut.rows;
-  for (int64_t row = first; row < last; row += step) {
-    Span s = span(job, run.cut, run.cut.dense ? row / step : row * across + unit % across);
+  const int64_t tile = unit / c.per_row, first = tile * TILE;
+  const int64_t last = first + TILE < job.rows ? first + TILE : job.rows;
+  Span s = {};
+  s.blocks = 1;
+  s.col = unit % c.per_row * c.width;
+  s.n = (int)(job.cols - s.col < c.width ? job.cols - s.col : c.width);
+  double *sums = run.sums + tile * job.cols + s.col;
+  for (s.row = first; s.row < last; ++s.row) {
+    s.at = s.row * job.cols + s.col;
+    s.number = s.row * c.stride + s.col;
+    s.block = s.row * c.per_row + s.col / c.width;
     measure_span(run, s, room);
-    const int n = s.n / s.blocks;
-    for (int b = 0; b < s.blocks; ++b) {
-      for (int i = 0; i < n; ++i) {
-        const float value = room.value[b * n + i];
-        if (max) {
-          const uint32_t bits = magnitude_bits(value);
-          const double old = row + b == first ? 0.0 : sums[i];
-          sums[i] = bits > magnitude_bits((float)old) ? (double)float_of(bits) : old;
-        } else {
-          sums[i] = row + b == first ? (double)value : sums[i] + (double)value;
-        }
+    for (int i = 0; i < s.n; ++i) {
+      const float value = room.value[i];
+      if (max) {
+        const double old = s.row == first ? 0.0 : sums[i];
+        sums[i] = magnitude_bits(value) > magnitude_bits((float)old) ? (double)lb::abs(value) : old;
+      } else {
+        sums[i] = s.row == first ? (double)value : sums[i] + (double)value;
       }
     }
   }
@@ -366,21 +393,25 @@ static void reduce_run(Run &run, double *work) {
 
 // ---- the updating sweep
 
-// Whether the peaks of a whole span's pieces are finite.
-static bool finite_peaks(const uint32_t *peaks, int piece) {
-  return finite_bits(peaks[0]) && (piece == SPAN || finite_bits(peaks[1]));
+// The largest magnitude of a part of a span: from the peaks of its pieces, or looked for.
+static uint32_t peak_of(const uint32_t *peaks, int piece, const float *x, int start, int n) {
+  if (!piece) return peak(x + start, n);
+  uint32_t most = 0;
+  for (int k = start / piece; k * piece < start + n; ++k) most = peaks[k] > most ? peaks[k] : most;
+  return most;
 }
 
+// The scales that a moment is going to have. False, and `good` for blocks, where it cannot be stored.
 static bool prepare_moment(const Run &run, const Span &s, int k, int piece, bool *good, Room &room) {
   const lb_operand &o = run.job->moments[k];
   const lb_format &f = *o.format;
   const float *x = room.at[2 + k];
   const int width = run.cut.width;
   bool fine = true;
-  piece = run.written >> (2 + k) & 1 ? piece : 0;
+  if (!(run.written >> (2 + k) & 1)) piece = 0;
   if (f.square && !(run.rooted >> (2 + k) & 1)) {
     float *roots = room.array[2 + k];
-    LB_LOOP for (int i = 0; i < s.n; ++i) roots[i] = lb::sqrt(x[i]);
+    LB_IVDEP for (int i = 0; i < s.n; ++i) roots[i] = lb::sqrt(x[i]);
     piece = 0;
   }
   if (f.kind == LB_KIND_FLOAT) {
@@ -389,14 +420,13 @@ static bool prepare_moment(const Run &run, const Span &s, int k, int piece, bool
       const uint16_t *draws = o.stochastic ? room.draws.fill(run.key[1 + k], s.number, s.n) : nullptr;
       narrow(x, f.dtype, s.n, draws, to);
       if (o.live) {
-        LB_LOOP for (int i = 0; i < s.n; ++i) to[i] = x[i] > 0.0f && (to[i] & 0x7FFF) == 0 ? 1 : to[i];
+        LB_IVDEP for (int i = 0; i < s.n; ++i) to[i] = x[i] > 0.0f && (to[i] & 0x7FFF) == 0 ? 1 : to[i];
       }
     }
     for (int b = 0; b < s.blocks; ++b) {
-      const int n = s.blocks > 1 ? width : s.n;
-      const bool ok = f.dtype != LB_FLOAT32 ? finite16(room.narrow[k] + b * width, f.dtype, n)
-                      : piece               ? finite_peaks(room.peaks[2 + k], piece)
-                                            : finite_bits(peak(x + b * width, n));
+      const int n = values_of(s, run.cut, b), start = b * width;
+      const bool ok = f.dtype == LB_FLOAT32 ? finite_bits(peak_of(room.peaks[2 + k], piece, x, start, n))
+                                            : finite16(room.narrow[k] + start, f.dtype, n);
       good[b] &= ok;
       fine &= ok;
     }
@@ -406,21 +436,8 @@ static bool prepare_moment(const Run &run, const Span &s, int k, int piece, bool
   for (int i = 0, number = 0; i < s.n; i += each, ++number) {
     const int n = s.n - i < each ? s.n - i : each;
     Block &b = room.block[k][number];
-    if (f.kind == LB_KIND_AFFINE) {
-      float low = 0.0f, high = 0.0f;
-      range(x + i, n, &low, &high);
-      b = scaled_affine(f, low, high);
-    } else {
-      uint32_t most;
-      if (piece == each) most = room.peaks[2 + k][number];
-      else if (piece && each == SPAN) {
-        most = room.peaks[2 + k][0] > room.peaks[2 + k][1] ? room.peaks[2 + k][0] : room.peaks[2 + k][1];
-      } else {
-        most = peak(x + i, n);
-      }
-      b = scaled(f, float_of(most));
-      if (f.kind == LB_KIND_LOG) b.base = log_base(f, x + i, n, b.scale, room.work);
-    }
+    b = scaled(f, float_of(peak_of(room.peaks[2 + k], piece, x, i, n)));
+    if (f.kind == LB_KIND_LOG) b.base = log_base(f, x + i, n, b.scale, room.work);
     const bool ok = finite_bits(magnitude_bits(b.scale));
     good[i / width] &= ok;
     fine &= ok;
@@ -435,12 +452,15 @@ static void store_moment(const Run &run, const Span &s, int k, const bool *good,
   const int width = run.cut.width;
   if (f.kind == LB_KIND_FLOAT) {
     const int size = f.dtype == LB_FLOAT32 ? 4 : 2;
-    const char *from = f.dtype == LB_FLOAT32 ? (const char *)x : (const char *)room.narrow[k];
+    const char *from = size == 4 ? (const char *)x : (const char *)room.narrow[k];
     char *to = (char *)o.codes + s.at * size;
+    if (all) {
+      memcpy(to, from, (size_t)s.n * size);
+      return;
+    }
     for (int b = 0; b < s.blocks; ++b) {
-      const int n = all ? s.n : s.blocks > 1 ? width : s.n;
-      if (good[b]) memcpy(to + (int64_t)b * width * size, from + (int64_t)b * width * size, (size_t)n * size);
-      if (all) break;
+      const int64_t start = (int64_t)b * width * size;
+      if (good[b]) memcpy(to + start, from + start, (size_t)values_of(s, run.cut, b) * size);
     }
     return;
   }
@@ -456,7 +476,6 @@ static void store_moment(const Run &run, const Span &s, int k, const bool *good,
     encode(f, x + i, n, b, draws ? draws + i : nullptr, o.live, codes + i);
     if (!good[i / width]) continue;
     o.scale[scale] = b.scale;
-    if (f.kind == LB_KIND_AFFINE) ((uint8_t *)o.extra)[scale] = (uint8_t)(int32_t)b.zero;
     if (f.kind == LB_KIND_LOG) ((float *)o.extra)[scale] = b.base;
   }
   if (direct) return;
@@ -465,7 +484,8 @@ static void store_moment(const Run &run, const Span &s, int k, const bool *good,
     return;
   }
   for (int b = 0; b < s.blocks; ++b) {
-    if (good[b]) pack(codes + b * width, f.bits, s.blocks > 1 ? width : s.n, target + (int64_t)b * width * f.bits / 8);
+    const int start = b * width;
+    if (good[b]) pack(codes + start, f.bits, values_of(s, run.cut, b), target + (int64_t)start * f.bits / 8);
   }
 }
 
@@ -476,11 +496,11 @@ static bool prepare_parameter(const Run &run, const Span &s, int piece, bool *go
   const int width = run.cut.width, dtype = job.param_dtype;
   bool fine;
   if (dtype == LB_FLOAT32) {
-    fine = piece ? finite_peaks(room.peaks[0], piece) : finite_bits(peak(p, s.n));
+    fine = finite_bits(peak_of(room.peaks[0], run.written & 1 ? piece : 0, p, 0, s.n));
   } else {
     uint16_t *to = room.parameter;
     if (job.master == LB_SPLIT16 && dtype == LB_BFLOAT16) {  // ties go up, so that what is left fits int16
-      LB_LOOP for (int i = 0; i < s.n; ++i) to[i] = (uint16_t)((bits_of(p[i]) + 0x8000u) >> 16);
+      LB_IVDEP for (int i = 0; i < s.n; ++i) to[i] = (uint16_t)((bits_of(p[i]) + 0x8000u) >> 16);
     } else {
       const uint16_t *draws = job.stochastic ? room.draws.fill(run.key[0], s.number, s.n) : nullptr;
       narrow(p, dtype, s.n, draws, to);
@@ -519,33 +539,32 @@ static void store_companion(const Run &run, int64_t at, int from, int n, Room &r
   }
   if (job.master == LB_SPLIT16 && dtype == LB_BFLOAT16) {
     int16_t *to = (int16_t *)job.companion + at;
-    LB_LOOP for (int i = 0; i < n; ++i) to[i] = (int16_t)(bits_of(p[i]) - ((uint32_t)stored[i] << 16));
+    LB_IVDEP for (int i = 0; i < n; ++i) to[i] = (int16_t)(bits_of(p[i]) - ((uint32_t)stored[i] << 16));
     return;
   }
   float *wide = room.companion;
   widen(stored, dtype, 0, n, wide);
   if (job.master == LB_KAHAN) {
-    LB_LOOP for (int i = 0; i < n; ++i) wide[i] = p[i] - wide[i];
+    LB_IVDEP for (int i = 0; i < n; ++i) wide[i] = p[i] - wide[i];
     narrow(wide, dtype, n, nullptr, (uint16_t *)job.companion + at);
   } else if (job.master == LB_SPLIT8) {
     int8_t *to = (int8_t *)job.companion + at;
-    LB_LOOP for (int i = 0; i < n; ++i) to[i] = (int8_t)(int32_t)store_share(p[i], wide[i], 127.0f, half);
+    LB_IVDEP for (int i = 0; i < n; ++i) to[i] = (int8_t)(int32_t)store_share(p[i], wide[i], 127.0f, half);
   } else {
     int16_t *to = (int16_t *)job.companion + at;
-    LB_LOOP for (int i = 0; i < n; ++i) to[i] = (int16_t)(int32_t)store_share(p[i], wide[i], 8192.0f, half);
+    LB_IVDEP for (int i = 0; i < n; ++i) to[i] = (int16_t)(int32_t)store_share(p[i], wide[i], 8192.0f, half);
   }
 }
 
 static void store_parameter(const Run &run, const Span &s, const bool *good, bool all, Room &room) {
   const lb_job &job = *run.job;
-  const int width = run.cut.width, size = job.param_dtype == LB_FLOAT32 ? 4 : 2;
+  const int size = job.param_dtype == LB_FLOAT32 ? 4 : 2;
   const char *from = size == 4 ? (const char *)room.at[0] : (const char *)room.parameter;
+  char *to = (char *)job.param + s.at * size;
   for (int b = 0; b < s.blocks; ++b) {
-    const int n = all ? s.n : s.blocks > 1 ? width : s.n, start = b * width;
+    const int start = b * run.cut.width, n = all ? s.n : values_of(s, run.cut, b);
     if (good[b]) {
-      if (from + start * size != (const char *)job.param + (s.at + start) * size) {
-        memcpy((char *)job.param + (s.at + start) * size, from + start * size, (size_t)n * size);
-      }
+      if (from != to) memcpy(to + (int64_t)start * size, from + (int64_t)start * size, (size_t)n * size);
       if (size == 2 && job.master != LB_NONE) store_companion(run, s.at + start, start, n, room);
     }
     if (all) break;
@@ -554,13 +573,13 @@ static void store_parameter(const Run &run, const Span &s, const bool *good, boo
 
 // Pieces in which stages run so that the peaks they report are those of every scale; 0 if they cannot be.
 static int piece_of(const Run &run) {
-  int piece = SPAN;
-  if (run.cut.width < SPAN) return 0;
+  if (run.cut.width < LB_BLOCK) return 0;
+  int piece = LB_BLOCK;
   for (int k = 0; k < run.job->program->moments; ++k) {
     const lb_format &f = *run.job->moments[k].format;
     if (f.kind == LB_KIND_FLOAT) continue;
     const int each = sub_block(f, run.cut);
-    if (each < SPAN / 2) return 0;
+    if (each < PIECE) return 0;
     piece = each < piece ? each : piece;
   }
   return piece;
@@ -588,30 +607,26 @@ static void root_masks(Run &run, uint32_t *roots) {
   }
 }
 
-static int64_t update_span(const Run &run, const Span &s, int shared, const uint32_t *roots, Room &room) {
-  const lb_job &job = *run.job;
-  const lb_program &program = *job.program;
-  const int piece = s.n == SPAN && s.blocks == 1 ? shared : 0;  // peaks only of whole blocks
+static void check_gradient(const Run &run, const Span &s, int piece, bool *good, bool *all, const Room &room) {
+  for (int b = 0; b < s.blocks; ++b) {
+    const int n = values_of(s, run.cut, b);
+    good[b] = !run.job->program->guarded || finite_bits(peak_of(room.gradient, piece, room.at[1], b * run.cut.width, n));
+    *all &= good[b];
+  }
+}
+
+static int64_t update_span(const Run &run, const Span &s, int piece, const uint32_t *roots, Room &room) {
+  const lb_program &program = *run.job->program;
   load(run, s, run.wanted, room);
   bool good[SPAN];
-  for (int b = 0; b < s.blocks; ++b) good[b] = true;
   bool all = true;
-  const bool gauged = piece && run.gauge >= 0;
-  const float *gradient = room.at[1];
-  if (program.guarded && !gauged && !finite_bits(peak(gradient, s.n))) {
-    all = false;
-    for (int b = 0; b < s.blocks; ++b) {
-      const int n = s.blocks > 1 ? run.cut.width : s.n;
-      good[b] = finite_bits(peak(gradient + b * run.cut.width, n));
-    }
-  }
+  const bool gauged = piece && run.gauge >= 0;  // then the stages find out on their way whether gradients are finite
+  if (!gauged) check_gradient(run, s, 0, good, &all, room);
   for (int k = 0; k < program.count; ++k) {
-    if (program.stages[k].kind == LB_UPDATE) {
-      run_stage(run, program.stages[k], s, piece ? piece : SPAN, roots[k], room);
-    }
+    if (program.stages[k].kind == LB_UPDATE) run_stage(run, program.stages[k], s, piece, roots[k], room);
   }
-  if (gauged) good[0] = all = finite_peaks(room.gradient, piece);
-  all &= prepare_parameter(run, s, run.written & 1 ? piece : 0, good, room);
+  if (gauged) check_gradient(run, s, piece, good, &all, room);
+  all &= prepare_parameter(run, s, piece, good, room);
   for (int k = 0; k < program.moments; ++k) all &= prepare_moment(run, s, k, piece, good, room);
   if (!program.guarded) {
     all = true;
@@ -653,7 +668,7 @@ static int64_t units_of(const Run &run, bool updating) {
   if (updating) return run.skip ? 0 : (run.cut.spans + CHUNK - 1) / CHUNK;
   if (run.waiting || run.next >= program.count) return 0;
   if (program.stages[run.next].over == LB_COLUMN) {
-    return (run.job->rows + TILE - 1) / TILE * (run.cut.dense ? 1 : run.cut.per_row);
+    return (run.job->rows + TILE - 1) / TILE * run.cut.per_row;
   }
   return (run.cut.spans + CHUNK - 1) / CHUNK;
 }
