@@ -90,8 +90,8 @@ struct Half {  // a 16-bit float format: the exponent field of its smallest norm
 constexpr Half BF16 = {1u << 23, 0x1p-8f}, FP16 = {113u << 23, 0x1p-11f};
 
 LB_FN float half_ulp(float p, Half f) {
-  const uint32_t power = bits_of(p) & 0x7F800000u;
-  return float_of(power > f.least ? power : f.least) * f.half_ulp;
+  const uint32_t field = bits_of(p) & 0x7F800000u, power = field > f.least ? field : f.least;
+  return float_of(power < 0x7F800000u ? power : 0x3F000000u) * f.half_ulp;  // frexp says 0 of what is not finite
 }
 
 LB_FN float load_kahan(float p, float error, Half f) {
