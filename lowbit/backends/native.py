@@ -6,11 +6,13 @@ is made once, that of a tensor once for as long as its `Job` lives, and a step r
 
 from __future__ import annotations
 
-from ctypes import addressof, byref
-from typing import Any
+from collections.abc import Mapping
+from ctypes import addressof, byref, c_float, sizeof
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from ..formats import Format
 from ..layout import row_bytes, row_stride
@@ -22,15 +24,12 @@ from ..rows import part_shapes
 from ..stages import Job, Program
 
 EXTRA = {"affine": "zero", "log": "base"}
-_programs: dict[int, _Program] = {}
-_refused: dict[int, tuple[Program, str]] = {}  # programs that were looked at, and why they cannot run here
 
 
 class _Program:
     """A program as the library takes it: its stages' kernels, and the number of every name."""
 
     def __init__(self, program: Program, library: Library):
-        self.of = program  # kept alive: its id is the key
         self.moments = tuple(program.values)
         self.persistent = tuple(name for name in program.moments if name not in program.values)
         temporary = tuple(name for name in program.vectors if name not in self.persistent)
@@ -48,6 +47,7 @@ class _Program:
             target.kind, target.reduce = abi.STAGE[stage.kind], abi.REDUCE[stage.reduce]
             target.over, target.rootable = abi.OVER[stage.over], printed.roots
             target.reads, target.writes = len(printed.reads), len(printed.writes)
+            target.reads_g = "g" in printed.reads
             for field, numbers in (
                 (target.read, number(printed.reads, slots)),
                 (target.write, number(printed.writes, slots)),
@@ -74,78 +74,102 @@ class _Program:
         for name, value in program.temporaries.items():
             self.struct.initial[scalars[name]] = value
 
+    def packed(self, constants: Mapping[str, float]) -> bytes:
+        """Constants as a job has them."""
+        return bytes((c_float * abi.CONSTANTS)(*(constants[name] for name in self.constants)))
 
-def _program(program: Program) -> _Program:
-    if id(program) not in _programs:
-        _programs[id(program)] = _Program(program, load())
-    return _programs[id(program)]
+
+# Of each program and of one library: what that takes, or why the program cannot run here.
+_programs: WeakKeyDictionary[Program, tuple[Library, _Program | str]] = WeakKeyDictionary()
+
+
+def _program(program: Program) -> _Program | str:
+    library, known = load(), _programs.get(program)
+    if known is None or known[0] is not library:
+        try:
+            known = library, _Program(program, library)
+        except (ValueError, BuildError) as error:
+            known = library, str(error)
+        _programs[program] = known
+    return known[1]
 
 
 def unsupported(program: Program) -> str:
     """Why a program cannot run here, or an empty string."""
-    if id(program) not in _refused:
-        try:
-            _program(program)
-            _refused[id(program)] = program, ""
-        except (ValueError, BuildError) as error:
-            _refused[id(program)] = program, str(error)
-    return _refused[id(program)][1]
+    made = _program(program)
+    return made if isinstance(made, str) else ""
 
 
 @torch.no_grad()
 def step(jobs: list[Job]) -> None:
     """Step every job: parameters, moments, scalars and skip counts are written in place."""
-    programs: dict[int, list[Job]] = {}
+    programs: dict[Program, list[Job]] = {}
     for job in jobs:
-        programs.setdefault(id(job.program), []).append(job)
-    ordered = [job for same in programs.values() for job in same]
-    table = (abi.Job * len(ordered))()
-    kept: list[Any] = []  # contiguous copies, for as long as the library works on them
+        programs.setdefault(job.program, []).append(job)
+    structs: list[bytearray] = []
+    kept: list[Tensor] = []  # contiguous copies, for as long as the library works on them
     back: list[tuple[Tensor, Tensor]] = []
-    for target, job in zip(table, ordered, strict=True):
-        _fill(target, job, kept, back)
-    if load().step(table, len(ordered), torch.get_num_threads()):
+    for program, same in programs.items():
+        made = _program(program)
+        if isinstance(made, str):
+            raise ValueError(made)
+        packed: dict[int, bytes] = {}  # constants, of which many jobs share one dict
+        for job in same:
+            constants = packed.get(id(job.constants))
+            if constants is None:
+                constants = packed[id(job.constants)] = made.packed(job.constants)
+            if not isinstance(job.prepared, _Struct) or job.prepared.program is not made:
+                job.prepared = _Struct(job, made)
+            structs.append(job.prepared.refreshed(job, constants, kept, back))
+    table = (abi.Job * len(jobs)).from_buffer(bytearray().join(structs))
+    if load().step(table, len(jobs), torch.get_num_threads()):
         raise MemoryError("the native step found no memory for its measurements; nothing has been changed")
     for original, copy in back:
         original.copy_(copy)
+    increment_version([job.param for job in jobs])  # a graph that saved an old value must notice
 
 
-def _fill(target: abi.Job, job: Job, kept: list[Any], back: list[tuple[Tensor, Tensor]]) -> None:
-    program = _program(job.program)
-    param, grad = job.param.detach(), job.grad.detach()
-    if not param.is_contiguous():
-        copy = param.contiguous()
-        back.append((param, copy))
-        param = copy
-    if not grad.is_contiguous():
-        grad = grad.contiguous()
-        kept.append(grad)
-    target.program = addressof(program.struct)
-    target.param, target.grad, target.skipped = param.data_ptr(), grad.data_ptr(), job.skipped.data_ptr()
-    target.rows, target.cols, target.group_rows = job.rows, job.cols, job.group_rows
-    target.param_dtype, target.grad_dtype = DTYPES[param.dtype], DTYPES[grad.dtype]
-    if job.companion is not None:
-        target.master, target.companion = abi.MASTER[job.master], job.companion.data_ptr()
-    target.stochastic = "p" in job.noise
-    target.seed, target.step, target.tensor = (_signed(number) for number in job.stream)
-    for k, letter in enumerate(program.moments):
-        fill_operand(target.moments[k], job.formats[letter], job.moments[letter], job.cols)
-        target.moments[k].stochastic = letter in job.noise
-        target.moments[k].live = not job.program.moments[letter].signed
-    for k, name in enumerate(program.persistent):
-        target.vectors[k] = job.vectors[name].data_ptr()
-    for k, name in enumerate(program.scalars):
-        target.scalars[k] = job.scalars[name].data_ptr()
-    for k, name in enumerate(program.constants):
-        target.constants[k] = job.constants[name]
+CONSTANTS = slice(abi.Job.constants.offset, abi.Job.constants.offset + abi.Job.constants.size)
+
+
+class _Struct:
+    """A job's struct: filled once for as long as the job lasts, but for what a step changes."""
+
+    def __init__(self, job: Job, program: _Program):
+        self.program = program  # the struct holds its address
+        self.memory = bytearray(sizeof(abi.Job))
+        self.job = target = abi.Job.from_buffer(self.memory)
+        target.program, target.skipped = addressof(program.struct), job.skipped.data_ptr()
+        target.rows, target.cols, target.group_rows = job.rows, job.cols, job.group_rows
+        target.param_dtype, target.stochastic = DTYPES[job.param.dtype], "p" in job.noise
+        if job.companion is not None:
+            target.master, target.companion = abi.MASTER[job.master], job.companion.data_ptr()
+        for k, letter in enumerate(program.moments):
+            fill_operand(target.moments[k], job.formats[letter], job.moments[letter], job.cols)
+            target.moments[k].stochastic = letter in job.noise
+            target.moments[k].live = not job.program.moments[letter].signed
+        for k, name in enumerate(program.persistent):
+            target.vectors[k] = job.vectors[name].data_ptr()
+        for k, name in enumerate(program.scalars):
+            target.scalars[k] = job.scalars[name].data_ptr()
+
+    def refreshed(self, job: Job, constants: bytes, kept: list[Tensor], back: list[tuple[Tensor, Tensor]]) -> bytearray:
+        """Its bytes in this step."""
+        param, grad, target = job.param, job.grad, self.job
+        if not param.is_contiguous():
+            copy = param.detach().contiguous()
+            back.append((param, copy))
+            param = copy
+        if not grad.is_contiguous() or grad.is_neg():
+            grad = grad.detach().resolve_neg().contiguous()
+            kept.append(grad)
+        target.param, target.grad, target.grad_dtype = param.data_ptr(), grad.data_ptr(), DTYPES[grad.dtype]
+        target.seed, target.step, target.tensor = job.stream  # ctypes takes the low 64 bits
+        self.memory[CONSTANTS] = constants
+        return self.memory
 
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-
-
-def _signed(number: int) -> int:
-    """The int64 with the low 64 bits of an int."""
-    return (number & (1 << 64) - 1) - (1 << 64) * (number >> 63 & 1)
 
 
 def fill_operand(target: abi.Operand, fmt: Format, parts: dict[str, Tensor], cols: int) -> None:
@@ -174,9 +198,7 @@ def encode(fmt: Format, x: Tensor, noise: tuple[int, int] | None = None, *, live
     """See `backends.encode`."""
     x = x.detach().contiguous()
     rows, cols = x.shape
-    parts = {
-        part: torch.empty(shape, dtype=dtype) for part, (shape, dtype) in part_shapes(fmt, (rows, cols)).items()
-    }
+    parts = {part: torch.empty(shape, dtype=dtype) for part, (shape, dtype) in part_shapes(fmt, (rows, cols)).items()}
     if x.numel():
         matrix = _matrix(fmt, x, parts, noise)
         matrix.packed.live = live

@@ -34,9 +34,10 @@ typedef struct lb_frame {
   const float *c;
   const int32_t *ci;
   int64_t n;
+  int64_t piece;   // a multiple of 16: what has peaks of its own
   uint32_t roots;  // bit k: write the square root of the k-th write instead of it (what a root format stores)
-  // What an update or measure finds on its way, as bits of magnitudes, so that NaN > infinity > finite: the largest of
-  // each write (its root where roots says so), then, where the stage reads g, the largest of g as it was read.
+  // What an update or measure finds on its way, piece after piece, as bits of magnitudes, so that NaN > infinity >
+  // finite: the largest of each write (its root where roots says so), then, where it reads g, of g as it was read.
   uint32_t *peaks;
 } lb_frame;
 
@@ -56,7 +57,8 @@ typedef struct lb_format {
   float ladder[256];      // the values encoding chooses from, ascending
   float thresholds[256];  // the rung of u is the count of thresholds below u; unused ones are infinite
   uint8_t codes[256];     // the code of each rung
-  // Up to 16 rungs: the thresholds as a search tree, level after level: 1, 2, 4 and 8 of them, at 0, 8, 16 and 24.
+  // Up to 16 rungs: the thresholds as a search tree, level after level: 1, 2, 4 and 8 of them. The one to look
+  // at when rung r of a level has been reached is number (-r mod 8) of its eight.
   float tree[32];
   // More: cells by the leading bits of the magnitude, each with at most one threshold. An entry is the rung of the
   // cell's small magnitudes, shifted by 24, and the low bits from which on the next rung begins.
@@ -82,6 +84,7 @@ typedef struct lb_stage {
   lb_kernel kernel;
   int32_t kind, reduce, over;
   int32_t reads, writes;
+  int32_t reads_g;    // whether g is among them
   uint32_t rootable;  // a bit per write: whether the kernel can write its root
   int32_t read[LB_ARRAYS], write[LB_ARRAYS];
   int32_t s[LB_SCALARS], c[LB_CONSTANTS];

@@ -160,16 +160,32 @@ static void log_levels(float base, int count, float *levels) {  // by repeated m
   for (int k = 1; k < count; ++k) levels[k] = levels[k - 1] * base;
 }
 
+// Bytes, signed or not, to numbers. Left to itself the compiler loads 64 bytes and takes them apart, at twice the cost.
+template <class Byte, bool SQUARE> static void decode_bytes(const uint8_t *codes, int n, float scale, float *to) {
+  int i = 0;
+#ifdef LB_AVX2
+  const __m256 by = _mm256_set1_ps(scale);
+  for (; i + 8 <= n; i += 8) {
+    const __m128i bytes = _mm_loadl_epi64((const __m128i *)(codes + i));
+    const __m256i wide = (Byte)-1 < 0 ? _mm256_cvtepi8_epi32(bytes) : _mm256_cvtepu8_epi32(bytes);
+    const __m256 x = _mm256_mul_ps(_mm256_cvtepi32_ps(wide), by);
+    _mm256_storeu_ps(to + i, SQUARE ? _mm256_mul_ps(x, x) : x);
+  }
+#endif
+  for (; i < n; ++i) {
+    const float x = (float)(Byte)codes[i] * scale;
+    to[i] = SQUARE ? x * x : x;
+  }
+}
+
 static void decode(const lb_format &f, const uint8_t *codes, int n, float scale, const void *extra, float *to) {
-  if (f.kind == LB_KIND_INTEGER && f.is_signed) {
-    if (f.bits == 8) {
-      LB_IVDEP for (int i = 0; i < n; ++i) to[i] = (float)(int8_t)codes[i] * scale;
-    } else {
-      const int sign = 1 << (f.bits - 1);
-      LB_IVDEP for (int i = 0; i < n; ++i) to[i] = (float)((codes[i] ^ sign) - sign) * scale;
-    }
+  if (f.kind == LB_KIND_INTEGER && !f.is_signed) {
+    (f.square ? decode_bytes<uint8_t, true> : decode_bytes<uint8_t, false>)(codes, n, scale, to);
+  } else if (f.kind == LB_KIND_INTEGER && f.bits == 8) {
+    decode_bytes<int8_t, false>(codes, n, scale, to);
   } else if (f.kind == LB_KIND_INTEGER) {
-    LB_IVDEP for (int i = 0; i < n; ++i) to[i] = (float)codes[i] * scale;
+    const int sign = 1 << (f.bits - 1);
+    LB_IVDEP for (int i = 0; i < n; ++i) to[i] = (float)((codes[i] ^ sign) - sign) * scale;
   } else if (f.kind == LB_KIND_CODEBOOK) {
     decode_codebook(f, codes, n, scale, to);
   } else if (f.kind == LB_KIND_AFFINE) {
@@ -180,17 +196,15 @@ static void decode(const lb_format &f, const uint8_t *codes, int n, float scale,
     log_levels(*(const float *)extra, 1 << f.bits, levels);
     for (int i = 0; i < n; ++i) to[i] = levels[codes[i]] * scale;
   }
-  if (f.square) {
-    LB_IVDEP for (int i = 0; i < n; ++i) to[i] = to[i] * to[i];
-  }
 }
 
 // ---- encoding: values of one block (roots for a square format) to codes, one per byte
 
 struct Block {
-  float scale, inverse;
-  float zero;        // affine
-  float base;        // log
+  float inverse;   // of the scale
+  float extra;     // zero point of affine formats, base of log ones
+  bool live;       // a value above 0 must not become 0
+  bool bounded;    // all values are finite, and none is beyond the top: what a step stores
 };
 
 static uint32_t select_bits(uint32_t *x, int n, int rank) {  // the rank-th smallest: quickselect
@@ -248,23 +262,25 @@ static float log_base(const lb_format &f, const float *x, int64_t n, float scale
   return (float)fixed_root(ratio, (1 << f.bits) - 1);
 }
 
-// The scale of a block from its largest magnitude; affine formats need the range instead.
-static Block scaled(const lb_format &f, float absmax) {
-  Block b = {};
-  b.scale = derive_scale(f, absmax);
-  b.inverse = inverse(b.scale);
-  return b;
+// Scales and their reciprocals from the largest magnitudes of n blocks. Runs over multiples of 16.
+static void scales(const lb_format &f, const float *absmax, int n, float *scale, float *inverses) {
+  const lb_format &copy = f;
+  n = (n + 15) / 16 * 16;
+  LB_IVDEP for (int i = 0; i < n; ++i) {
+    scale[i] = derive_scale(copy, absmax[i]);
+    inverses[i] = inverse(scale[i]);
+  }
 }
 
-static Block scaled_affine(const lb_format &f, float low, float high) {  // low <= 0 <= high
-  Block b = {};
+// The scale of an affine block from its range, low <= 0 <= high; and where 0 lies.
+static float affine_scale(const lb_format &f, float low, float high, float *zero) {
   const float span = high - low, limit = (float)f.limit;
   const bool finite = finite_bits(magnitude_bits(low)) && finite_bits(magnitude_bits(high));
-  b.scale = finite && !finite_bits(magnitude_bits(span)) ? high / limit - low / limit : derive_scale(f, span);
-  b.inverse = inverse(b.scale);
-  const float zero = rint(-low * b.inverse);
-  b.zero = !(zero > 0.0f) ? 0.0f : zero > limit ? limit : zero;
-  return b;
+  const bool overflow = finite && !finite_bits(magnitude_bits(span));
+  const float scale = overflow ? high / limit - low / limit : derive_scale(f, span);
+  const float nearest = rint(-low * inverse(scale));
+  *zero = !(nearest > 0.0f) ? 0.0f : nearest > limit ? limit : nearest;
+  return scale;
 }
 
 static void range(const float *x, int n, float *low, float *high) {  // a NaN stays
@@ -274,8 +290,42 @@ static void range(const float *x, int n, float *low, float *high) {  // a NaN st
   }
 }
 
+#ifdef LB_AVX2
+// Down a search tree of 15 thresholds, 32 values at a time; a comparison is -1 where it holds. How many were done.
+template <bool PLAIN>
+static int search(const lb_format &f, const float *x, int n, float inverse, uint32_t keep, uint8_t *to) {
+  // The lookups take the low 3 bits of minus the rung: the tables are turned round.
+  const __m256 first = _mm256_set1_ps(f.tree[0]), second = _mm256_loadu_ps(f.tree + 8),
+               third = _mm256_loadu_ps(f.tree + 16), fourth = _mm256_loadu_ps(f.tree + 24);
+  const __m256 by = _mm256_set1_ps(inverse), mask = _mm256_castsi256_ps(_mm256_set1_epi32((int)keep));
+  int i = 0;
+  for (; i + 32 <= n; i += 32) {
+    __m256i found[4];
+    for (int k = 0; k < 4; ++k) {
+      __m256 u = _mm256_mul_ps(_mm256_loadu_ps(x + i + 8 * k), by);
+      if (!PLAIN) {  // NaN, of a block that is not finite, counts as 0
+        u = _mm256_and_ps(u, _mm256_cmp_ps(u, u, _CMP_ORD_Q));
+        u = _mm256_and_ps(u, mask);
+      }
+      __m256i r = _mm256_castps_si256(_mm256_cmp_ps(first, u, _CMP_LT_OQ));  // minus the rung, as far as it is known
+      const __m256 tables[3] = {second, third, fourth};
+      for (const __m256 &table : tables) {
+        const __m256 t = _mm256_permutevar8x32_ps(table, r);
+        r = _mm256_add_epi32(_mm256_add_epi32(r, r), _mm256_castps_si256(_mm256_cmp_ps(t, u, _CMP_LT_OQ)));
+      }
+      found[k] = r;
+    }
+    __m256i codes = _mm256_packs_epi16(_mm256_packs_epi32(found[0], found[1]), _mm256_packs_epi32(found[2], found[3]));
+    codes = _mm256_permutevar8x32_epi32(codes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+    _mm256_storeu_si256((__m256i *)(to + i), _mm256_abs_epi8(codes));
+  }
+  return i;
+}
+#endif
+
 // The rung of each value in units of the scale: how many thresholds are below it.
-static void rungs(const lb_format &f, const float *x, int n, float inverse, uint8_t *to) {
+static void rungs(const lb_format &f, const float *x, int n, float inverse, [[maybe_unused]] bool bounded,
+                  uint8_t *to) {
   const uint32_t keep = f.sign_magnitude ? 0x7FFFFFFFu : 0xFFFFFFFFu;
   if (f.rungs > 16) {
     // Copies, because a store to a byte may change anything in memory, as far as the compiler knows.
@@ -294,30 +344,8 @@ static void rungs(const lb_format &f, const float *x, int n, float inverse, uint
   }
   int i = 0;
 #ifdef LB_AVX2
-  const __m256 first = _mm256_set1_ps(f.tree[0]), second = _mm256_loadu_ps(f.tree + 8),
-               third = _mm256_loadu_ps(f.tree + 16), fourth = _mm256_loadu_ps(f.tree + 24);
-  const __m256 by = _mm256_set1_ps(inverse), mask = _mm256_castsi256_ps(_mm256_set1_epi32((int)keep));
-  for (; i + 32 <= n; i += 32) {
-    __m256i found[4];
-    for (int k = 0; k < 4; ++k) {
-      __m256 u = _mm256_mul_ps(_mm256_loadu_ps(x + i + 8 * k), by);
-      u = _mm256_and_ps(u, _mm256_cmp_ps(u, u, _CMP_ORD_Q));  // NaN, of a block that is not finite, counts as 0
-      u = _mm256_and_ps(u, mask);
-      // Down a search tree of 15 thresholds: a comparison is -1 where it holds.
-      __m256i r = _mm256_castps_si256(_mm256_cmp_ps(first, u, _CMP_LT_OQ));
-      r = _mm256_sub_epi32(_mm256_setzero_si256(), r);
-      const __m256 tables[3] = {second, third, fourth};
-      for (const __m256 &table : tables) {
-        const __m256 t = _mm256_permutevar8x32_ps(table, r);
-        r = _mm256_sub_epi32(_mm256_add_epi32(r, r), _mm256_castps_si256(_mm256_cmp_ps(t, u, _CMP_LT_OQ)));
-      }
-      found[k] = r;
-    }
-    const __m256i pairs = _mm256_packus_epi16(_mm256_packs_epi32(found[0], found[1]),
-                                              _mm256_packs_epi32(found[2], found[3]));
-    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-    _mm256_storeu_si256((__m256i *)(to + i), _mm256_permutevar8x32_epi32(pairs, order));
-  }
+  if (bounded && !f.sign_magnitude) i = search<true>(f, x, n, inverse, keep, to);
+  else i = search<false>(f, x, n, inverse, keep, to);
 #endif
   LB_IVDEP for (; i < n; ++i) {
     const float u = float_of(bits_of(in_units(x[i], inverse)) & keep);
@@ -327,9 +355,10 @@ static void rungs(const lb_format &f, const float *x, int n, float inverse, uint
   }
 }
 
-static void encode_codebook(const lb_format &f, const float *x, int n, float inverse, const uint16_t *draws,
+static void encode_codebook(const lb_format &f, const float *x, int n, const Block &b, const uint16_t *draws,
                             uint8_t *to) {
-  rungs(f, x, n, inverse, to);
+  const float inverse = b.inverse;
+  rungs(f, x, n, inverse, b.bounded, to);
   if (draws) {  // from the nearest rung to the one at or below, and up again by chance
     const uint32_t keep = f.sign_magnitude ? 0x7FFFFFFFu : 0xFFFFFFFFu;
     const int last = f.rungs - 2;
@@ -352,42 +381,59 @@ static void encode_codebook(const lb_format &f, const float *x, int n, float inv
   }
 }
 
-static void encode_integer(const lb_format &f, const float *x, int n, float inverse, const uint16_t *draws,
-                           uint8_t *to) {
-  const float limit = (float)f.limit, least = f.is_signed ? -limit : 0.0f;
-  const int32_t mask = (1 << f.bits) - 1;
-  if (!draws) {
-    LB_IVDEP for (int i = 0; i < n; ++i) {
-      const float u = x[i] * inverse;
-      float held = u > least ? u : least;  // NaN, of a block that is not finite ...
+template <bool BOUNDED, bool LIVE>
+static void nearest_integer(const float *x, int n, float inverse, float least, float limit, int mask, uint8_t *to) {
+  LB_IVDEP for (int i = 0; i < n; ++i) {
+    float u = x[i] * inverse;
+    if (!BOUNDED) {
+      float held = u > least ? u : least;
       held = held < limit ? held : limit;
-      held = u == u ? held : 0.0f;  // ... counts as 0
-      to[i] = (uint8_t)((int32_t)bits_of(shifted(held)) & mask);
+      u = u == u ? held : 0.0f;  // NaN, of a block that is not finite
     }
+    if (LIVE) {  // code 1 is the smallest positive one
+      const float one = x[i] > 0.0f ? 1.0f : least;
+      u = u > one ? u : one;
+    }
+    to[i] = (uint8_t)((int32_t)bits_of(shifted(u)) & mask);
+  }
+}
+
+static void encode_integer(const lb_format &f, const float *x, int n, const Block &b, const uint16_t *draws,
+                           uint8_t *to) {
+  const float limit = (float)f.limit, least = f.is_signed ? -limit : 0.0f, inverse = b.inverse;
+  const int32_t mask = (1 << f.bits) - 1;
+  const bool live = b.live || !f.is_signed;
+  if (!draws) {
+    (b.bounded ? live ? nearest_integer<true, true> : nearest_integer<true, false>
+     : live    ? nearest_integer<false, true>
+               : nearest_integer<false, false>)(x, n, inverse, least, limit, mask, to);
     return;
   }
   // Unbiased in the value: between low**2 and (low + 1)**2 for a square format.
   const bool square = f.square;
+  const float one = live ? 1.0f : least;
   LB_IVDEP for (int i = 0; i < n; ++i) {
     const float u = in_units(x[i], inverse);
     float held = u > least ? u : least;
     held = held < limit ? held : limit;
     const float low = floor(held), share = 1.0f - uniform(draws[i]);
     const float above = square ? held * held - low * low : held - low, gap = square ? 2.0f * low + 1.0f : 1.0f;
-    to[i] = (uint8_t)((int32_t)(low + (above >= share * gap ? 1.0f : 0.0f)) & mask);
+    const float code = low + (above >= share * gap ? 1.0f : 0.0f);
+    const float raised = x[i] > 0.0f && code < one ? one : code;
+    to[i] = (uint8_t)((int32_t)raised & mask);
   }
 }
 
-static void encode_affine(const lb_format &f, const float *x, int n, const Block &b, const uint16_t *draws, bool live,
+static void encode_affine(const lb_format &f, const float *x, int n, const Block &b, const uint16_t *draws,
                           uint8_t *to) {
-  const float limit = (float)f.limit;
+  const float limit = (float)f.limit, zero = b.extra;
   for (int i = 0; i < n; ++i) {
     const float u = in_units(x[i], b.inverse), low = floor(u);
     const float rounded = draws ? low + (u - low >= 1.0f - uniform(draws[i]) ? 1.0f : 0.0f) : rint(u);
-    float code = rounded + b.zero;
+    float code = rounded + zero;
     code = code > 0.0f ? code : 0.0f;
     code = code < limit ? code : limit;
-    code = live && x[i] > 0.0f && code < b.zero + 1.0f ? b.zero + 1.0f : code;
+    code = b.live && x[i] > 0.0f && code < zero + 1.0f ? zero + 1.0f : code;
     to[i] = (uint8_t)(int32_t)code;
   }
 }
@@ -395,7 +441,7 @@ static void encode_affine(const lb_format &f, const float *x, int n, const Block
 static void encode_log(const lb_format &f, const float *x, int n, const Block &b, const uint16_t *draws, uint8_t *to) {
   const int count = 1 << f.bits;
   float levels[16];
-  log_levels(b.base, count, levels);
+  log_levels(b.extra, count, levels);
   for (int i = 0; i < n; ++i) {
     const float u = x[i] * b.inverse, share = draws ? 1.0f - uniform(draws[i]) : 0.0f;
     int code = 0;
@@ -416,27 +462,22 @@ static void keep_alive(const lb_format &f, const float *x, int n, uint8_t *to) {
       const uint8_t raised = to[i] > least ? to[i] : least;
       to[i] = x[i] > 0.0f ? raised : to[i];
     }
-  } else if (f.kind == LB_KIND_INTEGER) {
-    const int sign = 1 << (f.bits - 1);
-    for (int i = 0; i < n; ++i) to[i] = x[i] > 0.0f && (to[i] ^ sign) - sign <= 0 ? least : to[i];
   } else {
     for (int i = 0; i < n; ++i) to[i] = x[i] > 0.0f && f.values[to[i]] <= 0.0f ? least : to[i];
   }
 }
 
-static void encode(const lb_format &f, const float *x, int n, const Block &b, const uint16_t *draws, bool live,
-                   uint8_t *to) {
-  if (f.kind == LB_KIND_LOG) {
+static void encode(const lb_format &f, const float *x, int n, const Block &b, const uint16_t *draws, uint8_t *to) {
+  if (f.kind == LB_KIND_INTEGER) {
+    encode_integer(f, x, n, b, draws, to);
+  } else if (f.kind == LB_KIND_LOG) {
     encode_log(f, x, n, b, draws, to);
-    return;
+  } else if (f.kind == LB_KIND_AFFINE) {
+    encode_affine(f, x, n, b, draws, to);
+  } else {
+    encode_codebook(f, x, n, b, draws, to);
+    if (b.live || !f.is_signed) keep_alive(f, x, n, to);
   }
-  if (f.kind == LB_KIND_AFFINE) {
-    encode_affine(f, x, n, b, draws, live, to);
-    return;
-  }
-  if (f.kind == LB_KIND_INTEGER) encode_integer(f, x, n, b.inverse, draws, to);
-  else encode_codebook(f, x, n, b.inverse, draws, to);
-  if (live || !f.is_signed) keep_alive(f, x, n, to);
 }
 
 // ---- reduction trees

@@ -26,27 +26,31 @@ static void adamw_adamw_run(const lb_frame *frame) {
   const adamw_adamw::S s = {frame->s[frame->si[0]], frame->s[frame->si[1]]};
   const adamw_adamw::C c = {frame->c[frame->ci[0]], frame->c[frame->ci[1]], frame->c[frame->ci[2]], frame->c[frame->ci[3]]};
   const int64_t end = frame->n & ~INT64_C(15);
-  int32_t peaks[4] = {};
-  LB_IVDEP
-  for (int64_t at = 0; at < end; ++at) {
-    float p = frame->in[0][at];
-    const float g = frame->in[1][at];
-    float m = frame->in[2][at];
-    float v = frame->in[3][at];
-    peaks[3] = lb::peak_of(peaks[3], g);
-    adamw_adamw::apply(p, g, m, v, s, c);
-    frame->out[0][at] = p;
-    peaks[0] = lb::peak_of(peaks[0], p);
-    frame->out[1][at] = m;
-    peaks[1] = lb::peak_of(peaks[1], m);
-    if (ROOTS & 4) v = lb::sqrt(v);
-    frame->out[2][at] = v;
-    peaks[2] = lb::peak_of(peaks[2], v);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[4] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      float p = frame->in[0][at];
+      const float g = frame->in[1][at];
+      float m = frame->in[2][at];
+      float v = frame->in[3][at];
+      peaks[3] = lb::peak_of(peaks[3], g);
+      adamw_adamw::apply(p, g, m, v, s, c);
+      frame->out[0][at] = p;
+      peaks[0] = lb::peak_of(peaks[0], p);
+      frame->out[1][at] = m;
+      peaks[1] = lb::peak_of(peaks[1], m);
+      if (ROOTS & 4) v = lb::sqrt(v);
+      frame->out[2][at] = v;
+      peaks[2] = lb::peak_of(peaks[2], v);
+    }
+    *found++ = (uint32_t)peaks[0];
+    *found++ = (uint32_t)peaks[1];
+    *found++ = (uint32_t)peaks[2];
+    *found++ = (uint32_t)peaks[3];
   }
-  frame->peaks[0] = (uint32_t)peaks[0];
-  frame->peaks[1] = (uint32_t)peaks[1];
-  frame->peaks[2] = (uint32_t)peaks[2];
-  frame->peaks[3] = (uint32_t)peaks[3];
 }
 LB_KERNEL(adamw_adamw)(const lb_frame *frame) {
   switch (frame->roots) {
@@ -60,32 +64,36 @@ static void adamw_amsgrad_run(const lb_frame *frame) {
   const adamw_amsgrad::S s = {frame->s[frame->si[0]], frame->s[frame->si[1]]};
   const adamw_amsgrad::C c = {frame->c[frame->ci[0]], frame->c[frame->ci[1]], frame->c[frame->ci[2]], frame->c[frame->ci[3]]};
   const int64_t end = frame->n & ~INT64_C(15);
-  int32_t peaks[5] = {};
-  LB_IVDEP
-  for (int64_t at = 0; at < end; ++at) {
-    float p = frame->in[0][at];
-    const float g = frame->in[1][at];
-    float m = frame->in[2][at];
-    float v = frame->in[3][at];
-    float h = frame->in[4][at];
-    peaks[4] = lb::peak_of(peaks[4], g);
-    adamw_amsgrad::apply(p, g, m, v, h, s, c);
-    frame->out[0][at] = p;
-    peaks[0] = lb::peak_of(peaks[0], p);
-    frame->out[1][at] = m;
-    peaks[1] = lb::peak_of(peaks[1], m);
-    if (ROOTS & 4) v = lb::sqrt(v);
-    frame->out[2][at] = v;
-    peaks[2] = lb::peak_of(peaks[2], v);
-    if (ROOTS & 8) h = lb::sqrt(h);
-    frame->out[3][at] = h;
-    peaks[3] = lb::peak_of(peaks[3], h);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[5] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      float p = frame->in[0][at];
+      const float g = frame->in[1][at];
+      float m = frame->in[2][at];
+      float v = frame->in[3][at];
+      float h = frame->in[4][at];
+      peaks[4] = lb::peak_of(peaks[4], g);
+      adamw_amsgrad::apply(p, g, m, v, h, s, c);
+      frame->out[0][at] = p;
+      peaks[0] = lb::peak_of(peaks[0], p);
+      frame->out[1][at] = m;
+      peaks[1] = lb::peak_of(peaks[1], m);
+      if (ROOTS & 4) v = lb::sqrt(v);
+      frame->out[2][at] = v;
+      peaks[2] = lb::peak_of(peaks[2], v);
+      if (ROOTS & 8) h = lb::sqrt(h);
+      frame->out[3][at] = h;
+      peaks[3] = lb::peak_of(peaks[3], h);
+    }
+    *found++ = (uint32_t)peaks[0];
+    *found++ = (uint32_t)peaks[1];
+    *found++ = (uint32_t)peaks[2];
+    *found++ = (uint32_t)peaks[3];
+    *found++ = (uint32_t)peaks[4];
   }
-  frame->peaks[0] = (uint32_t)peaks[0];
-  frame->peaks[1] = (uint32_t)peaks[1];
-  frame->peaks[2] = (uint32_t)peaks[2];
-  frame->peaks[3] = (uint32_t)peaks[3];
-  frame->peaks[4] = (uint32_t)peaks[4];
 }
 LB_KERNEL(adamw_amsgrad)(const lb_frame *frame) {
   switch (frame->roots) {
@@ -98,14 +106,18 @@ LB_KERNEL(adamw_amsgrad)(const lb_frame *frame) {
 
 LB_KERNEL(stabilizers_peak)(const lb_frame *frame) {
   const int64_t end = frame->n & ~INT64_C(15);
-  int32_t peaks[1] = {};
-  LB_IVDEP
-  for (int64_t at = 0; at < end; ++at) {
-    const float g = frame->in[0][at];
-    peaks[0] = lb::peak_of(peaks[0], g);
-    frame->out[0][at] = stabilizers_peak::apply(g);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[1] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      const float g = frame->in[0][at];
+      peaks[0] = lb::peak_of(peaks[0], g);
+      frame->out[0][at] = stabilizers_peak::apply(g);
+    }
+    *found++ = (uint32_t)peaks[0];
   }
-  frame->peaks[0] = (uint32_t)peaks[0];
 }
 
 LB_KERNEL(stabilizers_weigh_peak)(const lb_frame *frame) {
@@ -136,30 +148,38 @@ LB_KERNEL(stabilizers_limit)(const lb_frame *frame) {
 LB_KERNEL(stabilizers_clip_spikes)(const lb_frame *frame) {
   const stabilizers_clip_spikes::S s = {frame->s[frame->si[0]], frame->s[frame->si[1]]};
   const int64_t end = frame->n & ~INT64_C(15);
-  int32_t peaks[2] = {};
-  LB_IVDEP
-  for (int64_t at = 0; at < end; ++at) {
-    float g = frame->in[0][at];
-    peaks[1] = lb::peak_of(peaks[1], g);
-    stabilizers_clip_spikes::apply(g, s);
-    frame->out[0][at] = g;
-    peaks[0] = lb::peak_of(peaks[0], g);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[2] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      float g = frame->in[0][at];
+      peaks[1] = lb::peak_of(peaks[1], g);
+      stabilizers_clip_spikes::apply(g, s);
+      frame->out[0][at] = g;
+      peaks[0] = lb::peak_of(peaks[0], g);
+    }
+    *found++ = (uint32_t)peaks[0];
+    *found++ = (uint32_t)peaks[1];
   }
-  frame->peaks[0] = (uint32_t)peaks[0];
-  frame->peaks[1] = (uint32_t)peaks[1];
 }
 
 LB_KERNEL(stabilizers_energy)(const lb_frame *frame) {
   const stabilizers_energy::S s = {frame->s[frame->si[0]]};
   const int64_t end = frame->n & ~INT64_C(15);
-  int32_t peaks[1] = {};
-  LB_IVDEP
-  for (int64_t at = 0; at < end; ++at) {
-    const float g = frame->in[0][at];
-    peaks[0] = lb::peak_of(peaks[0], g);
-    frame->out[0][at] = stabilizers_energy::apply(g, s);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[1] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      const float g = frame->in[0][at];
+      peaks[0] = lb::peak_of(peaks[0], g);
+      frame->out[0][at] = stabilizers_energy::apply(g, s);
+    }
+    *found++ = (uint32_t)peaks[0];
   }
-  frame->peaks[0] = (uint32_t)peaks[0];
 }
 
 LB_KERNEL(stabilizers_weigh_norm)(const lb_frame *frame) {
@@ -191,46 +211,58 @@ LB_KERNEL(stabilizers_gain)(const lb_frame *frame) {
 LB_KERNEL(stabilizers_normalize)(const lb_frame *frame) {
   const stabilizers_normalize::S s = {frame->s[frame->si[0]], frame->s[frame->si[1]]};
   const int64_t end = frame->n & ~INT64_C(15);
-  int32_t peaks[2] = {};
-  LB_IVDEP
-  for (int64_t at = 0; at < end; ++at) {
-    float g = frame->in[0][at];
-    peaks[1] = lb::peak_of(peaks[1], g);
-    stabilizers_normalize::apply(g, s);
-    frame->out[0][at] = g;
-    peaks[0] = lb::peak_of(peaks[0], g);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[2] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      float g = frame->in[0][at];
+      peaks[1] = lb::peak_of(peaks[1], g);
+      stabilizers_normalize::apply(g, s);
+      frame->out[0][at] = g;
+      peaks[0] = lb::peak_of(peaks[0], g);
+    }
+    *found++ = (uint32_t)peaks[0];
+    *found++ = (uint32_t)peaks[1];
   }
-  frame->peaks[0] = (uint32_t)peaks[0];
-  frame->peaks[1] = (uint32_t)peaks[1];
 }
 
 LB_KERNEL(stabilizers_clip_to_moment)(const lb_frame *frame) {
   const stabilizers_clip_to_moment::C c = {frame->c[frame->ci[0]]};
   const int64_t end = frame->n & ~INT64_C(15);
-  int32_t peaks[2] = {};
-  LB_IVDEP
-  for (int64_t at = 0; at < end; ++at) {
-    float g = frame->in[0][at];
-    const float v = frame->in[1][at];
-    peaks[1] = lb::peak_of(peaks[1], g);
-    stabilizers_clip_to_moment::apply(g, v, c);
-    frame->out[0][at] = g;
-    peaks[0] = lb::peak_of(peaks[0], g);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[2] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      float g = frame->in[0][at];
+      const float v = frame->in[1][at];
+      peaks[1] = lb::peak_of(peaks[1], g);
+      stabilizers_clip_to_moment::apply(g, v, c);
+      frame->out[0][at] = g;
+      peaks[0] = lb::peak_of(peaks[0], g);
+    }
+    *found++ = (uint32_t)peaks[0];
+    *found++ = (uint32_t)peaks[1];
   }
-  frame->peaks[0] = (uint32_t)peaks[0];
-  frame->peaks[1] = (uint32_t)peaks[1];
 }
 
 LB_KERNEL(stabilizers_energy_of_all)(const lb_frame *frame) {
   const int64_t end = frame->n & ~INT64_C(15);
-  int32_t peaks[1] = {};
-  LB_IVDEP
-  for (int64_t at = 0; at < end; ++at) {
-    const float g = frame->in[0][at];
-    peaks[0] = lb::peak_of(peaks[0], g);
-    frame->out[0][at] = stabilizers_energy_of_all::apply(g);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[1] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      const float g = frame->in[0][at];
+      peaks[0] = lb::peak_of(peaks[0], g);
+      frame->out[0][at] = stabilizers_energy_of_all::apply(g);
+    }
+    *found++ = (uint32_t)peaks[0];
   }
-  frame->peaks[0] = (uint32_t)peaks[0];
 }
 
 LB_KERNEL(stabilizers_share)(const lb_frame *frame) {
@@ -244,17 +276,21 @@ LB_KERNEL(stabilizers_share)(const lb_frame *frame) {
 LB_KERNEL(stabilizers_scale_all)(const lb_frame *frame) {
   const stabilizers_scale_all::S s = {frame->s[frame->si[0]]};
   const int64_t end = frame->n & ~INT64_C(15);
-  int32_t peaks[2] = {};
-  LB_IVDEP
-  for (int64_t at = 0; at < end; ++at) {
-    float g = frame->in[0][at];
-    peaks[1] = lb::peak_of(peaks[1], g);
-    stabilizers_scale_all::apply(g, s);
-    frame->out[0][at] = g;
-    peaks[0] = lb::peak_of(peaks[0], g);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[2] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      float g = frame->in[0][at];
+      peaks[1] = lb::peak_of(peaks[1], g);
+      stabilizers_scale_all::apply(g, s);
+      frame->out[0][at] = g;
+      peaks[0] = lb::peak_of(peaks[0], g);
+    }
+    *found++ = (uint32_t)peaks[0];
+    *found++ = (uint32_t)peaks[1];
   }
-  frame->peaks[0] = (uint32_t)peaks[0];
-  frame->peaks[1] = (uint32_t)peaks[1];
 }
 
 LB_KERNEL(stable_spam_closed_form)(const lb_frame *frame) {

@@ -51,7 +51,7 @@ static void get_bits(const uint8_t *row, int bits, int64_t start, int n, uint8_t
 }
 
 // The scale and what else a block needs. A block may be longer than a span: it is read once for this, once to encode.
-static bool measure_block(const lb_matrix &m, int64_t row, int64_t col, int64_t n, Desk &desk, Block *b) {
+static bool measure_block(const lb_matrix &m, int64_t row, int64_t col, int64_t n, Desk &desk, Block *b, float *scale) {
   const lb_format &f = *m.packed.format;
   uint32_t most = 0;
   float low = 0.0f, high = 0.0f;
@@ -78,8 +78,11 @@ static bool measure_block(const lb_matrix &m, int64_t row, int64_t col, int64_t 
     }
     if (all) memcpy(all + i, x, 4 * part);
   }
-  *b = f.kind == LB_KIND_AFFINE ? scaled_affine(f, low, high) : scaled(f, float_of(most));
-  if (all) b->base = log_base(f, all, n, b->scale, work);
+  *scale = f.kind == LB_KIND_AFFINE ? affine_scale(f, low, high, &b->extra) : derive_scale(f, float_of(most));
+  b->inverse = inverse(*scale);
+  b->live = m.packed.live;
+  b->bounded = *scale == *scale;
+  if (all) b->extra = log_base(f, all, n, *scale, work);
   free(work);
   return true;
 }
@@ -96,9 +99,10 @@ static bool encode_piece(const lb_matrix &m, const Piece &p, float *fake, Desk &
   for (int64_t col = p.first; col < p.last; col += block) {
     const int64_t n = p.last - col < block ? p.last - col : block;
     Block b = {};
-    if (!whole && !measure_block(m, p.row, col, n, desk, &b)) return false;
+    float scale = 0.0f;
+    if (!whole && !measure_block(m, p.row, col, n, desk, &b, &scale)) return false;
     const int64_t number = p.row * o.scales + col / block;
-    uint8_t zero = (uint8_t)(int32_t)b.zero;
+    const uint8_t zero = (uint8_t)(int32_t)b.extra;
     for (int64_t i = 0; i < n; i += SPAN) {
       const int part = (int)(n - i < SPAN ? n - i : SPAN);
       const int64_t at = p.row * m.cols + col + i;
@@ -125,19 +129,19 @@ static bool encode_piece(const lb_matrix &m, const Piece &p, float *fake, Desk &
       }
       const bool direct = !fake && f.bits == 8;
       uint8_t *codes = direct ? codes_row + col + i : desk.codes;
-      encode(f, x, part, b, draws, o.live, codes);
+      encode(f, x, part, b, draws, codes);
       if (fake) {
-        const void *extra = f.kind == LB_KIND_AFFINE ? (const void *)&zero : (const void *)&b.base;
-        decode(f, codes, part, b.scale, extra, fake + at);
+        const void *extra = f.kind == LB_KIND_AFFINE ? (const void *)&zero : (const void *)&b.extra;
+        decode(f, codes, part, scale, extra, fake + at);
       } else if (!direct) {
         if (bytewise) pack(codes, f.bits, part, codes_row + (col + i) * f.bits / 8);
         else put_bits(codes, f.bits, part, codes_row, col + i);
       }
     }
     if (fake || whole) continue;
-    o.scale[number] = b.scale;
+    o.scale[number] = scale;
     if (f.kind == LB_KIND_AFFINE) ((uint8_t *)o.extra)[number] = zero;
-    if (f.kind == LB_KIND_LOG) ((float *)o.extra)[number] = b.base;
+    if (f.kind == LB_KIND_LOG) ((float *)o.extra)[number] = b.extra;
   }
   return true;
 }

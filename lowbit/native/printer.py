@@ -446,10 +446,14 @@ def _loop(stage: Stage, reads: tuple[str, ...], others: list[str], call: str, ro
     for k, name in enumerate(stage.writes):
         loop += [f"if (ROOTS & {1 << k}) {name} = lb::sqrt({name});"] * (roots >> k & 1)
         loop += [f"frame->out[{k}][at] = {name};", *peak[:count][k : k + 1]]
-    lines = [f"const int64_t end = frame->n{' & ~INT64_C(15)' * (not fold)};"]
-    lines += [f"int32_t peaks[{len(peaks)}] = {{}};"] * bool(peaks)
-    lines += ["LB_IVDEP", "for (int64_t at = 0; at < end; ++at) {", *_in(loop), "}"]
-    return lines + [f"frame->peaks[{k}] = (uint32_t)peaks[{k}];" for k in range(len(peaks))]
+    if fold:
+        return ["LB_IVDEP", "for (int64_t at = 0; at < frame->n; ++at) {", *_in(loop), "}"]
+    piece = ["const int64_t stop = start + frame->piece < end ? start + frame->piece : end;"]
+    piece += [f"int32_t peaks[{len(peaks)}] = {{}};"] * bool(peaks)
+    piece += ["LB_IVDEP", "for (int64_t at = start; at < stop; ++at) {", *_in(loop), "}"]
+    piece += [f"*found++ = (uint32_t)peaks[{k}];" for k in range(len(peaks))]
+    lines = ["const int64_t end = frame->n & ~INT64_C(15);", *["uint32_t *found = frame->peaks;"] * bool(peaks)]
+    return [*lines, "for (int64_t start = 0; start < end; start += frame->piece) {", *_in(piece), "}"]
 
 
 def _const(f: _Function, room: str) -> str:

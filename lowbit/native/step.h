@@ -23,13 +23,14 @@ constexpr int TILE = 512, CHUNK = 16;  // rows of a tile of columns, spans of a 
 struct Cut {
   int64_t stride, per_row;  // elements of a row with its padding; blocks of a row
   int64_t across, spans;    // spans of a row (0: spans do not mind rows); spans of the tensor
-  int width;                // of a block
+  int width, shift;         // of a block; its logarithm
 };
 
 static Cut cut(const lb_job &job) {
   Cut c = {};
   c.width = LB_BLOCK;
   while (c.width / 2 >= job.cols && c.width > 1) c.width /= 2;
+  while (1 << c.shift < c.width) ++c.shift;
   c.per_row = (job.cols + c.width - 1) / c.width;
   c.stride = c.per_row * c.width;
   bool dense = job.cols % c.width == 0;
@@ -114,7 +115,7 @@ struct Room {
   alignas(64) uint16_t parameter[SPAN];
   alignas(64) uint8_t codes[SPAN];
   Draws draws;
-  Block block[LB_MOMENTS][SPAN];
+  alignas(64) float scale[LB_MOMENTS][SPAN], inverse[LB_MOMENTS][SPAN], base[LB_MOMENTS][SPAN];
   float companion[SPAN];
   uint32_t peaks[LB_ARRAYS][PIECES];  // of what updates wrote to each slot, per piece
   uint32_t gradient[PIECES];          // of the gradient as it came
@@ -247,39 +248,40 @@ static void load(const Run &run, const Span &s, int wanted, Room &room) {
 // Run an update or measurement over a span; in pieces (0: in one) that share a scale, so that the peaks are theirs.
 static void run_stage(const Run &run, const lb_stage &stage, const Span &s, int piece, uint32_t roots, Room &room) {
   lb_frame f;
-  uint32_t peaks[LB_ARRAYS + 1];
+  uint32_t peaks[PIECES * (LB_ARRAYS + 1)];
   f.s = (float *)run.scalars;
   f.si = stage.s;
   f.c = run.job->constants;
   f.ci = stage.c;
   f.x = nullptr;
+  f.n = (s.n + 15) / 16 * 16;
+  f.piece = piece ? piece : SPAN;
   f.roots = roots;
   f.peaks = peaks;
-  const bool gauged = &stage - run.job->program->stages == run.gauge;
-  const int all = (s.n + 15) / 16 * 16, each = piece ? piece : SPAN;
+  const bool measure = stage.kind == LB_MEASURE;
   for (int k = 0; k < stage.reads; ++k) f.in[k] = room.at[stage.read[k]];
-  if (stage.kind == LB_MEASURE) f.out[0] = room.value;
-  else
-    for (int k = 0; k < stage.writes; ++k) f.out[k] = room.array[stage.write[k]];
-  for (int start = 0, number = 0; start < all; start += each, ++number) {
-    f.n = all - start < each ? all - start : each;
-    stage.kernel(&f);
-    for (int k = 0; k < stage.reads; ++k) f.in[k] += each;
-    for (int k = 0; k < stage.writes; ++k) f.out[k] += each;
-    if (!piece) continue;
-    for (int k = 0; k < stage.writes; ++k) room.peaks[stage.write[k]][number] = peaks[k];
-    if (gauged) room.gradient[number] = peaks[stage.writes];
-  }
-  if (stage.kind == LB_MEASURE) {
+  for (int k = 0; k < stage.writes; ++k) f.out[k] = room.array[stage.write[k]];
+  if (measure) f.out[0] = room.value;
+  stage.kernel(&f);
+  if (measure) {
     clear_tail(room.value, s.n);
     return;
   }
   for (int k = 0; k < stage.writes; ++k) {
+    room.at[stage.write[k]] = room.array[stage.write[k]];
+    clear_tail(room.array[stage.write[k]], s.n);  // what a stage makes of the zeros beyond a row's end is no value
+  }
+  if (!piece) return;
+  const bool gauged = &stage - run.job->program->stages == run.gauge;
+  const int each = stage.writes + stage.reads_g, last = (s.n - 1) / piece;
+  for (int number = 0; number <= last; ++number) {
+    for (int k = 0; k < stage.writes; ++k) room.peaks[stage.write[k]][number] = peaks[number * each + k];
+    if (gauged) room.gradient[number] = peaks[number * each + stage.writes];
+  }
+  if (s.n % 16 == 0) return;
+  for (int k = 0; k < stage.writes; ++k) {  // the last piece's, once more, without what was there
     const int slot = stage.write[k];
-    room.at[slot] = room.array[slot];
-    if (s.n % 16 == 0) continue;
-    clear_tail(room.array[slot], s.n);  // what a stage makes of the zeros beyond the end of a row is no value
-    if (piece) room.peaks[slot][(s.n - 1) / piece] = peak(room.array[slot] + (s.n - 1) / piece * piece, (s.n - 1) % piece + 1);
+    room.peaks[slot][last] = peak(room.array[slot] + last * piece, s.n - last * piece);
   }
 }
 
@@ -433,13 +435,20 @@ static bool prepare_moment(const Run &run, const Span &s, int k, int piece, bool
     return fine;
   }
   const int each = sub_block(f, run.cut);
-  for (int i = 0, number = 0; i < s.n; i += each, ++number) {
-    const int n = s.n - i < each ? s.n - i : each;
-    Block &b = room.block[k][number];
-    b = scaled(f, float_of(peak_of(room.peaks[2 + k], piece, x, i, n)));
-    if (f.kind == LB_KIND_LOG) b.base = log_base(f, x + i, n, b.scale, room.work);
-    const bool ok = finite_bits(magnitude_bits(b.scale));
-    good[i / width] &= ok;
+  float *absmax = room.base[k], *scale = room.scale[k];
+  int count = 0;
+  for (int i = 0; i < s.n; i += each, ++count) {
+    absmax[count] = float_of(peak_of(room.peaks[2 + k], piece, x, i, s.n - i < each ? s.n - i : each));
+  }
+  for (int rest = count; rest % 16; ++rest) absmax[rest] = 1.0f;  // not what lies there: subnormals divide slowly
+  scales(f, absmax, count, scale, room.inverse[k]);
+  for (int number = 0; number < count; ++number) {
+    const int i = number * each;
+    if (f.kind == LB_KIND_LOG) {
+      room.base[k][number] = log_base(f, x + i, s.n - i < each ? s.n - i : each, scale[number], room.work);
+    }
+    const bool ok = finite_bits(magnitude_bits(scale[number]));
+    good[i >> run.cut.shift] &= ok;
     fine &= ok;
   }
   return fine;
@@ -472,11 +481,12 @@ static void store_moment(const Run &run, const Span &s, int k, const bool *good,
   int64_t scale = s.row * o.scales + s.col / f.block;
   for (int i = 0, number = 0; i < s.n; i += each, ++number, ++scale) {
     const int n = s.n - i < each ? s.n - i : each;
-    const Block &b = room.block[k][number];
-    encode(f, x + i, n, b, draws ? draws + i : nullptr, o.live, codes + i);
-    if (!good[i / width]) continue;
-    o.scale[scale] = b.scale;
-    if (f.kind == LB_KIND_LOG) ((float *)o.extra)[scale] = b.base;
+    const bool bounded = run.job->program->guarded && all;
+    const Block b = {room.inverse[k][number], room.base[k][number], o.live != 0, bounded};
+    encode(f, x + i, n, b, draws ? draws + i : nullptr, codes + i);
+    if (!good[i >> run.cut.shift]) continue;
+    o.scale[scale] = room.scale[k][number];
+    if (f.kind == LB_KIND_LOG) ((float *)o.extra)[scale] = b.extra;
   }
   if (direct) return;
   if (all) {
@@ -493,7 +503,7 @@ static void store_moment(const Run &run, const Span &s, int k, const bool *good,
 static bool prepare_parameter(const Run &run, const Span &s, int piece, bool *good, Room &room) {
   const lb_job &job = *run.job;
   const float *p = room.at[0];
-  const int width = run.cut.width, dtype = job.param_dtype;
+  const int dtype = job.param_dtype;
   bool fine;
   if (dtype == LB_FLOAT32) {
     fine = finite_bits(peak_of(room.peaks[0], run.written & 1 ? piece : 0, p, 0, s.n));
@@ -520,7 +530,7 @@ static bool prepare_parameter(const Run &run, const Span &s, int piece, bool *go
       was = dtype == LB_BFLOAT16 ? widen_bf16(raw) : widen_fp16(raw);
     }
     if (!finite_bits(magnitude_bits(now)) && finite_bits(magnitude_bits(was))) {
-      good[i / width] = false;
+      good[i >> run.cut.shift] = false;
       kept = false;
     }
   }

@@ -46,11 +46,11 @@ def _codebook(made: abi.Format, fmt: Format) -> None:
     made.thresholds[:] = (*fmt.thresholds, *[INFINITE] * (256 - len(fmt.thresholds)))
     made.codes[: len(codes)] = codes
     if len(ladder) <= 16:
-        # Step k looks at every (16 >> k)-th threshold, from the (8 >> k)-th on.
+        # Step k looks at every (16 >> k)-th threshold, from the (8 >> k)-th on, by minus the rung found so far.
         for level in range(4):
             step = 16 >> level
-            some = list(made.thresholds[step // 2 - 1 : 15 : step])
-            made.tree[8 * level : 8 * level + len(some)] = some
+            for rung, threshold in enumerate(made.thresholds[step // 2 - 1 : 15 : step]):
+                made.tree[8 * level + -rung % 8] = threshold
     else:
         _cells(made, fmt.thresholds)
 
