@@ -31,6 +31,7 @@ from functools import cached_property
 from operator import attrgetter
 from typing import Any, Literal, overload
 
+import torch
 from torch import Tensor
 
 from .formats import Format
@@ -134,7 +135,7 @@ class Namespace(dict):
         self[name] = value
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Program:
     """The stages of one optimizer, in order, with the moments (by letter) and persistent scalars they use.
 
@@ -209,26 +210,40 @@ def _checked_vectors(program: Program) -> dict[str, Vector]:
 
 @dataclass(eq=False)
 class Job:
-    """One tensor in one step; p and its states are written in place.
+    """One tensor in a step; p and its states are written in place.
 
     `moments` are those that have one number per value, as parts of `rows`; `vectors` the others, contiguous 1-D fp32
     tensors by letter; scalars are 0-d fp32 tensors. Random bits are those of `rounding.key(*stream, operand)`: operand
     0 is p, and those in `moments` are 1, 2 … in order.
+
+    A job lasts: only the gradient, `constants` and `stream` are those of one step. Whoever replaces or moves a tensor
+    makes a new job, so a backend may keep in `prepared` what it made of all else. Jobs of one `kind` are stepped alike.
     """
 
     param: Tensor
-    grad: Tensor
     moments: dict[str, dict[str, Tensor]]
     formats: dict[str, Format]
     scalars: dict[str, Tensor]
-    constants: dict[str, float]
     skipped: Tensor
     rows: int
     cols: int
     program: Program
+    constants: dict[str, float] = field(default_factory=dict)
     master: str = "none"
     companion: Tensor | None = None
     noise: frozenset[str] = frozenset()  # the operands that round stochastically: p, and letters of moments
     stream: tuple[int, int, int] = (0, 0, 0)  # of random bits: seed, step, tensor id
     vectors: dict[str, Tensor] = field(default_factory=dict)
     group_rows: int = 1
+    prepared: Any = None  # a backend's own
+    kind: tuple[Program, torch.device] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.kind = self.program, self.param.device
+
+    @property
+    def grad(self) -> Tensor:
+        """The parameter's gradient."""
+        grad = self.param.grad
+        assert grad is not None
+        return grad

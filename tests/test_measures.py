@@ -295,6 +295,14 @@ def reduced(g: np.ndarray, reduce: str, over: str, group: int) -> np.ndarray:
     return (sums / counts if reduce == "mean" else sums).astype(np.float32)
 
 
+def same(g):
+    return g
+
+
+def vector(x):
+    return x
+
+
 class Record(Constants):
     """Keeps what it measures."""
 
@@ -302,14 +310,14 @@ class Record(Constants):
 
     def plan(self, group):
         over = group["over"]
-        value = measure(group["reduce"], over=over)(lambda g: g)
+        value = measure(group["reduce"], over=over)(same)
 
         def assign(x, s):
             s.kept = x
 
         if over == "tensor":
             return {}, (value, fold(assign))
-        return {"v": Moment("vector", over=over)}, (value, fold("v")(lambda x: x))
+        return {"v": Moment("vector", over=over)}, (value, fold("v")(vector))
 
     def group_rows(self, group, name, shape, role):
         return group["rows"]
@@ -454,10 +462,15 @@ def test_a_vector_of_another_length_is_refused():
 # ---- what fits together
 
 
+@update("g")
+def over_norm(g, n):
+    return g / n
+
+
 class RowClip(Stabilizer):
     """A stabilizer with a vector of its own (`eps` is the optimizer's)."""
 
-    stages = (row_mean, norm, update("g")(lambda g, n: g / n))
+    stages = (row_mean, norm, over_norm)
 
 
 def test_a_stabilizer_may_have_vectors():

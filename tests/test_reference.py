@@ -15,6 +15,11 @@ from lowbit.backends import BACKENDS, choose, reference
 from lowbit.optim import AdaGN, AdamW, GlobalClip, StableSPAM
 
 
+@pytest.fixture(autouse=True)
+def on_the_reference(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("LOWBIT_BACKEND", "reference")
+
+
 def tree(values: list) -> np.number:
     """A halving tree in plain Python: x[i] + x[i + n/2], padded with zeros to a power of two."""
     n = 1 << max(0, len(values) - 1).bit_length()

@@ -134,11 +134,20 @@ def test_what_lies_beyond_the_end_of_a_row_counts_nowhere(shape: tuple[int, int]
     torch.testing.assert_close(p.detach(), torch.full(shape, -1.0))
 
 
+@update("p")
+def down(p, g, c):
+    return p - c.lr * g
+
+
+@update("p")
+def up(p, g, c):
+    return p + c.lr * g
+
+
 class Plain(Rule):
     """No moments and no scalars at all."""
 
-    def plan(self, group):
-        return {}, (update("p")(lambda p, g, c: p - c.lr * g),)
+    stages = (down,)
 
     def constants(self, group, t):
         return {"lr": group["lr"]}
@@ -158,8 +167,7 @@ class TwoPlans(Rule):
     """Groups with the same moments and different stages."""
 
     def plan(self, group):
-        step = update("p")((lambda p, g, c: p + c.lr * g) if group["up"] else (lambda p, g, c: p - c.lr * g))
-        return {}, (step,)
+        return {}, (up if group["up"] else down,)
 
     def constants(self, group, t):
         return {"lr": group["lr"]}

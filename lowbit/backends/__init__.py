@@ -10,7 +10,10 @@ from __future__ import annotations
 import os
 import warnings
 from functools import cache
+from itertools import groupby
+from operator import attrgetter
 from types import ModuleType
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -57,21 +60,21 @@ def _available() -> bool:
     return True
 
 
-def for_job(job: Job) -> ModuleType:
-    """The backend for a tensor's step: rules that cannot be printed as C++ run on the reference."""
-    backend = choose(job.param.device)
-    if backend is native and (reason := native.unsupported(job.program)):
-        _tell(job.program, reason)
+def for_program(program: Program, device: torch.device) -> ModuleType:
+    """The backend for steps of a program: rules that cannot be printed as C++ run on the reference."""
+    backend = choose(device)
+    if backend is native and (reason := native.unsupported(program)):
+        _tell(program, reason)
         return reference
     return backend
 
 
-_told: set[int] = set()
+_told: WeakSet[Program] = WeakSet()
 
 
 def _tell(program: Program, reason: str) -> None:
-    if id(program) not in _told:
-        _told.add(id(program))
+    if program not in _told:
+        _told.add(program)
         warnings.warn(f"a rule runs on the reference backend, 20 to 50 times slower: {reason}", stacklevel=2)
 
 
@@ -85,8 +88,15 @@ def decode(fmt: Format, parts: dict[str, Tensor], cols: int) -> Tensor:
     return choose(parts["codes"].device).decode(fmt, parts, cols)
 
 
-def step(jobs: list[Job]) -> None:
-    """Step every job, each backend once: what is measured over all tensors sees all tensors of its backend."""
-    chosen = [for_job(job) for job in jobs]
-    for backend in dict.fromkeys(chosen):
-        backend.step([job for job, its in zip(jobs, chosen, strict=True) if its is backend])
+def share(jobs: list[Job]) -> list[tuple[ModuleType, list[Job]]]:
+    """Which backend is to step which jobs, those of one kind in a row.
+
+    Each backend once, so what is measured over all tensors sees all of its tensors.
+    """
+    kinds: dict[tuple[Program, torch.device], list[Job]] = {}
+    for kind, alike in groupby(jobs, attrgetter("kind")):
+        kinds.setdefault(kind, []).extend(alike)
+    shares: dict[ModuleType, list[Job]] = {}
+    for kind, alike in kinds.items():
+        shares.setdefault(for_program(*kind), []).extend(alike)
+    return list(shares.items())

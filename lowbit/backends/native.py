@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from ctypes import addressof, byref, c_float, sizeof
+from itertools import groupby
+from operator import attrgetter
 from weakref import WeakKeyDictionary
 
 import torch
@@ -102,25 +104,24 @@ def unsupported(program: Program) -> str:
 
 @torch.no_grad()
 def step(jobs: list[Job]) -> None:
-    """Step every job: parameters, moments, scalars and skip counts are written in place."""
-    programs: dict[Program, list[Job]] = {}
-    for job in jobs:
-        programs.setdefault(job.program, []).append(job)
+    """Step every job, those of a program in a row: parameters, moments, scalars and skip counts, in place."""
     structs: list[bytearray] = []
     kept: list[Tensor] = []  # contiguous copies, for as long as the library works on them
     back: list[tuple[Tensor, Tensor]] = []
-    for program, same in programs.items():
+    for program, alike in groupby(jobs, attrgetter("program")):
         made = _program(program)
         if isinstance(made, str):
             raise ValueError(made)
         packed: dict[int, bytes] = {}  # constants, of which many jobs share one dict
-        for job in same:
+        for job in alike:
             constants = packed.get(id(job.constants))
             if constants is None:
                 constants = packed[id(job.constants)] = made.packed(job.constants)
-            if not isinstance(job.prepared, _Struct) or job.prepared.program is not made:
-                job.prepared = _Struct(job, made)
-            structs.append(job.prepared.refreshed(job, constants, kept, back))
+            struct = job.prepared
+            if struct is None or struct.program is not made:
+                struct = job.prepared = _Struct(job, made)
+            struct.refresh(job, constants, kept, back)
+            structs.append(struct.memory)
     table = (abi.Job * len(jobs)).from_buffer(bytearray().join(structs))
     if load().step(table, len(jobs), torch.get_num_threads()):
         raise MemoryError("the native step found no memory for its measurements; nothing has been changed")
@@ -138,8 +139,11 @@ class _Struct:
     def __init__(self, job: Job, program: _Program):
         self.program = program  # the struct holds its address
         self.memory = bytearray(sizeof(abi.Job))
+        self.constants = memoryview(self.memory)[CONSTANTS]
         self.job = target = abi.Job.from_buffer(self.memory)
+        self.contiguous = job.param.is_contiguous()
         target.program, target.skipped = addressof(program.struct), job.skipped.data_ptr()
+        target.param = job.param.data_ptr()
         target.rows, target.cols, target.group_rows = job.rows, job.cols, job.group_rows
         target.param_dtype, target.stochastic = DTYPES[job.param.dtype], "p" in job.noise
         if job.companion is not None:
@@ -153,20 +157,19 @@ class _Struct:
         for k, name in enumerate(program.scalars):
             target.scalars[k] = job.scalars[name].data_ptr()
 
-    def refreshed(self, job: Job, constants: bytes, kept: list[Tensor], back: list[tuple[Tensor, Tensor]]) -> bytearray:
-        """Its bytes in this step."""
-        param, grad, target = job.param, job.grad, self.job
-        if not param.is_contiguous():
-            copy = param.detach().contiguous()
-            back.append((param, copy))
-            param = copy
+    def refresh(self, job: Job, constants: bytes, kept: list[Tensor], back: list[tuple[Tensor, Tensor]]) -> None:
+        """Fill in what is this step's."""
+        grad, target = job.grad, self.job
+        if not self.contiguous:
+            copy = job.param.detach().contiguous()
+            back.append((job.param, copy))
+            target.param = copy.data_ptr()
         if not grad.is_contiguous() or grad.is_neg():
             grad = grad.detach().resolve_neg().contiguous()
             kept.append(grad)
-        target.param, target.grad, target.grad_dtype = param.data_ptr(), grad.data_ptr(), DTYPES[grad.dtype]
+        target.grad, target.grad_dtype = grad.data_ptr(), DTYPES[grad.dtype]
         target.seed, target.step, target.tensor = job.stream  # ctypes takes the low 64 bits
-        self.memory[CONSTANTS] = constants
-        return self.memory
+        self.constants[:] = constants
 
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

@@ -51,7 +51,7 @@ def step(jobs: list[Job]) -> None:
 
     Programs run side by side, so that a measurement over all tensors sees the tensors of every program.
     """
-    runs = [_Step(same).run() for same in _grouped(jobs, lambda job: (id(job.program), job.param.device))]
+    runs = [_Step(same).run() for same in _grouped(jobs, lambda job: job.kind)]
     totals: list[Tensor | None] = [None] * len(runs)
     while runs:
         asked = []

@@ -16,6 +16,7 @@ import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from types import ModuleType
 from typing import Any, ClassVar, Literal, TypedDict
 
 import torch
@@ -27,9 +28,12 @@ from ..policy import PRESETS_VERSION, Policy, Storage, check_storage, clean_name
 from ..stages import Job, Moment, Program, Stage
 from . import checkpoint
 from .explain import Explanation, explain
-from .slot import FLOATS, Slot
+from .slot import FLOATS, Slot, asked_of
 
 ROUNDINGS = ("auto", "nearest", "stochastic")
+
+# What a step does: each group with its tensors that have a gradient, their states and the gradients.
+Work = list[tuple[dict[str, Any], list[tuple[Slot, dict[str, Any], Tensor]]]]
 
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 
@@ -260,7 +264,7 @@ class Rule(torch.optim.Optimizer, Part):
                     self.state[p] = self._slots[p].fresh()
 
     def _lacks_state(self, p: Tensor) -> bool:
-        return (p.requires_grad or p.grad is not None) and not self.state.get(p)
+        return not self.state.get(p) and (p.requires_grad or p.grad is not None)
 
     # ---- the step
 
@@ -279,54 +283,63 @@ class Rule(torch.optim.Optimizer, Part):
         with torch.no_grad():
             if any(self._lacks_state(p) for group in self.param_groups for p in group["params"]):
                 self.init_state()
-            work = [
-                (group, self._slots[p], grad)
+            work: Work = [
+                (
+                    group,
+                    [(self._slots[p], self.state[p], grad) for p in group["params"] if (grad := p.grad) is not None],
+                )
                 for group in self.param_groups
-                for p in group["params"]
-                if (grad := p.grad) is not None
             ]
-            for group, slot, grad in work:
-                slot.check(group, grad)
-            for device in {slot.param.device for _, slot, _ in work}:
-                backends.choose(device)  # an unknown backend is an error now, not half way
+            for group, tensors in work:
+                asked = asked_of(group)
+                for slot, _, grad in tensors:
+                    slot.check(asked, grad)
             for group in self.param_groups:
                 check_common(group)
             self._warn_resolution(work)
-            jobs = self._counted_jobs(work)
+            shares, counts, after = self._counted(work)
             self._reset("before")
-            backends.step(jobs)
+            for backend, jobs in shares:
+                backend.step(jobs)
             self._reset("after")
-            for group, slot, _ in work:
-                count = self.state[slot.param]["step"]
-                count.fill_(self.step_after(group, int(count) + 1))
+            if counts:
+                torch._foreach_copy_(counts, after)  # pyright: ignore[reportPrivateImportUsage]
         return loss
 
-    def _counted_jobs(self, work: list[tuple[dict[str, Any], Slot, Tensor]]) -> list[Job]:
-        """Count the step and make its jobs; if that fails, nothing has been counted."""
+    def _counted(self, work: Work) -> tuple[list[tuple[ModuleType, list[Job]]], list[Tensor], list[Tensor]]:
+        """Count the step and make its jobs, by backend; if that fails, nothing has been counted.
+
+        Also every tensor's own count, and what that is after the step.
+        """
         for group in self.param_groups:
             group["steps"] += 1
         try:
-            return self._jobs(work)
+            jobs, counts, after = self._jobs(work)
+            return backends.share(jobs), counts, after
         except BaseException:
             for group in self.param_groups:
                 group["steps"] -= 1
             raise
 
-    def _jobs(self, work: list[tuple[dict[str, Any], Slot, Tensor]]) -> list[Job]:
-        cache: dict[tuple[int, int], dict[str, float]] = {}
-        jobs = []
-        for group, slot, grad in work:
-            if slot.param.numel() == 0:
-                continue
-            state = self.state[slot.param]
-            t = int(state["step"]) + 1
-            if (id(group), t) not in cache:
-                constants: dict[str, float] = {}
-                for part in (*self.stabilize, self):
-                    constants.update(part.constants(group, t))
-                cache[id(group), t] = constants
-            jobs.append(slot.job(group, state, grad, cache[id(group), t]))
-        return jobs
+    def _jobs(self, work: Work) -> tuple[list[Job], list[Tensor], list[Tensor]]:
+        jobs, counts, after = [], [], []
+        for group, tensors in work:
+            turns: dict[float, tuple[dict[str, float], Tensor]] = {}  # by the tensors' own counts, nearly always one
+            for slot, state, _ in tensors:
+                count = state["step"]
+                done = count.item()
+                if done not in turns:
+                    t = int(done) + 1
+                    turns[done] = self._constants(group, t), count.new_tensor(self.step_after(group, t))
+                constants, then = turns[done]
+                if slot.numel:
+                    jobs.append(slot.job(group, state, constants))
+                counts.append(count)
+                after.append(then)
+        return jobs, counts, after
+
+    def _constants(self, group: Mapping[str, Any], t: int) -> dict[str, float]:
+        return {k: v for part in (*self.stabilize, self) for k, v in part.constants(group, t).items()}
 
     def _reset(self, when: str) -> None:
         """Momentum reset: zero scales and codes, written directly; what debiases a moment restarts with it.
@@ -340,25 +353,29 @@ class Rule(torch.optim.Optimizer, Part):
                     if self.state.get(p) and (when == "before" or p.grad is not None):
                         self._slots[p].zero_moments(self.state[p], keep=when == "after")
 
-    def _warn_resolution(self, work: list[tuple[dict[str, Any], Slot, Tensor]]) -> None:
+    def _warn_resolution(self, work: Work) -> None:
         """Once: a 16-bit parameter rounded to nearest does not move when an update is below half its ulp.
 
         Looked at in the first step (by the scheduler's peak rate, so that a warm-up is no reason) and every 100 after.
         """
-        for group, slot, _ in work:
-            p, first = slot.param, group["steps"] == 0
-            rounds = p.dtype != torch.float32 and group["master"] == "none" and group["rounding"] == "nearest"
-            if self._warned or not rounds or not p.numel() or (group["steps"] % 100 and not first):
+        for group, tensors in work:
+            first = group["steps"] == 0
+            rounds = group["master"] == "none" and group["rounding"] == "nearest"
+            if self._warned or not rounds or (group["steps"] % 100 and not first):
                 continue
             lr = max(float(group["lr"]), float(group.get("initial_lr", 0.0)) if first else 0.0)
-            half_ulp = float(p.detach().float().square().mean().sqrt()) * torch.finfo(p.dtype).eps / 2
-            if 0 < lr < half_ulp:
-                self._warned = True
-                warnings.warn(
-                    f"lr={lr:.2g} is below the resolution of {slot.label} ({p.dtype}, half an ulp is "
-                    f'about {half_ulp:.2g}): most updates will round away. Use rounding="stochastic" or a master.',
-                    stacklevel=4,
-                )
+            for slot, _, _ in tensors:
+                p = slot.param
+                if p.dtype == torch.float32 or not slot.numel or self._warned:
+                    continue
+                half_ulp = float(p.detach().float().square().mean().sqrt()) * torch.finfo(p.dtype).eps / 2
+                if 0 < lr < half_ulp:
+                    self._warned = True
+                    warnings.warn(
+                        f"lr={lr:.2g} is below the resolution of {slot.label} ({p.dtype}, half an ulp is "
+                        f'about {half_ulp:.2g}): most updates will round away. Use rounding="stochastic" or a master.',
+                        stacklevel=4,
+                    )
 
     def program(self, group: Mapping[str, Any]) -> Program:
         """The stages of a group, stabilizers first, as backends run them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,8 +29,9 @@ class Slot:
         self.role = role_of(name, rule.roles) if name else ""
         self.rows, self.cols = layout.rows_of(p.shape)
         self.made_for = (p.dtype, p.device, p.shape)
+        self.numel = p.numel()
         self.id = number
-        self.asked = _asked(group)
+        self.asked = asked_of(group)
         self.program = rule.program(group)
         self.group_rows = rule.group_rows(group, name, tuple(p.shape), self.role)
         if not isinstance(self.group_rows, int) or self.group_rows < 1:
@@ -42,14 +44,26 @@ class Slot:
         }
         self.formats = {letter: decision.format for letter, decision in self.decisions.items()}
         self.master = group["master"]
+        self.tensors = self._tensors()
+        self._of_state = itemgetter("step", *self.tensors)  # two at least, so always a tuple
+        self._passed: Any = None  # what the last check saw
+        self._job: Job | None = None
+        self._job_of: Any = None  # what the job was made of
 
-    def check(self, group: Mapping[str, Any], grad: Tensor) -> None:
-        """Raise before a step changes anything."""
+    def check(self, asked: tuple[str, ...], grad: Tensor) -> None:
+        """Raise before a step changes anything; `asked` is `asked_of` the group. What passed once passes again."""
         p = self.param
-        if _asked(group) != self.asked:
+        now = (p.dtype, p.device, p.shape, grad.layout, grad.dtype, grad.device, grad.shape, asked)
+        if now != self._passed:
+            self._check(asked, grad)
+            self._passed = now
+
+    def _check(self, asked: tuple[str, ...], grad: Tensor) -> None:
+        p = self.param
+        if asked != self.asked:
             raise RuntimeError(
                 f"{self.label}: {', '.join(FIXED)} of its group changed since the state was made (from {self.asked} to "
-                f"{_asked(group)}); build a new optimizer with them and load this one's state_dict, which is converted"
+                f"{asked}); build a new optimizer with them and load this one's state_dict, which is converted"
             )
         if (p.dtype, p.device, p.shape) != self.made_for:
             was, now = (f"{d}, {dev}, {tuple(s)}" for d, dev, s in (self.made_for, (p.dtype, p.device, p.shape)))
@@ -67,54 +81,77 @@ class Slot:
                 f"the parameter {tuple(p.shape)} on {p.device}"
             )
 
+    def _tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of every tensor of a state but `step`, by the state's keys."""
+        tensors = {
+            state_key(moment.name, part): kind
+            for letter, moment in self.program.moments.items()
+            for part, kind in rows.part_shapes(self.formats[letter], self._shape(moment)).items()
+        }
+        tensors.update(dict.fromkeys(self.program.scalars, ((), torch.float32)))
+        tensors["skipped"] = (2,), torch.int64
+        kept = masters.companion_dtype(self.master, self.param.dtype)
+        if kept is not None:
+            tensors["master"] = tuple(self.param.shape), kept
+        return tensors
+
     def fresh(self) -> dict[str, Any]:
         """A state of zeros: plain tensors and ints only."""
         p = self.param
         state: dict[str, Any] = {"step": torch.zeros((), dtype=torch.float32, device="cpu")}
-        for letter, moment in self.program.moments.items():
-            fmt = self.formats[letter]
-            for part, tensor in rows.zeros(fmt, self._shape(moment), p.device).items():
-                state[state_key(moment.name, part)] = tensor
-            if fmt.compressed:
-                state[f"{moment.name}_format"] = fmt.tag
+        state.update({name: torch.zeros(s, dtype=d, device=p.device) for name, (s, d) in self.tensors.items()})
         for name, value in self.program.scalars.items():
-            state[name] = torch.full((), value, dtype=torch.float32, device=p.device)
-        state["skipped"] = torch.zeros(2, dtype=torch.int64, device=p.device)
-        kept = masters.companion_dtype(self.master, p.dtype)
-        if kept is not None:
-            start = p.detach() if self.master == "fp32" else torch.zeros_like(p)
-            state["master"] = start.to(kept, copy=True).contiguous()
-        return state
+            state[name].fill_(value)
+        if self.master == "fp32" and "master" in state:
+            state["master"].copy_(p.detach())
+        formats = {m.name: self.formats[letter] for letter, m in self.program.moments.items()}
+        return {**state, **{f"{name}_format": fmt.tag for name, fmt in formats.items() if fmt.compressed}}
 
     def _shape(self, moment: Moment) -> tuple[int, ...]:
         vectors = {"row": self.rows, "column": self.cols, "group": -(-self.rows // self.group_rows)}
         return tuple(self.param.shape) if moment.over == "value" else (vectors[moment.over],)
 
-    def job(self, group: Mapping[str, Any], state: dict[str, Any], grad: Tensor, constants: dict[str, float]) -> Job:
-        moments = {}
-        for letter, moment in self.program.values.items():
-            parts = self.formats[letter].parts if self.formats[letter].compressed else ("codes",)
-            moments[letter] = {part: state[state_key(moment.name, part)] for part in parts}
-        noise = set(moments) if group["state_rounding"] == "stochastic" else set()
+    def job(self, group: Mapping[str, Any], state: dict[str, Any], constants: dict[str, float]) -> Job:
+        """Its job in this step: the last one, unless a tensor was replaced or moved or the rounding changed since."""
+        p = self.param
+        addresses = [p.data_ptr(), *map(Tensor.data_ptr, self._of_state(state))]
+        job, made_of = self._job, (addresses, p.is_contiguous(), group["rounding"], group["state_rounding"])
+        if job is None or made_of != self._job_of:
+            job = self._job = self._made(group, state)
+            self._job_of = made_of
+        job.constants, job.stream = constants, (group["seed"], group["steps"], self.id)
+        return job
+
+    def _made(self, group: Mapping[str, Any], state: dict[str, Any]) -> Job:
+        for name, (shape, dtype) in self.tensors.items():  # a backend may go by addresses
+            x, device = state[name], self.param.device
+            if (x.shape, x.dtype, x.device) != (shape, dtype, device) or not x.is_contiguous():
+                raise ValueError(
+                    f"{self.label}: its state {name!r} is {x.dtype}, {x.device}, {tuple(x.shape)}; it must be {dtype}, "
+                    f"{device}, {shape} and contiguous"
+                )
+        moments, values = self.program.moments, self.program.values
+        noise = set(values) if group["state_rounding"] == "stochastic" else set()
         half = self.param.dtype != torch.float32
         if half and self.master == "none" and group["rounding"] != "nearest":
             noise.add("p")
+        formats = {letter: self.formats[letter] for letter in values}
         return Job(
             param=self.param,
-            grad=grad,
-            moments=moments,
-            formats={letter: self.formats[letter] for letter in moments},
+            moments={
+                letter: {part: state[state_key(values[letter].name, part)] for part in rows.part_shapes(fmt, (1, 1))}
+                for letter, fmt in formats.items()
+            },
+            formats=formats,
             scalars={name: state[name] for name in self.program.scalars},
-            constants=constants,
             skipped=state["skipped"],
             rows=self.rows,
             cols=self.cols,
             program=self.program,
-            master=self.master if "master" in state else "none",
+            master=self.master if "master" in self.tensors else "none",
             companion=state.get("master"),
             noise=frozenset(noise),
-            stream=(group["seed"], group["steps"], self.id),
-            vectors={letter: state[m.name] for letter, m in self.program.moments.items() if m.over != "value"},
+            vectors={letter: state[m.name] for letter, m in moments.items() if m.over != "value"},
             group_rows=self.group_rows,
         )
 
@@ -129,7 +166,8 @@ class Slot:
                 state[moment.weight].zero_()
 
 
-def _asked(group: Mapping[str, Any]) -> tuple[str, ...]:
+def asked_of(group: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a group asks of its states, comparable."""
     return tuple(str(group.get(name)) for name in FIXED)
 
 
