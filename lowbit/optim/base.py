@@ -32,8 +32,8 @@ from .slot import FLOATS, Slot, asked_of
 
 ROUNDINGS = ("auto", "nearest", "stochastic")
 
-# What a step does: each group with its tensors that have a gradient, their states and the gradients.
-Work = list[tuple[dict[str, Any], list[tuple[Slot, dict[str, Any], Tensor]]]]
+# What a step does: each group with its tensors that have a gradient, and their states.
+Work = list[tuple[dict[str, Any], list[tuple[Slot, dict[str, Any]]]]]
 
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 
@@ -281,21 +281,7 @@ class Rule(torch.optim.Optimizer, Part):
             with torch.enable_grad():
                 loss = closure()
         with torch.no_grad():
-            if any(self._lacks_state(p) for group in self.param_groups for p in group["params"]):
-                self.init_state()
-            work: Work = [
-                (
-                    group,
-                    [(self._slots[p], self.state[p], grad) for p in group["params"] if (grad := p.grad) is not None],
-                )
-                for group in self.param_groups
-            ]
-            for group, tensors in work:
-                asked = asked_of(group)
-                for slot, _, grad in tensors:
-                    slot.check(asked, grad)
-            for group in self.param_groups:
-                check_common(group)
+            work = self._work()
             self._warn_resolution(work)
             shares, counts, after = self._counted(work)
             self._reset("before")
@@ -305,6 +291,23 @@ class Rule(torch.optim.Optimizer, Part):
             if counts:
                 torch._foreach_copy_(counts, after)  # pyright: ignore[reportPrivateImportUsage]
         return loss
+
+    def _work(self) -> Work:
+        """What there is to do, checked."""
+        if any(self._lacks_state(p) for group in self.param_groups for p in group["params"]):
+            self.init_state()
+        work: Work = []
+        for group in self.param_groups:
+            check_common(group)
+            asked, tensors = asked_of(group), []
+            for p in group["params"]:
+                grad = p.grad
+                if grad is not None:
+                    slot = self._slots[p]
+                    slot.check(asked, grad)
+                    tensors.append((slot, self.state[p]))
+            work.append((group, tensors))
+        return work
 
     def _counted(self, work: Work) -> tuple[list[tuple[ModuleType, list[Job]]], list[Tensor], list[Tensor]]:
         """Count the step and make its jobs, by backend; if that fails, nothing has been counted.
@@ -325,7 +328,7 @@ class Rule(torch.optim.Optimizer, Part):
         jobs, counts, after = [], [], []
         for group, tensors in work:
             turns: dict[float, tuple[dict[str, float], Tensor]] = {}  # by the tensors' own counts, nearly always one
-            for slot, state, _ in tensors:
+            for slot, state in tensors:
                 count = state["step"]
                 done = count.item()
                 if done not in turns:
@@ -364,7 +367,7 @@ class Rule(torch.optim.Optimizer, Part):
             if self._warned or not rounds or (group["steps"] % 100 and not first):
                 continue
             lr = max(float(group["lr"]), float(group.get("initial_lr", 0.0)) if first else 0.0)
-            for slot, _, _ in tensors:
+            for slot, _ in tensors:
                 p = slot.param
                 if p.dtype == torch.float32 or not slot.numel or self._warned:
                     continue
