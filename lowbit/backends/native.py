@@ -1,7 +1,7 @@
 """The native backend: one call into a C++ library steps every tensor of every group (lowbit/native; CPU only).
 
-What it computes is what `reference` says, bit for bit. This file fills the library's job table; the struct of a program
-is made once, that of a tensor once for as long as its `Job` lives, and a step refreshes addresses and constants.
+What it computes is what `reference` says, bit for bit. This file fills the library's job table: the struct of a program
+is made once, that of a tensor once for as long as its `Job` lasts, and a step fills in the gradient and its numbers.
 """
 
 from __future__ import annotations
