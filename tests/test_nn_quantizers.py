@@ -1,5 +1,7 @@
-"""Values: the released quantizers against their own outputs, every operand against the codec, odd shapes and values."""
+"""Values: the released quantizers against their own outputs, every operand against the codec and on every backend, odd
+shapes and values."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -10,14 +12,26 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import lowbit
-from lowbit import codec
+from lowbit import backends, codec
+from lowbit.native.build import BuildError
+from lowbit.native.library import load
 from lowbit.nn import Operand, stablespam
 from lowbit.nn.fake import fake_quantize
+from lowbit.nn.recipe import find_recipe, recipes
 from lowbit.rounding import key
 from lowbit.rows import decode_rows, encode_rows
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "quant_ref_small.npz")
 SIGNED = [name for name in lowbit.formats() if lowbit.format(name).signed]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """These tensors are too small for two: on a busy machine, waking the second takes most of the time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def golden(name: str) -> Tensor:
@@ -230,3 +244,125 @@ def test_strided_and_empty_inputs() -> None:
         assert torch.equal(fake_quantize(x.t(), operand), fake_quantize(x.t().contiguous(), operand))
         for shape in ((0, 5), (5, 0), (0, 0)):
             assert fake_quantize(torch.empty(shape), operand).shape == shape
+
+
+# --- The backends --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["reference", "native"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("LOWBIT_BACKEND", request.param)
+    if request.param == "native":
+        try:
+            load()
+        except BuildError as error:
+            pytest.skip(f"no native library: {error}")
+    return request.param
+
+
+def assert_same(got: Tensor, expected: Tensor) -> None:
+    """Bit for bit, signs of zeros too; one NaN is as good as another."""
+    assert got.shape == expected.shape and got.dtype == expected.dtype == torch.float32
+    differ = got.view(torch.int32) != expected.contiguous().view(torch.int32)
+    assert not (differ & ~(got.isnan() & expected.isnan())).any()
+
+
+def stored(fmt: lowbit.Format, x: Tensor, noise: tuple[int, int] | None) -> Tensor:
+    return decode_rows(fmt, encode_rows(fmt, x, noise), x.shape[1])
+
+
+def with_odd_values(x: Tensor) -> Tensor:
+    """Zeros of either sign, subnormals, the very large and the very small beside others, NaNs and infinities."""
+    x = x.clone()
+    flat = x.view(-1)
+    flat[:20] = 0.0
+    flat[3:40:4] *= -0.0
+    flat[40:60] *= 1e-42
+    flat[60:80] *= 2e37
+    flat[81::7] *= 1e-3
+    flat[100::257], flat[333::1001], flat[334::1003] = torch.nan, torch.inf, -torch.inf
+    return x
+
+
+OPERANDS = sorted({operand for name in recipes() for operand in find_recipe(name).operands}, key=str)
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+SHAPES = [(5, 300), (1, 17_001), (3, 33), (9, 64), (2, 5461), (3, 300), (1, 1), (130, 3), (0, 5), (5, 0)]
+
+
+@pytest.mark.parametrize("name", [*SIGNED, "int4:16", "e2m1:16", "e1m2:5", "int8:1000", "nf4:7", "e4m3:32"])
+@pytest.mark.parametrize("noise", [None, key(1, 2, 3, 4)], ids=["nearest", "stochastic"])
+def test_fake_is_decode_of_encode(backend: str, name: str, noise: tuple[int, int] | None) -> None:
+    fmt = lowbit.format(name)
+    for dtype, shape in zip(itertools.cycle(DTYPES), SHAPES):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(shape[1])).to(dtype)
+        for values in (x, with_odd_values(x)):
+            assert_same(backends.fake(fmt, values, noise), stored(fmt, values.float(), noise))
+
+
+anything = st.floats(width=32, allow_nan=True, allow_infinity=True, allow_subnormal=True)
+
+
+@given(
+    st.sampled_from(SIGNED), st.integers(1, 300), st.booleans(),
+    st.integers(1, 4), st.lists(st.one_of(st.sampled_from([0.0, -0.0, 0.25]), anything), min_size=1, max_size=300),
+)  # fmt: skip
+def test_the_backends_agree(name: str, block: int, stochastic: bool, rows: int, values: list[float]) -> None:
+    fmt = lowbit.format(name)
+    fmt = fmt.with_block(block) if fmt.compressed else fmt
+    x = torch.tensor(values * rows).view(rows, -1)
+    noise = key(5, 6, 7, 8) if stochastic else None
+    assert_same(backends.fake(fmt, x, noise), backends.reference.fake(fmt, x, noise))
+
+
+@pytest.mark.parametrize("operand", OPERANDS, ids=str)
+def test_every_recipe_is_the_same_on_every_backend(operand: Operand, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outliers, flat groups and released quantizers too; blocks longer than a row; transposed and narrow inputs."""
+    kept = [operand] if operand.spec is None else [operand, Operand(operand.spec, outliers=2, flat=True)]
+    for shape in SHAPES[:6]:
+        x = with_odd_values(torch.randn(shape, generator=torch.Generator().manual_seed(shape[1])))
+        for values in (x, x.t(), x.bfloat16(), x.double()):
+            for each in (*kept, Operand(operand.format, block=2000, outliers=3)):
+                monkeypatch.setenv("LOWBIT_BACKEND", "reference")
+                expected = fake_quantize(values, each)
+                monkeypatch.delenv("LOWBIT_BACKEND")
+                assert_same(fake_quantize(values, each).contiguous(), expected)
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+@pytest.mark.parametrize("noise", [None, key(9, 8, 7, 6)], ids=["nearest", "stochastic"])
+def test_any_number_of_threads_gives_the_same_bits(backend: str, threads: int, noise: tuple[int, int] | None) -> None:
+    for name, shape in (("int4:16", (1, 40_001)), ("nf4:7", (1, 40_001)), ("e2m1", (300, 129))):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(9))
+        torch.set_num_threads(1)
+        one = backends.fake(lowbit.format(name), x, noise)
+        torch.set_num_threads(threads)
+        assert_same(backends.fake(lowbit.format(name), x, noise), one)
+
+
+def test_flat_blocks_number_their_random_bits_along_the_flat_tensor(backend: str) -> None:
+    x = torch.randn(7, 333, generator=torch.Generator().manual_seed(7))
+    noise = key(1, 2, 3, 4)
+    got = fake_quantize(x, Operand("e2m1:32", rounding="stochastic", flat=True), noise)
+    assert_same(got, stored(lowbit.format("e2m1:32"), x.view(1, -1), noise).view_as(x))
+
+
+def test_what_has_no_memory_is_the_business_of_the_reference(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    def refuse(*_: object) -> Tensor:
+        raise AssertionError("asked")
+
+    monkeypatch.setattr(backends.native, "fake", refuse)
+    operand = Operand("int4:16", outliers=1)
+    assert fake_quantize(torch.empty(4, 33, device="meta"), operand).shape == (4, 33)
+    with FakeTensorMode():
+        assert fake_quantize(torch.ones(4, 33), operand).shape == (4, 33)
+    if backend == "native":
+        with pytest.raises(AssertionError, match="asked"):
+            fake_quantize(torch.nn.Parameter(torch.ones(4, 33)), operand)
+
+
+def test_a_negative_view_is_what_it_shows(backend: str) -> None:
+    x = torch.tensor([[2.0 + 3.0j]]).conj().imag
+    assert x.is_neg() and x.is_contiguous()
+    assert backends.fake(lowbit.format("int4"), x).item() == -3.0

@@ -88,6 +88,18 @@ def decode(fmt: Format, parts: dict[str, Tensor], cols: int) -> Tensor:
     return choose(parts["codes"].device).decode(fmt, parts, cols)
 
 
+def fake(fmt: Format, x: Tensor, noise: tuple[int, int] | None = None) -> Tensor:
+    """decode(encode(x)) of a matrix of any float dtype, without making the codes: fp32, no gradient.
+
+    A compiler traces the reference, to fuse it with what is around it; and meta tensors and subclasses (fake tensors,
+    DTensor) may have no memory that the native backend could be pointed to. The bits are the same.
+    """
+    x = x.detach() if x.dtype in native.DTYPES else x.detach().float()
+    if torch.compiler.is_compiling() or x.is_meta or type(x) is not Tensor:
+        return reference.fake(fmt, x, noise)
+    return choose(x.device).fake(fmt, x.resolve_neg(), noise)
+
+
 def share(jobs: list[Job]) -> list[tuple[ModuleType, list[Job]]]:
     """Which backend is to step which jobs, those of one kind in a row.
 
