@@ -252,8 +252,7 @@ def _pairs(row: dict[int, int], place: int, value: int) -> set[tuple[int, int, i
     return {(i, a, place, value) if i < place else (place, value, i, a) for i, a in row.items() if i != place}
 
 
-def settings() -> list[Setting]:
-    return [Setting(*row) for row in pairwise(DIMENSIONS)]
+COVERING = [Setting(*row) for row in pairwise(DIMENSIONS)]
 
 
 # ---- one run

@@ -14,6 +14,7 @@ from cases import one_thread as one_thread
 from hypothesis import given
 from hypothesis import strategies as st
 from native_cases import (
+    COVERING,
     DIMENSIONS,
     OPTIMIZERS,
     SHAPES,
@@ -26,7 +27,6 @@ from native_cases import (
     pairwise,
     run,
     same,
-    settings,
     stored,
     using,
 )
@@ -94,13 +94,11 @@ def test_structs_and_numbers_are_the_compilers(tmp_path: Path):
 
 # ---- steps
 
-COVERING = settings()
-
 
 def test_settings_cover_every_pair():
     for i, j in combinations(range(len(DIMENSIONS)), 2):
         assert {(s[i], s[j]) for s in COVERING} == set(product(DIMENSIONS[i], DIMENSIONS[j]))
-    assert pairwise(DIMENSIONS) == COVERING  # the same on every run
+    assert [Setting(*row) for row in pairwise(DIMENSIONS)] == COVERING  # the same on every run
 
 
 @pytest.mark.parametrize("setting", COVERING, ids=str)

@@ -1,0 +1,134 @@
+"""Records native calls into a file that tests/native/harness.cpp plays back: structs, operands before and after."""
+
+from ctypes import c_int64, sizeof, string_at
+from typing import Any, BinaryIO
+
+from lowbit.native import abi, build
+from lowbit.native.library import Library
+
+SIZE = {0: 4, 1: 2, 2: 2}  # of an abi.DTYPE
+COMPANION = {0: 0, 1: 1, 2: 2, 3: 2, 4: 4}  # of an abi.MASTER
+STEP, ENCODE, FAKE, DECODE = range(4)
+
+
+class Recorder:
+    """Stands for a library. What it is asked, it asks the library with `threads`, and writes down."""
+
+    def __init__(self, library: Library, threads: int):
+        self.library, self.threads = library, threads
+        self.formats: list[bytes] = []  # each once
+        self.programs: list[bytes] = []
+        self.calls: list[bytes] = []
+
+    def kernel(self, *arguments: Any) -> Any:
+        return self.library.kernel(*arguments)
+
+    # ---- calls
+
+    def step(self, jobs: Any, count: int, threads: int) -> int:
+        parts, written = [number(STEP), number(self.threads), number(count)], []
+        for job in jobs:
+            rows, cols, size = job.rows, job.cols, SIZE[job.param_dtype]
+            program = abi.Program.from_address(job.program)
+            param, companion = (job.param, rows * cols * size), (job.companion, rows * cols * COMPANION[job.master])
+            grad, skipped = (job.grad, rows * cols * SIZE[job.grad_dtype]), (job.skipped, 16)
+            parts += [struct(job), self._program(program)]
+            parts += [chunk(*operand) for operand in (param, grad, companion, skipped)]
+            written += [param, companion, skipped]
+            for k in range(program.moments):
+                operands = self._operand(job.moments[k], rows, cols)
+                parts += [self._format(job.moments[k].format), *(chunk(*operand) for operand in operands)]
+                written += operands
+            lengths = {abi.OVER["row"]: rows, abi.OVER["column"]: cols, abi.OVER["group"]: -(-rows // job.group_rows)}
+            own = [(job.vectors[k], 4 * lengths[program.over[k]]) for k in range(program.vectors)]
+            own += [(job.scalars[k], 4) for k in range(program.kept)]
+            parts += [chunk(*operand) for operand in own]
+            written += own
+        result = self.library.step(jobs, count, threads)
+        self.calls.append(b"".join([*parts, *(chunk(*operand) for operand in written)]))
+        return result
+
+    def encode(self, matrix: Any, fake: int | None, threads: int) -> int:
+        m = matrix._obj
+        values = m.values, m.rows * m.cols * SIZE[m.dtype]
+        operands = [(None, 0)] * 3 if fake else self._operand(m.packed, m.rows, m.cols)
+        written = [(fake, 4 * m.rows * m.cols)] if fake else operands
+        self._matrix(FAKE if fake else ENCODE, m, [values, *operands], written)
+        result = self.library.encode(matrix, fake, threads)
+        self.calls[-1] += b"".join(chunk(*operand) for operand in written)
+        return result
+
+    def decode(self, matrix: Any, threads: int) -> None:
+        m = matrix._obj
+        values = m.values, m.rows * m.cols * SIZE[m.dtype]
+        self._matrix(DECODE, m, [values, *self._operand(m.packed, m.rows, m.cols)], [values])
+        self.library.decode(matrix, threads)
+        self.calls[-1] += chunk(*values)
+
+    def _matrix(self, kind: int, m: Any, operands: list[tuple[int, int]], written: list[tuple[int, int]]) -> None:
+        values, *packed = (chunk(*operand) for operand in operands)
+        parts = [number(kind), number(self.threads), struct(m), values, self._format(m.packed.format), *packed]
+        self.calls.append(b"".join(parts))
+
+    # ---- what calls share
+
+    def _operand(self, o: Any, rows: int, cols: int) -> list[tuple[int, int]]:
+        f = abi.Format.from_address(o.format)
+        if f.kind == abi.KIND["float"]:
+            return [(o.codes, rows * cols * SIZE[f.dtype]), (None, 0), (None, 0)]
+        extra = {abi.KIND["affine"]: 1, abi.KIND["log"]: 4}.get(f.kind, 0)
+        return [(o.codes, rows * o.row_bytes), (o.scale, 4 * rows * o.scales), (o.extra, extra * rows * o.scales)]
+
+    def _format(self, address: int) -> bytes:
+        f = abi.Format.from_address(address)
+        return among(self.formats, struct(f) + (chunk(f.cells, 4 * 2 * f.cell_half) if f.cells else chunk(None, 0)))
+
+    def _program(self, program: Any) -> bytes:
+        names = {kernel: printed.symbol.encode() for kernel, printed in self.library._kernels.values()}
+        parts = [struct(program)]
+        for stage in (abi.Stage * program.count).from_address(program.stages):
+            name = names[stage.kernel]
+            parts += [struct(stage), number(0), number(len(name)), name]
+        return among(self.programs, b"".join(parts))
+
+    def write(self, file: BinaryIO) -> None:
+        for found in (self.formats, self.programs, self.calls):
+            file.write(b"".join([number(len(found)), *found]))
+
+    def own_kernels(self) -> str:
+        """The header own.h: kernels that no header of the library has, and a table of all."""
+        rules = (build.HERE / "rules.h").read_text()
+        printed = {p.symbol: p for _, p in self.library._kernels.values()}
+        foreign = [p for p in printed.values() if p.functor not in rules]
+        helpers = {name: text for p in foreign for name, text in p.helpers.items() if text not in rules}
+        lines = [*helpers.values(), *(text for p in foreign for text in (p.functor, p.kernel))]
+        lines += [
+            "struct Kernel {",
+            "  const char *name;",
+            "  lb_kernel kernel;",
+            "};",
+            "static const Kernel KERNELS[] = {",
+        ]
+        lines += [f'  {{"{name}", LB_NAME({name})}},' for name in printed]
+        return "\n".join([*lines, "};", ""])
+
+
+def among(known: list[bytes], one: bytes) -> bytes:
+    if one not in known:
+        known.append(one)
+    return number(known.index(one))
+
+
+def number(n: int) -> bytes:
+    return bytes(c_int64(n))
+
+
+def struct(value: Any) -> bytes:
+    return number(0) + number(sizeof(value)) + bytes(value)
+
+
+def chunk(address: int | None, size: int) -> bytes:
+    """Bytes, and how far they were off the alignment of the heap."""
+    if not address or not size:
+        return number(0) + number(0)
+    return number(address % 16) + number(size) + string_at(address, size)

@@ -1,0 +1,152 @@
+"""The C++ driver under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer, which find planted faults.
+
+Python and torch cannot run under them, so calls are recorded here and played back by tests/native/harness.cpp.
+"""
+
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from cases import one_thread as one_thread
+from native_cases import COVERING, Setting, libraries, run
+from native_recorder import Recorder
+
+import lowbit
+from lowbit.backends import native
+from lowbit.native import build
+
+HARNESS = Path(__file__).parent / "native" / "harness.cpp"
+THREADS = 4
+ADDRESS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+THREAD = ["-fsanitize=thread"]
+# Optimized so far that it takes seconds. No -fopenmp: ThreadSanitizer knows no libgomp, and the driver has its threads.
+FLAGS = [*(f for f in build.FLAGS if f not in ("-O3", "-shared", "-fPIC")), "-O1", "-g1", "-pthread"]
+
+
+class Case(NamedTuple):
+    """A build of the driver. `fault`: (header, what is there, what is put there instead, what is said)."""
+
+    isa: str
+    flags: list[str]
+    fault: tuple[str, str, str, str] | None = None
+
+
+LONGER = ("step.h", r"memcpy\(p, from, 4 \* n\)", "memcpy(p, from, 4 * n + 4)", "heap-buffer-overflow")
+BARRIER = ("step.h", r"(sweep\(step, \*room\);\s*)LB_BARRIER\(\);", r"\1", "data race")
+CASES = {
+    "address-baseline": Case("baseline", ADDRESS),
+    "address-avx2": Case("avx2", ADDRESS),
+    "thread": Case("baseline", THREAD),
+    "address-a-copy-too-long": Case("baseline", ADDRESS, LONGER),
+    "thread-a-barrier-less": Case("baseline", THREAD, BARRIER),
+}
+
+
+def chosen() -> list[Setting]:
+    """Settings until every value of every dimension has been there; no NaN, which may have any bits."""
+    missing = {(k, v) for s in COVERING for k, v in enumerate(s)}
+    found = []
+    for s in COVERING:
+        kept = s.wrong in ("clean", "huge") and not s.optimizer.startswith(("official", "loose", "stablespam-official"))
+        if kept and s.shapes != "large" and missing & (new := set(enumerate(s))):
+            found.append(s)
+            missing -= new
+    found.append(found[0]._replace(optimizer="vectors", shapes="large", wrong="clean"))
+    return found
+
+
+@pytest.fixture(scope="module")
+def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("recording")
+    recorder = Recorder(libraries()["baseline"], THREADS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOWBIT_BACKEND", "native")
+        patch.setattr(native, "load", lambda: recorder)
+        for setting in chosen():
+            run(setting, "native", steps=2)
+        for k, name in enumerate(lowbit.formats()):
+            fmt = lowbit.format(name)
+            for block in (None, 3, 1000) if fmt.compressed else (None,):
+                f = fmt.with_block(block) if block else fmt
+                for shape in [(7, 33), (3, 300), (1, 20001)]:
+                    x = torch.randn(shape, generator=torch.Generator().manual_seed(k))
+                    x = x.to([torch.float32, torch.bfloat16, torch.float16][k % 3])
+                    noise = (k, 7) if k % 2 else None
+                    parts = native.encode(f, x if fmt.signed else x.abs(), noise, live=False)
+                    native.decode(f, parts, shape[1])
+                    native.fake(f, x if fmt.signed else x.abs(), noise)
+    with open(folder / "calls", "wb") as file:
+        recorder.write(file)
+    (folder / "own.h").write_text(recorder.own_kernels())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def harnesses(recording: Path) -> dict[str, Path | str]:
+    """The built harness of each case, or why there is none."""
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(CASES, pool.map(lambda name: compiled(recording, name), CASES), strict=True))
+
+
+def compiled(folder: Path, name: str) -> Path | str:
+    case, cxx = CASES[name], build.compiler()
+    if not cxx:
+        return "no C++ compiler"
+    if case.isa not in libraries():
+        return f"this processor has no {case.isa}"
+    (probe := folder / f"{name}-probe.cpp").write_text("int main() { return 0; }\n")
+    command = [cxx, *FLAGS, *case.flags]
+    for attempt in ([*command, str(probe), "-o", str(probe.with_suffix(""))], [str(probe.with_suffix(""))]):
+        done = subprocess.run(attempt, capture_output=True, text=True)
+        if done.returncode:
+            return f"no {case.flags[0]} here: {(done.stderr.splitlines() or ['?'])[0]}"
+    sources = folder / name
+    shutil.copytree(build.HERE, sources, ignore=shutil.ignore_patterns("*.py", "*.so", "__pycache__"))
+    if case.fault:
+        path = sources / case.fault[0]
+        text, count = re.subn(case.fault[1], case.fault[2], path.read_text())
+        assert count == 1, f"{case.fault[0]} has changed: {case.fault[1]!r} is there {count} times"
+        path.write_text(text)
+    driver = f'-DLB_DRIVER="isa_{case.isa}.cpp"'
+    target = folder / f"{name}-harness"
+    done = subprocess.run(
+        [*command, driver, f"-I{sources}", f"-I{folder}", str(HARNESS), "-o", str(target)],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return target
+
+
+def play(harness: Path | str, recording: Path) -> subprocess.CompletedProcess:
+    if isinstance(harness, str):
+        pytest.skip(harness)
+    env = {"ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "halt_on_error=1", "UBSAN_OPTIONS": "print_stacktrace=1"}
+    return subprocess.run([harness, recording / "calls"], capture_output=True, text=True, env=env, timeout=300)
+
+
+def test_recorded_settings_reach_every_kind():
+    """Of optimizer, format, dtype, rounding and shapes."""
+    settings = chosen()
+    assert len(settings) < 40
+    for k in ("m", "v", "block", "p", "g", "rounding", "state_rounding"):
+        assert {getattr(s, k) for s in settings} == {getattr(s, k) for s in COVERING}
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.fault])
+def test_the_driver_is_clean(name: str, harnesses: dict[str, Path | str], recording: Path):
+    done = play(harnesses[name], recording)
+    assert done.returncode == 0 and not done.stderr, done.stderr[:4000]
+    assert done.stdout.endswith(" calls\n") and int(done.stdout.split()[0]) > 200
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.fault])
+def test_a_planted_fault_is_found(name: str, harnesses: dict[str, Path | str], recording: Path):
+    done = play(harnesses[name], recording)
+    said = CASES[name].fault[3]
+    assert done.returncode not in (0, 3, 4) and said in done.stderr, done.stderr[:4000] or done.stdout
