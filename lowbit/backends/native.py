@@ -141,7 +141,7 @@ class _Struct:
         self.memory = bytearray(sizeof(abi.Job))
         self.constants = memoryview(self.memory)[CONSTANTS]
         self.job = target = abi.Job.from_buffer(self.memory)
-        self.contiguous = job.param.is_contiguous()
+        self.contiguous = job.param.is_contiguous() and not job.param.is_neg()
         target.program, target.skipped = addressof(program.struct), job.skipped.data_ptr()
         target.param = job.param.data_ptr()
         target.rows, target.cols, target.group_rows = job.rows, job.cols, job.group_rows
@@ -161,7 +161,7 @@ class _Struct:
         """Fill in what is this step's."""
         grad, target = job.grad, self.job
         if not self.contiguous:
-            copy = job.param.detach().contiguous()
+            copy = job.param.detach().resolve_neg().contiguous()
             back.append((job.param, copy))
             target.param = copy.data_ptr()
         if not grad.is_contiguous() or grad.is_neg():
@@ -199,7 +199,7 @@ def _matrix(fmt: Format, values: Tensor, parts: dict[str, Tensor], noise: tuple[
 
 def encode(fmt: Format, x: Tensor, noise: tuple[int, int] | None = None, *, live: bool = False) -> dict[str, Tensor]:
     """See `backends.encode`."""
-    x = x.detach().contiguous()
+    x = x.detach().resolve_neg().contiguous()
     rows, cols = x.shape
     parts = {part: torch.empty(shape, dtype=dtype) for part, (shape, dtype) in part_shapes(fmt, (rows, cols)).items()}
     if x.numel():
@@ -223,7 +223,7 @@ def decode(fmt: Format, parts: dict[str, Tensor], cols: int) -> Tensor:
 
 def fake(fmt: Format, x: Tensor, noise: tuple[int, int] | None = None) -> Tensor:
     """decode(encode(x)), without making the codes."""
-    x = x.detach().contiguous()
+    x = x.detach().resolve_neg().contiguous()
     values = torch.empty(x.shape, dtype=torch.float32)
     if x.numel():
         matrix = _matrix(fmt, x, {"codes": x, "scale": x, "zero": x, "base": x}, noise)
