@@ -116,10 +116,10 @@ LB_FN float load_split16(uint16_t p, int16_t low) {  // below the bits of 0 are 
 // ---- scales
 
 // absmax / top, held where its reciprocal and the top are finite; 0 for a block of zeros, NaN if not finite.
-LB_FN float derive_scale(const lb_format &f, float absmax) {
-  float scale = absmax / f.top;
-  scale = scale < f.min_scale ? f.min_scale : scale;
-  scale = scale > f.max_scale ? f.max_scale : scale;
+LB_FN float derive_scale(float absmax, float top, float least, float most) {
+  float scale = absmax / top;
+  scale = scale < least ? least : scale;
+  scale = scale > most ? most : scale;
   scale = finite_bits(magnitude_bits(absmax)) ? scale : float_of(0x7FC00000u);
   return absmax == 0.0f ? 0.0f : scale;
 }

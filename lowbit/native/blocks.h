@@ -264,10 +264,10 @@ static float log_base(const lb_format &f, const float *x, int64_t n, float scale
 
 // Scales and their reciprocals from the largest magnitudes of n blocks. Runs over multiples of 16.
 static void scales(const lb_format &f, const float *absmax, int n, float *scale, float *inverses) {
-  const lb_format &copy = f;
+  const float top = f.top, least = f.min_scale, most = f.max_scale;  // copies: a store might change the format
   n = (n + 15) / 16 * 16;
   LB_IVDEP for (int i = 0; i < n; ++i) {
-    scale[i] = derive_scale(copy, absmax[i]);
+    scale[i] = derive_scale(absmax[i], top, least, most);
     inverses[i] = inverse(scale[i]);
   }
 }
@@ -277,7 +277,7 @@ static float affine_scale(const lb_format &f, float low, float high, float *zero
   const float span = high - low, limit = (float)f.limit;
   const bool finite = finite_bits(magnitude_bits(low)) && finite_bits(magnitude_bits(high));
   const bool overflow = finite && !finite_bits(magnitude_bits(span));
-  const float scale = overflow ? high / limit - low / limit : derive_scale(f, span);
+  const float scale = overflow ? high / limit - low / limit : derive_scale(span, f.top, f.min_scale, f.max_scale);
   const float nearest = rint(-low * inverse(scale));
   *zero = !(nearest > 0.0f) ? 0.0f : nearest > limit ? limit : nearest;
   return scale;
@@ -291,12 +291,28 @@ static void range(const float *x, int n, float *low, float *high) {  // a NaN st
 }
 
 #ifdef LB_AVX2
-// Down a search tree of 15 thresholds, 32 values at a time; a comparison is -1 where it holds. How many were done.
+// A search tree of 15 thresholds. The lookups take the low 3 bits of minus the rung, so the tables are turned round.
+struct Tree {
+  __m256 first, second, third, fourth;
+  explicit Tree(const lb_format &f)
+      : first(_mm256_set1_ps(f.tree[0])),
+        second(_mm256_loadu_ps(f.tree + 8)),
+        third(_mm256_loadu_ps(f.tree + 16)),
+        fourth(_mm256_loadu_ps(f.tree + 24)) {}
+  static __m256i down(__m256i rung, __m256 table, __m256 u) {  // a comparison is -1 where it holds
+    const __m256 threshold = _mm256_permutevar8x32_ps(table, rung);
+    return _mm256_add_epi32(_mm256_add_epi32(rung, rung), _mm256_castps_si256(_mm256_cmp_ps(threshold, u, _CMP_LT_OQ)));
+  }
+  __m256i minus_rung(__m256 u) const {
+    const __m256i rung = _mm256_castps_si256(_mm256_cmp_ps(first, u, _CMP_LT_OQ));
+    return down(down(down(rung, second, u), third, u), fourth, u);
+  }
+};
+
+// Rungs of 32 values at a time; returns how many were done.
 template <bool PLAIN>
 static int search(const lb_format &f, const float *x, int n, float inverse, uint32_t keep, uint8_t *to) {
-  // The lookups take the low 3 bits of minus the rung: the tables are turned round.
-  const __m256 first = _mm256_set1_ps(f.tree[0]), second = _mm256_loadu_ps(f.tree + 8),
-               third = _mm256_loadu_ps(f.tree + 16), fourth = _mm256_loadu_ps(f.tree + 24);
+  const Tree tree(f);
   const __m256 by = _mm256_set1_ps(inverse), mask = _mm256_castsi256_ps(_mm256_set1_epi32((int)keep));
   int i = 0;
   for (; i + 32 <= n; i += 32) {
@@ -307,13 +323,7 @@ static int search(const lb_format &f, const float *x, int n, float inverse, uint
         u = _mm256_and_ps(u, _mm256_cmp_ps(u, u, _CMP_ORD_Q));
         u = _mm256_and_ps(u, mask);
       }
-      __m256i r = _mm256_castps_si256(_mm256_cmp_ps(first, u, _CMP_LT_OQ));  // minus the rung, as far as it is known
-      const __m256 tables[3] = {second, third, fourth};
-      for (const __m256 &table : tables) {
-        const __m256 t = _mm256_permutevar8x32_ps(table, r);
-        r = _mm256_add_epi32(_mm256_add_epi32(r, r), _mm256_castps_si256(_mm256_cmp_ps(t, u, _CMP_LT_OQ)));
-      }
-      found[k] = r;
+      found[k] = tree.minus_rung(u);
     }
     __m256i codes = _mm256_packs_epi16(_mm256_packs_epi32(found[0], found[1]), _mm256_packs_epi32(found[2], found[3]));
     codes = _mm256_permutevar8x32_epi32(codes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
@@ -483,7 +493,14 @@ static void encode(const lb_format &f, const float *x, int n, const Block &b, co
 // ---- reduction trees
 
 // The sum of n values, n a power of two up to 256, by halving: x[i] + x[i + n/2]. Overwrites x.
+template <int N> static float halve_all(float *x) {  // of a known count, so that all loops unroll
+  LB_IVDEP for (int i = 0; i < N / 2; ++i) x[i] = x[i] + x[i + N / 2];
+  return halve_all<N / 2>(x);
+}
+template <> float halve_all<1>(float *x) { return x[0]; }
+
 static float halve(float *x, int n) {
+  if (n == LB_BLOCK) return halve_all<LB_BLOCK>(x);
   for (int half = n / 2; half >= 1; half /= 2) {
     LB_IVDEP for (int i = 0; i < half; ++i) x[i] = x[i] + x[i + half];
   }

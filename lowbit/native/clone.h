@@ -24,13 +24,13 @@
 // Packs a matrix; with `fake`, writes the values its codes stand for there (fp32) and packs nothing. 1: no memory.
 LB_EXPORT int LB_NAME(encode)(const lb_matrix *matrix, float *fake, int32_t threads) {
   LB_SPACE::Hand hand = {0, false, matrix, fake, false};
-  LB_SPACE::run_threads(hand, threads);
+  LB_SPACE::run_threads(hand, LB_SPACE::worthwhile(threads, matrix->rows * matrix->cols));
   return hand.failed;
 }
 
 LB_EXPORT void LB_NAME(decode)(const lb_matrix *matrix, int32_t threads) {
   LB_SPACE::Hand hand = {0, false, matrix, nullptr, true};
-  LB_SPACE::run_threads(hand, threads);
+  LB_SPACE::run_threads(hand, LB_SPACE::worthwhile(threads, matrix->rows * matrix->cols));
 }
 
 // 0, or 1 when there is no memory (then nothing has changed).
@@ -38,7 +38,6 @@ LB_EXPORT int LB_NAME(step)(const lb_job *jobs, int32_t count, int32_t threads) 
   using namespace LB_SPACE;
   Step step = {};
   step.count = count;
-  step.threads = threads;
   step.runs = (Run *)calloc(count + 1, sizeof(Run));
   step.first = (int64_t *)calloc(count + 2, sizeof(int64_t));
   bool fine = step.runs && step.first;
@@ -48,9 +47,7 @@ LB_EXPORT int LB_NAME(step)(const lb_job *jobs, int32_t count, int32_t threads) 
     fine = prepare(step.runs[k], jobs[k], &step.longest);
     values += jobs[k].rows * jobs[k].cols;
   }
-  // A thread is worth starting for some ten thousand values.
-  const int64_t useful = 1 + values / 16384;
-  if (threads > useful) step.threads = threads = (int)useful;
+  step.threads = threads = worthwhile(threads, values);
   Room *rooms = nullptr;
   double *spaces = nullptr;
   if (fine) {

@@ -109,14 +109,17 @@ LB_KERNEL(stabilizers_peak)(const lb_frame *frame) {
   uint32_t *found = frame->peaks;
   for (int64_t start = 0; start < end; start += frame->piece) {
     const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
-    int32_t peaks[1] = {};
+    int32_t peaks[2] = {};
     LB_IVDEP
     for (int64_t at = start; at < stop; ++at) {
       const float g = frame->in[0][at];
-      peaks[0] = lb::peak_of(peaks[0], g);
-      frame->out[0][at] = stabilizers_peak::apply(g);
+      peaks[1] = lb::peak_of(peaks[1], g);
+      const float measured_ = stabilizers_peak::apply(g);
+      frame->out[0][at] = measured_;
+      peaks[0] = lb::peak_of(peaks[0], measured_);
     }
     *found++ = (uint32_t)peaks[0];
+    *found++ = (uint32_t)peaks[1];
   }
 }
 
@@ -171,14 +174,17 @@ LB_KERNEL(stabilizers_energy)(const lb_frame *frame) {
   uint32_t *found = frame->peaks;
   for (int64_t start = 0; start < end; start += frame->piece) {
     const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
-    int32_t peaks[1] = {};
+    int32_t peaks[2] = {};
     LB_IVDEP
     for (int64_t at = start; at < stop; ++at) {
       const float g = frame->in[0][at];
-      peaks[0] = lb::peak_of(peaks[0], g);
-      frame->out[0][at] = stabilizers_energy::apply(g, s);
+      peaks[1] = lb::peak_of(peaks[1], g);
+      const float measured_ = stabilizers_energy::apply(g, s);
+      frame->out[0][at] = measured_;
+      peaks[0] = lb::peak_of(peaks[0], measured_);
     }
     *found++ = (uint32_t)peaks[0];
+    *found++ = (uint32_t)peaks[1];
   }
 }
 
@@ -254,14 +260,17 @@ LB_KERNEL(stabilizers_energy_of_all)(const lb_frame *frame) {
   uint32_t *found = frame->peaks;
   for (int64_t start = 0; start < end; start += frame->piece) {
     const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
-    int32_t peaks[1] = {};
+    int32_t peaks[2] = {};
     LB_IVDEP
     for (int64_t at = start; at < stop; ++at) {
       const float g = frame->in[0][at];
-      peaks[0] = lb::peak_of(peaks[0], g);
-      frame->out[0][at] = stabilizers_energy_of_all::apply(g);
+      peaks[1] = lb::peak_of(peaks[1], g);
+      const float measured_ = stabilizers_energy_of_all::apply(g);
+      frame->out[0][at] = measured_;
+      peaks[0] = lb::peak_of(peaks[0], measured_);
     }
     *found++ = (uint32_t)peaks[0];
+    *found++ = (uint32_t)peaks[1];
   }
 }
 

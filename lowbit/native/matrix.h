@@ -78,7 +78,7 @@ static bool measure_block(const lb_matrix &m, int64_t row, int64_t col, int64_t 
     }
     if (all) memcpy(all + i, x, 4 * part);
   }
-  *scale = f.kind == LB_KIND_AFFINE ? affine_scale(f, low, high, &b->extra) : derive_scale(f, float_of(most));
+  *scale = f.kind == LB_KIND_AFFINE ? affine_scale(f, low, high, &b->extra) : derive_scale(float_of(most), f.top, f.min_scale, f.max_scale);
   b->inverse = inverse(*scale);
   b->live = m.packed.live;
   b->bounded = *scale == *scale;

@@ -437,13 +437,14 @@ def _kernel(stage: Stage, f: _Function, reads: tuple[str, ...], roots: int) -> s
 
 def _loop(stage: Stage, reads: tuple[str, ...], others: list[str], call: str, roots: int) -> list[str]:
     """One value after the other, with the peaks. A fold's elements have none, and may be any number."""
-    count, fold = len(stage.writes), stage.kind == "fold"
-    peaks = [] if fold else [*stage.writes, *["g"] * ("g" in reads)]
+    measure, fold = stage.kind == "measure", stage.kind == "fold"
+    written = ["measured_"] if measure else list(stage.writes)
+    count, peaks = len(written), [] if fold else [*written, *["g"] * ("g" in reads)]
     peak = [f"peaks[{k}] = lb::peak_of(peaks[{k}], {name});" for k, name in enumerate(peaks)]
     loop = [f"{'const ' * (n not in stage.writes)}float {n} = frame->in[{k}][at];" for k, n in enumerate(reads)]
     loop += ["const float x = frame->x[at];"] * ("x" in stage.reads) + [f"float {name};" for name in others]
-    loop += [*peak[count:], "frame->out[0][at] = " * (stage.kind == "measure") + call]
-    for k, name in enumerate(stage.writes):
+    loop += [*peak[count:], "const float measured_ = " * measure + call]
+    for k, name in enumerate(written):
         loop += [f"if (ROOTS & {1 << k}) {name} = lb::sqrt({name});"] * (roots >> k & 1)
         loop += [f"frame->out[{k}][at] = {name};", *peak[:count][k : k + 1]]
     if fold:

@@ -107,17 +107,38 @@ struct Run {
 // Stages run in pieces of 256 or 128 values where each piece's peaks are those of a scale.
 constexpr int PIECE = LB_BLOCK / 2, PIECES = SPAN / PIECE;
 
+// Memory that will be needed soon, asked for little by little while there is work: a processor looks ahead by itself
+// only inside a page, which a span finishes in one go, and takes only some twenty requests at a time.
+struct Feed {
+  struct {
+    const char *at, *end;
+  } range[LB_MOMENTS + 2];
+  int count = 0;
+  void add(const void *from, int64_t bytes) { range[count++] = {(const char *)from, (const char *)from + bytes}; }
+  void some() {
+    constexpr int LINES = 8;
+    for (int line = 0; line < LINES && count; ++line) {
+      auto &r = range[count - 1];
+      __builtin_prefetch(r.at, 0, 2);
+      r.at += 64;
+      if (r.at >= r.end) --count;
+    }
+  }
+};
+
 // Room for one thread.
 struct Room {
-  alignas(64) float array[LB_ARRAYS][SPAN];
+  alignas(64) float array[LB_ARRAYS][SPAN + 16];  // 80: not all at the same offset in a page, where caches collide
   alignas(64) float value[SPAN];
   alignas(64) uint16_t narrow[LB_MOMENTS][SPAN];
   alignas(64) uint16_t parameter[SPAN];
   alignas(64) uint8_t codes[SPAN];
   Draws draws;
+  Feed feed;
   alignas(64) float scale[LB_MOMENTS][SPAN], inverse[LB_MOMENTS][SPAN], base[LB_MOMENTS][SPAN];
   float companion[SPAN];
   uint32_t peaks[LB_ARRAYS][PIECES];  // of what updates wrote to each slot, per piece
+  uint32_t value_peaks[PIECES];       // of what was measured
   uint32_t gradient[PIECES];          // of the gradient as it came
   uint32_t work[LB_BLOCK];
   const float *at[LB_ARRAYS];         // where each slot's values are now
@@ -198,6 +219,7 @@ static void load_moment(const Run &run, const Span &s, int k, Room &room) {
   int64_t scale = s.row * o.scales + s.col / f.block;
   for (int i = 0; i < s.n; i += each, ++scale) {
     const int n = s.n - i < each ? s.n - i : each;
+    room.feed.some();
     decode(f, codes + i, n, o.scale[scale], o.extra ? (const float *)o.extra + scale : nullptr, to + i);
   }
 }
@@ -245,64 +267,96 @@ static void load(const Run &run, const Span &s, int wanted, Room &room) {
 
 // ---- stages
 
-// Run an update or measurement over a span; in pieces (0: in one) that share a scale, so that the peaks are theirs.
-static void run_stage(const Run &run, const lb_stage &stage, const Span &s, int piece, uint32_t roots, Room &room) {
+// Run an update or measurement over a span, in pieces that share a scale, so that the peaks it reports are theirs.
+// `gauged`: it reads the gradient as it came, and its peaks are wanted.
+static void run_stage(const Run &run, const lb_stage &stage, const Span &s, int piece, uint32_t roots, bool gauged,
+                      Room &room) {
+  const bool measure = stage.kind == LB_MEASURE;
+  const int writes = measure ? 1 : stage.writes, each = writes + stage.reads_g;  // peaks of a piece
   lb_frame f;
-  uint32_t peaks[PIECES * (LB_ARRAYS + 1)];
+  uint32_t peaks[PIECES * (LB_ARRAYS + 1)] = {};
   f.s = (float *)run.scalars;
   f.si = stage.s;
   f.c = run.job->constants;
   f.ci = stage.c;
   f.x = nullptr;
-  f.n = (s.n + 15) / 16 * 16;
-  f.piece = piece ? piece : SPAN;
+  f.piece = piece;
   f.roots = roots;
   f.peaks = peaks;
-  const bool measure = stage.kind == LB_MEASURE;
   for (int k = 0; k < stage.reads; ++k) f.in[k] = room.at[stage.read[k]];
-  for (int k = 0; k < stage.writes; ++k) f.out[k] = room.array[stage.write[k]];
-  if (measure) f.out[0] = room.value;
-  stage.kernel(&f);
-  if (measure) {
-    clear_tail(room.value, s.n);
-    return;
+  for (int k = 0; k < writes; ++k) f.out[k] = measure ? room.value : room.array[stage.write[k]];
+  for (int left = (s.n + 15) / 16 * 16; left > 0; left -= LB_BLOCK) {
+    room.feed.some();
+    f.n = left < LB_BLOCK ? left : LB_BLOCK;
+    stage.kernel(&f);
+    for (int k = 0; k < stage.reads; ++k) f.in[k] += LB_BLOCK;
+    for (int k = 0; k < writes; ++k) f.out[k] += LB_BLOCK;
+    f.peaks += LB_BLOCK / piece * each;
   }
-  for (int k = 0; k < stage.writes; ++k) {
-    room.at[stage.write[k]] = room.array[stage.write[k]];
-    clear_tail(room.array[stage.write[k]], s.n);  // what a stage makes of the zeros beyond a row's end is no value
+  const int last = (s.n - 1) / piece;
+  for (int k = 0; k < writes; ++k) {
+    float *values = measure ? room.value : room.array[stage.write[k]];
+    uint32_t *found = measure ? room.value_peaks : room.peaks[stage.write[k]];
+    for (int number = 0; number <= last; ++number) found[number] = peaks[number * each + k];
+    if (!measure) room.at[stage.write[k]] = values;
+    if (s.n % 16 == 0) continue;
+    clear_tail(values, s.n);  // what a stage makes of the zeros beyond a row's end is no value
+    found[last] = peak(values + last * piece, s.n - last * piece);
   }
-  if (!piece) return;
-  const bool gauged = &stage - run.job->program->stages == run.gauge;
-  const int each = stage.writes + stage.reads_g, last = (s.n - 1) / piece;
-  for (int number = 0; number <= last; ++number) {
-    for (int k = 0; k < stage.writes; ++k) room.peaks[stage.write[k]][number] = peaks[number * each + k];
-    if (gauged) room.gradient[number] = peaks[number * each + stage.writes];
-  }
-  if (s.n % 16 == 0) return;
-  for (int k = 0; k < stage.writes; ++k) {  // the last piece's, once more, without what was there
-    const int slot = stage.write[k];
-    room.peaks[slot][last] = peak(room.array[slot] + last * piece, s.n - last * piece);
-  }
+  for (int number = 0; gauged && number <= last; ++number) room.gradient[number] = peaks[number * each + writes];
 }
 
 // ---- a measuring sweep
 
-static void measure_span(Run &run, const Span &s, Room &room) {
+// What a later span will read.
+static void look_ahead(const Run &run, const Span &s, int wanted, Feed &feed) {
+  const lb_job &job = *run.job;
+  const int of_parameter = job.param_dtype == LB_FLOAT32 ? 4 : 2, of_gradient = job.grad_dtype == LB_FLOAT32 ? 4 : 2;
+  feed.count = 0;
+  if (wanted & 1) feed.add((const char *)job.param + s.at * of_parameter, s.n * of_parameter);
+  feed.add((const char *)job.grad + s.at * of_gradient, s.n * of_gradient);
+  for (int k = 0; k < job.program->moments; ++k) {
+    if (!(wanted >> (2 + k) & 1)) continue;
+    const lb_operand &o = job.moments[k];
+    const int bits = o.format->bits;
+    const int64_t at = o.format->kind == LB_KIND_FLOAT ? s.at * bits / 8 : s.row * o.row_bytes + s.col * bits / 8;
+    feed.add((const char *)o.codes + at, s.n * bits / 8);
+  }
+}
+
+// The stage that reads the gradient as it came, among the updates before stage `end` and that stage; -1 for none.
+static int gauge(const lb_program &program, int end) {
+  for (int k = 0; k <= end && k < program.count; ++k) {
+    const lb_stage &stage = program.stages[k];
+    if (stage.kind != LB_UPDATE && k != end) continue;
+    if (stage.reads_g) return k;
+    for (int i = 0; i < stage.writes; ++i) {
+      if (stage.write[i] == 1) return -1;
+    }
+  }
+  return -1;
+}
+
+static void measure_span(Run &run, const Span &s, const Span *ahead, Room &room) {
   const lb_program &program = *run.job->program;
   const lb_stage &stage = program.stages[run.next];
+  const int reader = gauge(program, run.next), width = run.cut.width;
+  room.feed.count = 0;
+  if (ahead) look_ahead(run, *ahead, 1 << 1, room.feed);
   load(run, s, run.wanted, room);
-  if (program.guarded && !finite_bits(peak(room.at[1], s.n))) __atomic_store_n(&run.skip, true, __ATOMIC_RELAXED);
-  for (int k = 0; k < run.next; ++k) {
-    if (program.stages[k].kind == LB_UPDATE) run_stage(run, program.stages[k], s, 0, 0, room);
+  bool finite = reader >= 0 || !program.guarded || finite_bits(peak(room.at[1], s.n));
+  for (int k = 0; k <= run.next; ++k) {
+    if (program.stages[k].kind != LB_UPDATE && k != run.next) continue;
+    run_stage(run, program.stages[k], s, LB_BLOCK, 0, k == reader, room);
   }
-  run_stage(run, stage, s, 0, 0, room);
+  for (int number = 0; reader >= 0 && number * LB_BLOCK < s.n; ++number) finite &= finite_bits(room.gradient[number]);
+  if (program.guarded && !finite) __atomic_store_n(&run.skip, true, __ATOMIC_RELAXED);
   if (stage.over == LB_COLUMN) return;  // the caller adds the values up
-  const int width = run.cut.width;
   for (int b = 0; b < s.blocks; ++b) {
     float *values = room.value + b * width;
     const int n = values_of(s, run.cut, b);
     if (stage.reduce == LB_MAX) {
-      run.partial[s.block + b] = float_of(peak(values, n));
+      run.partial[s.block + b] = float_of(width == LB_BLOCK ? room.value_peaks[b] : peak(values, n));
     } else {
       if (n < width) memset(values + n, 0, 4 * (width - n));
       run.partial[s.block + b] = halve(values, width);
@@ -326,7 +380,7 @@ static void measure_columns(Run &run, int64_t unit, Room &room) {
     s.at = s.row * job.cols + s.col;
     s.number = s.row * c.stride + s.col;
     s.block = s.row * c.per_row + s.col / c.width;
-    measure_span(run, s, room);
+    measure_span(run, s, nullptr, room);
     for (int i = 0; i < s.n; ++i) {
       const float value = room.value[i];
       if (max) {
@@ -483,6 +537,7 @@ static void store_moment(const Run &run, const Span &s, int k, const bool *good,
     const int n = s.n - i < each ? s.n - i : each;
     const bool bounded = run.job->program->guarded && all;
     const Block b = {room.inverse[k][number], room.base[k][number], o.live != 0, bounded};
+    room.feed.some();
     encode(f, x + i, n, b, draws ? draws + i : nullptr, codes + i);
     if (!good[i >> run.cut.shift]) continue;
     o.scale[scale] = room.scale[k][number];
@@ -566,6 +621,17 @@ static void store_companion(const Run &run, int64_t at, int from, int n, Room &r
   }
 }
 
+// memcpy for what has just been computed: the library's turns to `rep movsb` for a few thousand bytes, which waits.
+static void copy(void *to, const void *from, int64_t bytes) {
+  int64_t i = 0;
+  for (; i + 64 <= bytes; i += 64) {
+    char line[64];
+    __builtin_memcpy(line, (const char *)from + i, 64);
+    __builtin_memcpy((char *)to + i, line, 64);
+  }
+  for (; i < bytes; ++i) ((char *)to)[i] = ((const char *)from)[i];
+}
+
 static void store_parameter(const Run &run, const Span &s, const bool *good, bool all, Room &room) {
   const lb_job &job = *run.job;
   const int size = job.param_dtype == LB_FLOAT32 ? 4 : 2;
@@ -574,7 +640,7 @@ static void store_parameter(const Run &run, const Span &s, const bool *good, boo
   for (int b = 0; b < s.blocks; ++b) {
     const int start = b * run.cut.width, n = all ? s.n : values_of(s, run.cut, b);
     if (good[b]) {
-      if (from != to) memcpy(to + (int64_t)start * size, from + (int64_t)start * size, (size_t)n * size);
+      if (from != to) copy(to + (int64_t)start * size, from + (int64_t)start * size, (int64_t)n * size);
       if (size == 2 && job.master != LB_NONE) store_companion(run, s.at + start, start, n, room);
     }
     if (all) break;
@@ -625,15 +691,18 @@ static void check_gradient(const Run &run, const Span &s, int piece, bool *good,
   }
 }
 
-static int64_t update_span(const Run &run, const Span &s, int piece, const uint32_t *roots, Room &room) {
+static int64_t update_span(const Run &run, const Span &s, const Span &ahead, int piece, const uint32_t *roots,
+                           Room &room) {
   const lb_program &program = *run.job->program;
+  look_ahead(run, ahead, run.wanted, room.feed);
   load(run, s, run.wanted, room);
   bool good[SPAN];
   bool all = true;
   const bool gauged = piece && run.gauge >= 0;  // then the stages find out on their way whether gradients are finite
   if (!gauged) check_gradient(run, s, 0, good, &all, room);
   for (int k = 0; k < program.count; ++k) {
-    if (program.stages[k].kind == LB_UPDATE) run_stage(run, program.stages[k], s, piece, roots[k], room);
+    if (program.stages[k].kind != LB_UPDATE) continue;
+    run_stage(run, program.stages[k], s, piece ? piece : LB_BLOCK, roots[k], k == run.gauge, room);
   }
   if (gauged) check_gradient(run, s, piece, good, &all, room);
   all &= prepare_parameter(run, s, piece, good, room);
@@ -825,8 +894,9 @@ static void sweep(Step &step, Room &room) {
     int64_t lost = 0;
     for (int64_t k = local * CHUNK; k < last; ++k) {
       const Span s = span(*run.job, run.cut, k);
-      if (step.updating) lost += update_span(run, s, piece, roots, room);
-      else measure_span(run, s, room);
+      const Span ahead = span(*run.job, run.cut, k + 1 < run.cut.spans ? k + 1 : k);
+      if (step.updating) lost += update_span(run, s, ahead, piece, roots, room);
+      else measure_span(run, s, &ahead, room);
     }
     if (lost) __atomic_fetch_add(&run.lost, lost, __ATOMIC_RELAXED);
   }
@@ -850,20 +920,6 @@ static void finish(Run &run) {
   if (run.skip) return;
   for (int k = 0; k < program.kept; ++k) *job.scalars[k] = run.scalars[k];
   for (int k = 0; k < program.vectors; ++k) memcpy(job.vectors[k], run.vectors[k], 4 * run.lengths[k]);
-}
-
-static int gauge(const lb_program &program) {
-  for (int k = 0; k < program.count; ++k) {
-    const lb_stage &stage = program.stages[k];
-    if (stage.kind != LB_UPDATE) continue;
-    for (int i = 0; i < stage.reads; ++i) {
-      if (stage.read[i] == 1) return k;
-    }
-    for (int i = 0; i < stage.writes; ++i) {
-      if (stage.write[i] == 1) return -1;
-    }
-  }
-  return -1;
 }
 
 static int64_t elements_over(const lb_job &job, int over) {
@@ -916,7 +972,7 @@ static bool prepare(Run &run, const lb_job &job, int64_t *longest) {
   for (int k = 0; k <= program.moments; ++k) stream_key(job.seed, job.step, job.tensor, k, run.key[k]);
   uint32_t roots[LB_STAGES];
   root_masks(run, roots);
-  run.gauge = gauge(program);
+  run.gauge = gauge(program, program.count);
   return true;
 }
 

@@ -5,6 +5,15 @@
 
 namespace LB_SPACE {
 
+enum { MOST_THREADS = 256 };
+
+// How many of the threads that may be had are worth starting: one for some ten thousand values.
+static int worthwhile(int threads, int64_t values) {
+  const int64_t useful = 1 + values / 16384;
+  if (threads > MOST_THREADS) threads = MOST_THREADS;
+  return threads > useful ? (int)useful : threads;
+}
+
 struct Crew {
   Step *step;
   Room *rooms;
@@ -65,8 +74,6 @@ static void *start_hand(void *argument) {
   one_hand(*((Start<Hand> *)argument)->task);
   return nullptr;
 }
-
-enum { MOST_THREADS = 256 };
 
 template <class Task> static void run_started(Task &task, int threads, void *(*body)(void *)) {
   pthread_t others[MOST_THREADS];
