@@ -73,7 +73,7 @@ def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
             fmt = lowbit.format(name)
             for block in (None, 3, 1000) if fmt.compressed else (None,):
                 f = fmt.with_block(block) if block else fmt
-                for shape in [(7, 33), (3, 300), (1, 20001)]:
+                for shape in [(7, 33), (3, 300), (1, 40001)]:
                     x = torch.randn(shape, generator=torch.Generator().manual_seed(k))
                     x = x.to([torch.float32, torch.bfloat16, torch.float16][k % 3])
                     noise = (k, 7) if k % 2 else None
