@@ -329,6 +329,14 @@ static int search(const lb_format &f, const float *x, int n, float inverse, uint
     codes = _mm256_permutevar8x32_epi32(codes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
     _mm256_storeu_si256((__m256i *)(to + i), _mm256_abs_epi8(codes));
   }
+  for (; i + 8 <= n; i += 8) {  // short blocks
+    __m256 u = _mm256_mul_ps(_mm256_loadu_ps(x + i), by);
+    u = _mm256_and_ps(_mm256_and_ps(u, _mm256_cmp_ps(u, u, _CMP_ORD_Q)), mask);
+    const __m256i rung = tree.minus_rung(u), words = _mm256_packs_epi32(rung, rung);
+    const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+    const __m128i order = _mm_setr_epi8(0, 1, 2, 3, 8, 9, 10, 11, -1, -1, -1, -1, -1, -1, -1, -1);
+    _mm_storel_epi64((__m128i *)(to + i), _mm_shuffle_epi8(_mm_abs_epi8(bytes), order));
+  }
   return i;
 }
 #endif
@@ -372,12 +380,15 @@ static void encode_codebook(const lb_format &f, const float *x, int n, const Blo
   if (draws) {  // from the nearest rung to the one at or below, and up again by chance
     const uint32_t keep = f.sign_magnitude ? 0x7FFFFFFFu : 0xFFFFFFFFu;
     const int last = f.rungs - 2;
-    for (int i = 0; i < n; ++i) {
+    const float *ladder = f.ladder;
+    LB_IVDEP for (int i = 0; i < n; ++i) {
       const float u = float_of(bits_of(in_units(x[i], inverse)) & keep);
-      int r = to[i] - (f.ladder[to[i]] > u ? 1 : 0);
-      r = r < 0 ? 0 : r > last ? last : r;
-      const float low = f.ladder[r], high = f.ladder[r + 1];
-      to[i] = (uint8_t)(r + (u - low >= (1.0f - uniform(draws[i])) * (high - low) ? 1 : 0));
+      int r = to[i];
+      r -= ladder[r] > u ? 1 : 0;
+      r = r < 0 ? 0 : r;
+      r = r > last ? last : r;
+      const float low = ladder[r], gap = ladder[r + 1] - low;
+      to[i] = (uint8_t)(r + (u - low >= (1.0f - uniform(draws[i])) * gap ? 1 : 0));
     }
   }
   if (!f.same) {

@@ -32,6 +32,8 @@ struct Pieces {
 struct Desk {  // room for one thread
   alignas(64) float values[SPAN];
   alignas(64) float out[SPAN];
+  alignas(64) float absmax[SPAN], scale[SPAN], inverse[SPAN];  // of short blocks
+  alignas(64) int32_t peaks[SPAN];
   alignas(64) uint8_t codes[SPAN];
   Draws draws;
 };
@@ -87,12 +89,61 @@ static bool measure_block(const lb_matrix &m, int64_t row, int64_t col, int64_t 
   return true;
 }
 
+// Whether many blocks can be encoded at once: in units of their own scales they are like one block of scale 1.
+static bool short_blocks(const lb_operand &o, int64_t block) {
+  const lb_format &f = *o.format;
+  const bool plain = (f.kind == LB_KIND_INTEGER || f.kind == LB_KIND_CODEBOOK) && f.is_signed && !f.square && !o.live;
+  return plain && block <= 64 && (block & (block - 1)) == 0 && block * f.bits % 8 == 0;
+}
+
+// As encode_piece, a span of short blocks at a time. The last block of a row may be shorter.
+static void encode_short(const lb_matrix &m, const Piece &p, float *fake, Desk &desk) {
+  const lb_operand &o = m.packed;
+  const lb_format &f = *o.format;
+  const int block = f.block;
+  for (int64_t col = p.first; col < p.last; col += SPAN) {
+    const int n = (int)(p.last - col < SPAN ? p.last - col : SPAN), count = (n + block - 1) / block;
+    const int64_t at = p.row * m.cols + col;
+    float *u = desk.values, *scale = desk.scale;
+    int32_t *peaks = desk.peaks;
+    widen(m.values, m.dtype, at, n, u);
+    for (int i = n; i < count * block; ++i) u[i] = 0.0f;
+    LB_IVDEP for (int i = 0; i < count * block; ++i) peaks[i] = (int32_t)magnitude_bits(u[i]);
+    for (int left = count * block / 2; left >= count; left /= 2) {
+      for (int i = 0; i < left; ++i) peaks[i] = peaks[2 * i] > peaks[2 * i + 1] ? peaks[2 * i] : peaks[2 * i + 1];
+    }
+    for (int b = 0; b < (count + 15) / 16 * 16; ++b) desk.absmax[b] = b < count ? float_of((uint32_t)peaks[b]) : 1.0f;
+    scales(f, desk.absmax, count, scale, desk.inverse);
+    for (int b = 0; b < count; ++b) {
+      const float by = desk.inverse[b];
+      LB_IVDEP for (int i = b * block; i < (b + 1) * block; ++i) u[i] = u[i] * by;
+    }
+    const uint16_t *draws = m.stochastic ? desk.draws.fill(m.key, p.row * m.stride + col, n) : nullptr;
+    const Block one = {1.0f, 0.0f, false, false};
+    encode(f, u, n, one, draws, desk.codes);
+    if (!fake) {
+      pack(desk.codes, f.bits, n, (uint8_t *)o.codes + p.row * o.row_bytes + col * f.bits / 8);
+      memcpy(o.scale + p.row * o.scales + col / block, scale, sizeof(float) * count);
+      continue;
+    }
+    decode(f, desk.codes, n, 1.0f, nullptr, desk.out);
+    for (int b = 0; b < count; ++b) {
+      const int end = n < (b + 1) * block ? n : (b + 1) * block;
+      LB_IVDEP for (int i = b * block; i < end; ++i) fake[at + i] = desk.out[i] * scale[b];
+    }
+  }
+}
+
 // Encode a piece; with `fake`, write the values that the codes stand for there instead.
 static bool encode_piece(const lb_matrix &m, const Piece &p, float *fake, Desk &desk) {
   const lb_operand &o = m.packed;
   const lb_format &f = *o.format;
   const bool whole = f.kind == LB_KIND_FLOAT;
   const int64_t block = whole ? SPAN : f.block;
+  if (!whole && short_blocks(o, block)) {
+    encode_short(m, p, fake, desk);
+    return true;
+  }
   uint8_t *codes_row = fake ? nullptr : (uint8_t *)o.codes + p.row * o.row_bytes;
   const bool bytewise = block * f.bits % 8 == 0;
   if (!bytewise && codes_row) memset(codes_row, 0, o.row_bytes);

@@ -23,7 +23,7 @@ def table(fmt: Format) -> abi.Format:
         is_signed=fmt.signed,
         square=fmt.square,
         sign_magnitude=fmt.sign_magnitude,
-        block=fmt.block[1],
+        block=min(fmt.block[1], 2**31 - 1),
         limit=fmt.limit,
     )
     if fmt.dtype is not None:
