@@ -61,7 +61,8 @@ def doctor_main(args: argparse.Namespace, argv: list[str]) -> int:
     found["packages"] = {p: machine.version(p) for p in ("numpy", "rich", "safetensors", "matplotlib", "datasets")}
     found["compiler"] = machine.compiler()
     found["backend"], problem = _backend()
-    advice = [problem] if problem else []
+    found["native"], missing = _native()
+    advice = [line for line in (problem, missing) if line]
     if not found["packages"]["matplotlib"]:
         advice.append("matplotlib is missing, so `lowbit bench` makes no plots: pip install 'lowbit[bench]'")
     if not found["packages"]["datasets"]:
@@ -91,6 +92,25 @@ def _backend() -> tuple[str | None, str]:
         return None, f"no backend: {type(error).__name__}: {error}"
     forced = os.environ.get("LOWBIT_BACKEND")
     return name + (f" (forced by LOWBIT_BACKEND={forced})" if forced else ""), ""
+
+
+def _native() -> tuple[dict[str, str], str]:
+    """The native library: what was found, what it runs on, and what to do if there is none."""
+    import torch
+
+    from ..native import build, library
+
+    told = {key: str(value) for key, value in build.describe().items() if value not in (None, "")}
+    try:
+        loaded = library.load()
+    except (build.BuildError, ValueError) as error:
+        return told, f"no native library, so steps take 20 to 50 times as long: {error}"
+    found = {
+        "library": f"{loaded.found.path} ({loaded.found.origin})",
+        "instructions": f"{loaded.isa}" + (f" (this processor has {loaded.best})" if loaded.isa != loaded.best else ""),
+        "threads": f"{torch.get_num_threads()} (torch.set_num_threads)",
+    }
+    return found | told, ""
 
 
 def _lines(value: object) -> list[str]:

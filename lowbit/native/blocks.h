@@ -501,34 +501,4 @@ static void encode(const lb_format &f, const float *x, int n, const Block &b, co
   }
 }
 
-// ---- reduction trees
-
-// The sum of n values, n a power of two up to 256, by halving: x[i] + x[i + n/2]. Overwrites x.
-template <int N> static float halve_all(float *x) {  // of a known count, so that all loops unroll
-  LB_IVDEP for (int i = 0; i < N / 2; ++i) x[i] = x[i] + x[i + N / 2];
-  return halve_all<N / 2>(x);
-}
-template <> float halve_all<1>(float *x) { return x[0]; }
-
-static float halve(float *x, int n) {
-  if (n == LB_BLOCK) return halve_all<LB_BLOCK>(x);
-  for (int half = n / 2; half >= 1; half /= 2) {
-    LB_IVDEP for (int i = 0; i < half; ++i) x[i] = x[i] + x[i + half];
-  }
-  return x[0];
-}
-
-// The same for any count of doubles: what is missing to a power of two counts as 0. Overwrites x.
-static double halve(double *x, int64_t n) {
-  if (n == 0) return 0.0;
-  int64_t half = 1;
-  while (half < n) half *= 2;
-  for (half /= 2; half >= 1; half /= 2) {
-    for (int64_t i = 0; i + half < n; ++i) x[i] = x[i] + x[i + half];
-    for (int64_t i = n - half > 0 ? n - half : 0; i < half && i < n; ++i) x[i] = x[i] + 0.0;  // -0 + 0 = 0
-    n = n < half ? n : half;
-  }
-  return x[0];
-}
-
 }  // namespace LB_SPACE

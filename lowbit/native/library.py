@@ -6,13 +6,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from ctypes import CDLL, POINTER, c_char_p, c_int32, c_void_p, cast
 from functools import cache
 from pathlib import Path
 from typing import Any
-
-import torch  # its OpenMP must be in the process before ours asks for one
 
 from ..formats import nearest
 from ..stages import Stage
@@ -100,7 +97,9 @@ def load() -> Library:
     best = handle.lb_best().decode()
     isa = os.environ.get("LOWBIT_ISA", "") or best
     if isa not in ISAS:
-        raise ValueError(f"LOWBIT_ISA={isa!r} is no instruction set{nearest(isa, list(ISAS))}; known: {', '.join(ISAS)}")
+        raise ValueError(
+            f"LOWBIT_ISA={isa!r} is no instruction set{nearest(isa, list(ISAS))}; known: {', '.join(ISAS)}"
+        )
     if list(ISAS).index(isa) > list(ISAS).index(best):
         raise ValueError(f"LOWBIT_ISA={isa!r}: this processor has {best} at best")
     return Library(found, isa, best)
