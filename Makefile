@@ -44,7 +44,7 @@ bench-full: $(VENV)/.bench ## the full comparison, half an hour on two quiet cor
 	$(PY) benchmarks/readme.py
 
 clean: ## remove .venv, caches and build outputs; results in runs/ stay
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .ruff_cache lowbit/native/_lowbit.*
 	find lowbit tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps say which extra is installed and are older than their sources when that must be done again.

@@ -36,7 +36,7 @@ class Case(NamedTuple):
     fault: tuple[str, str, str, str] | None = None
 
 
-LONGER = ("step.h", r"memcpy\(p, from, 4 \* n\)", "memcpy(p, from, 4 * n + 4)", "heap-buffer-overflow")
+LONGER = ("load.h", r"memcpy\(p, from, 4 \* n\)", "memcpy(p, from, 4 * n + 4)", "heap-buffer-overflow")
 BARRIER = ("step.h", r"(sweep\(step, \*room\);\s*)LB_BARRIER\(\);", r"\1", "data race")
 CASES = {
     "address-baseline": Case("baseline", ADDRESS),
