@@ -157,4 +157,5 @@ static void run_stage(const Run &run, const lb_stage &stage, const Span &s, int 
   }
   for (int number = 0; gauged && number <= last; ++number) room.gradient[number] = peaks[number * each + writes];
 }
+
 }  // namespace LB_SPACE

@@ -145,4 +145,5 @@ static void reduce_run(Run &run, double *work) {
     run.x[k] = (float)value;
   }
 }
+
 }  // namespace LB_SPACE

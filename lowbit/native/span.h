@@ -73,20 +73,18 @@ static int values_of(const Span &s, const Cut &c, int block) {
 struct Run {
   const lb_job *job;
   Cut cut;
-  int next, last;  // the stage to go on with; the latest measurement
+  int next;        // the stage to go on with
   int wanted;      // a bit per slot: what a sweep must load
   int written;     // a bit per slot: what updates write
   int gauge;       // the update that reads the gradient as it came, and reports its peak; -1 for none
   int rooted;      // a bit per slot: of which the last update leaves the root, as it will be stored
-  bool waiting, skip, measured;
+  bool waiting, skip;  // for a total over all tensors; the tensor is left alone
   int64_t lost;
   float scalars[LB_SCALARS];
   float *vectors[LB_ARRAYS];     // what this step makes of them, persistent ones first
   int64_t lengths[LB_ARRAYS];
-  uint32_t most;        // max: bits of the magnitude
   double total;         // of the tensor: sum or maximum
   float *x;             // the measurement, one number per element of what it runs over
-  int64_t elements;
   float *partial;       // per block: sum (or maximum)
   double *sums;         // per row (or per tile and column)
   uint32_t key[LB_MOMENTS + 1][2];
@@ -116,7 +114,7 @@ struct Feed {
 
 // Room for one thread.
 struct Room {
-  alignas(64) float array[LB_ARRAYS][SPAN + 16];  // 80: not all at the same offset in a page, where caches collide
+  alignas(64) float array[LB_ARRAYS][SPAN + 16];  // not all at one offset in a page, where caches collide
   alignas(64) float value[SPAN];
   alignas(64) uint16_t narrow[LB_MOMENTS][SPAN];
   alignas(64) uint16_t parameter[SPAN];
@@ -137,4 +135,5 @@ static void clear_tail(float *values, int n) {
 }
 
 static const Half &half_of(int dtype) { return dtype == LB_BFLOAT16 ? BF16 : FP16; }
+
 }  // namespace LB_SPACE

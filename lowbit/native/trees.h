@@ -31,4 +31,5 @@ static double halve(double *x, int64_t n) {
   }
   return x[0];
 }
+
 }  // namespace LB_SPACE

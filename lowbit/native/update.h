@@ -272,4 +272,5 @@ static int64_t update_span(const Run &run, const Span &s, const Span &ahead, int
   for (int b = 0; b < s.blocks; ++b) lost += !good[b];
   return lost;
 }
+
 }  // namespace LB_SPACE
