@@ -29,15 +29,15 @@ FLAGS = [*(f for f in build.FLAGS if f not in ("-O3", "-shared", "-fPIC")), "-O1
 
 
 class Case(NamedTuple):
-    """A build of the driver. `fault`: (header, what is there, what is put there instead, what is said)."""
+    """A build of the driver. `fault`: (what is in one of the headers, what is put there instead, what is said)."""
 
     isa: str
     flags: list[str]
-    fault: tuple[str, str, str, str] | None = None
+    fault: tuple[str, str, str] | None = None
 
 
-LONGER = ("load.h", r"memcpy\(p, from, 4 \* n\)", "memcpy(p, from, 4 * n + 4)", "heap-buffer-overflow")
-BARRIER = ("step.h", r"(sweep\(step, \*room\);\s*)LB_BARRIER\(\);", r"\1", "data race")
+LONGER = (r"memcpy\(p, from, 4 \* n\)", "memcpy(p, from, 4 * n + 4)", "heap-buffer-overflow")
+BARRIER = (r"(sweep\(step, \*room\);\s*)LB_BARRIER\(\);", r"\1", "data race")
 CASES = {
     "address-baseline": Case("baseline", ADDRESS),
     "address-avx2": Case("avx2", ADDRESS),
@@ -108,10 +108,10 @@ def compiled(folder: Path, name: str) -> Path | str:
     sources = folder / name
     shutil.copytree(build.HERE, sources, ignore=shutil.ignore_patterns("*.py", "*.so", "__pycache__"))
     if case.fault:
-        path = sources / case.fault[0]
-        text, count = re.subn(case.fault[1], case.fault[2], path.read_text())
-        assert count == 1, f"{case.fault[0]} has changed: {case.fault[1]!r} is there {count} times"
-        path.write_text(text)
+        there, instead, _ = case.fault
+        found = [path for path in sources.glob("*.h") if re.search(there, path.read_text())]
+        assert len(found) == 1, f"the driver has changed: {there!r} is in {[path.name for path in found]}"
+        found[0].write_text(re.sub(there, instead, found[0].read_text(), count=1))
     driver = f'-DLB_DRIVER="isa_{case.isa}.cpp"'
     target = folder / f"{name}-harness"
     done = subprocess.run(
@@ -148,5 +148,5 @@ def test_the_driver_is_clean(name: str, harnesses: dict[str, Path | str], record
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.fault])
 def test_a_planted_fault_is_found(name: str, harnesses: dict[str, Path | str], recording: Path):
     done = play(harnesses[name], recording)
-    said = CASES[name].fault[3]
+    said = CASES[name].fault[2]
     assert done.returncode not in (0, 3, 4) and said in done.stderr, done.stderr[:4000] or done.stdout
