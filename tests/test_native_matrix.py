@@ -1,6 +1,6 @@
 """The full product, in `make test-all`: every optimizer, every pair of state formats, every way to store a parameter.
 
-Small tensors, two steps, the instruction sets in turn: some 20 minutes of one core. It goes on where it was stopped:
+Small tensors, two steps, the instruction sets in turn: some 35 minutes of one core. It goes on where it was stopped:
 what is done stands in the file $LOWBIT_MATRIX_STATE, else in pytest's cache; with other sources it begins anew.
 $LOWBIT_MATRIX_SHARE="k/n" takes every n-th line only, for several processes.
 """
