@@ -4,12 +4,16 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from native_cases import libraries
 
 from lowbit.native import build
+from lowbit.native.library import _shipped
+from lowbit.native.printer import print_stage
+from lowbit.optim.adamw import adamw
 
 RULE = """
 import hashlib, os, torch
@@ -130,3 +134,11 @@ def test_without_a_compiler_or_words_the_reference_does_it_and_says_so_once(cach
     line = RULE[: RULE.index("z = g ** 2")].count("\n") + 1
     assert unprintable.startswith("1 a rule runs on the reference backend")
     assert f"own.py:{line}" in unprintable and "g ** 2" in unprintable
+
+
+def test_another_rule_of_the_same_name_is_not_taken_for_ours():
+    printed = print_stage(adamw, frozenset("v"))
+    assert _shipped(printed) and printed.helpers
+    name, text = next(iter(printed.helpers.items()))
+    other = replace(printed, helpers={**printed.helpers, name: text.replace("rate1", "rate2")})
+    assert not _shipped(other)  # the stage is the same text, what it calls is not

@@ -66,7 +66,7 @@ def _rules() -> str:
 
 def _shipped(printed: Printed) -> bool:
     """Whether the library's kernel of this name is this very text, and not another rule's of the same name."""
-    return printed.functor in _rules()
+    return all(text in _rules() for text in (printed.functor, *printed.helpers.values()))
 
 
 def _source(printed: Printed, isa: str) -> str:
