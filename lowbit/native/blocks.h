@@ -2,7 +2,7 @@
 //
 // Formats are data: a switch on the kind outside, a loop without branches inside, which the compiler turns into vector
 // code for the instruction set that this text is compiled for. Written by hand is only what it cannot find: looking up
-// one of 16 numbers in a register (AVX2; benchmarks/codec.py shows what that buys).
+// one of 16 numbers in a register, and bytes to floats (AVX2; docs/decisions/006-native-cpu.md says what that buys).
 #pragma once
 #include <string.h>
 
@@ -13,7 +13,6 @@
 
 namespace LB_SPACE {
 using namespace lb;
-
 
 // Values that are worked on together: a few arrays of them fit the first-level cache.
 constexpr int SPAN = 4 * LB_BLOCK;

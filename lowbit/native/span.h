@@ -114,7 +114,7 @@ struct Feed {
 
 // Room for one thread.
 struct Room {
-  alignas(64) float array[LB_ARRAYS][SPAN + 16];  // not all at one offset in a page, where caches collide
+  alignas(64) float array[LB_ARRAYS][SPAN];
   alignas(64) float value[SPAN];
   alignas(64) uint16_t narrow[LB_MOMENTS][SPAN];
   alignas(64) uint16_t parameter[SPAN];

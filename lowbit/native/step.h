@@ -6,8 +6,8 @@
 //     sweep   all threads: measure every block, or (last) update every block
 //     reduce  all threads: each tensor's measurement from its blocks
 //
-// A block is up to 256 values of a row (several rows where rows are short powers of two). It is decoded into the
-// first-level cache, run through the printed stages, checked, encoded and stored: no value leaves a block as fp32.
+// A span of four blocks, each up to 256 values of a row, is decoded into the first-level cache, run through the printed
+// stages, checked, encoded and stored: no moment is fp32 anywhere else.
 // What is computed, to the bit, is said by lowbit/backends/reference.py.
 #pragma once
 #include <stdlib.h>

@@ -176,17 +176,6 @@ static void store_companion(const Run &run, int64_t at, int from, int n, Room &r
   }
 }
 
-// memcpy for what has just been computed: the library's turns to `rep movsb` for a few thousand bytes, which waits.
-static void copy(void *to, const void *from, int64_t bytes) {
-  int64_t i = 0;
-  for (; i + 64 <= bytes; i += 64) {
-    char line[64];
-    __builtin_memcpy(line, (const char *)from + i, 64);
-    __builtin_memcpy((char *)to + i, line, 64);
-  }
-  for (; i < bytes; ++i) ((char *)to)[i] = ((const char *)from)[i];
-}
-
 static void store_parameter(const Run &run, const Span &s, const bool *good, bool all, Room &room) {
   const lb_job &job = *run.job;
   const int size = job.param_dtype == LB_FLOAT32 ? 4 : 2;
@@ -195,7 +184,7 @@ static void store_parameter(const Run &run, const Span &s, const bool *good, boo
   for (int b = 0; b < s.blocks; ++b) {
     const int start = b * run.cut.width, n = all ? s.n : values_of(s, run.cut, b);
     if (good[b]) {
-      if (from != to) copy(to + (int64_t)start * size, from + (int64_t)start * size, (int64_t)n * size);
+      if (from != to) memcpy(to + (int64_t)start * size, from + (int64_t)start * size, (size_t)n * size);
       if (size == 2 && job.master != LB_NONE) store_companion(run, s.at + start, start, n, room);
     }
     if (all) break;
