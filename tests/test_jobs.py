@@ -216,7 +216,7 @@ def test_a_state_that_does_not_fit_is_refused_before_anything_changes(backend: s
 class Unprintable(Rule):
     """Runs on the reference, and says so."""
 
-    def plan(self, group):
+    def plan(self, group, kind=""):
         return {}, (update("p")(lambda p, g, c: p - c.lr * g),)
 
     def constants(self, group, t):

@@ -308,7 +308,7 @@ class Record(Constants):
 
     scalars: ClassVar = {"kept": 0.0}
 
-    def plan(self, group):
+    def plan(self, group, kind=""):
         over = group["over"]
         value = measure(group["reduce"], over=over)(same)
 

@@ -166,7 +166,7 @@ def test_a_rule_without_any_state():
 class TwoPlans(Rule):
     """Groups with the same moments and different stages."""
 
-    def plan(self, group):
+    def plan(self, group, kind=""):
         return {}, (up if group["up"] else down,)
 
     def constants(self, group, t):
@@ -179,6 +179,39 @@ def test_groups_may_run_different_stages_on_the_same_moments():
     a.grad = b.grad = torch.ones(3)
     opt.step()
     assert a.tolist() == [-1] * 3 and b.tolist() == [1] * 3
+
+
+class TwoKinds(Rule):
+    """Matrices go down without a state, all else goes up and keeps one."""
+
+    kinds: ClassVar = ("matrix", "other")
+
+    def kind(self, group, name, shape, role):
+        return role or ("matrix" if len(shape) == 2 else "other")
+
+    def plan(self, group, kind=""):
+        return ({}, (down,)) if kind == "matrix" else ({"b": Moment("total")}, (climb,))
+
+    def constants(self, group, t):
+        return {"lr": group["lr"]}
+
+
+@update("p b")
+def climb(p, b, g, c):
+    return p + c.lr * g, b + g
+
+
+def test_tensors_of_one_group_may_be_of_different_kinds():
+    a, b = Parameter(torch.zeros(2, 3)), Parameter(torch.zeros(3))
+    opt = TwoKinds([("a", a), ("b", b)], {"lr": 1.0}, states={"total": "bf16"})
+    a.grad, b.grad = torch.ones(2, 3), torch.ones(3)
+    opt.step()
+    assert a.tolist() == [[-1] * 3] * 2 and b.tolist() == [1] * 3
+    assert "total" not in opt.state[a] and opt.state[b]["total"].tolist() == [1] * 3
+    told = opt.explain()
+    assert [row.kind for row in told.rows] == ["matrix", "other"] and "down or, for other tensors, climb" in str(told)
+    with pytest.raises(ValueError, match="a: TwoKinds has no kind 'vector'; it has: matrix, other"):
+        TwoKinds([("a", a)], {"lr": 1.0}, roles={"a": "vector"})
 
 
 def test_a_stabilizer_that_needs_a_moment_the_rule_has_not_is_refused():

@@ -108,7 +108,7 @@ class AdamW(Rule):
         if len(group["betas"]) != 2:
             raise ValueError(f"betas must be two numbers, not {group['betas']!r}")
 
-    def plan(self, group: Mapping[str, Any]) -> tuple[Mapping[str, Moment], tuple[Stage, ...]]:
+    def plan(self, group: Mapping[str, Any], kind: str = "") -> tuple[Mapping[str, Moment], tuple[Stage, ...]]:
         """See `Rule.plan`."""
         if not group["amsgrad"]:
             return self.moments, (*self.folds, adamw)

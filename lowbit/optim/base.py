@@ -110,6 +110,7 @@ class Rule(torch.optim.Optimizer, Part):
     """
 
     moments: ClassVar[dict[str, Moment]] = {}
+    kinds: ClassVar[tuple[str, ...]] = ("",)  # of tensors, each with a plan of its own
     guarded: bool = True
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -156,9 +157,13 @@ class Rule(torch.optim.Optimizer, Part):
 
     # ---- what a subclass may override
 
-    def plan(self, group: Mapping[str, Any]) -> tuple[Mapping[str, Moment], tuple[Stage, ...]]:
-        """The moments and stages of a group (amsgrad adds a moment, for instance)."""
+    def plan(self, group: Mapping[str, Any], kind: str = "") -> tuple[Mapping[str, Moment], tuple[Stage, ...]]:
+        """The moments and stages of a group's tensors of one kind (amsgrad adds a moment, for instance)."""
         return self.moments, self.stages
+
+    def kind(self, group: Mapping[str, Any], name: str, shape: tuple[int, ...], role: str) -> str:
+        """Which of `kinds` a tensor is, where an optimizer does not treat all alike; asked once."""
+        return self.kinds[0]
 
     def check_group(self, group: Mapping[str, Any]) -> None:
         """Raise `ValueError` for a hyper-parameter out of range; called before anything changes."""
@@ -207,8 +212,8 @@ class Rule(torch.optim.Optimizer, Part):
     def _check(self, group: Mapping[str, Any]) -> None:
         check_common(group)
         self.check_group(group)
-        moments, _ = self.plan(group)
-        signed = {m.name: m.signed for m in moments.values()}
+        plans = [self.plan(group, kind) for kind in self.kinds]
+        signed = {m.name: m.signed for moments, _ in plans for m in moments.values()}
         check_storage(group["states"], "states", signed)
         for match, storage in self.policy.rules:
             check_storage(storage, f"policy {match!r}", signed)
@@ -216,12 +221,13 @@ class Rule(torch.optim.Optimizer, Part):
             raise TypeError(f"seed must be an int, not {type(group['seed']).__name__}")
         for part in self.stabilize:
             part.check(group)
-            known = {"p", "g", "s", "c", "x", *moments, *(letter for stage in part.stages for letter in stage.writes)}
-            for stage in part.stages:
-                missing = [r for r in stage.reads if len(r) == 1 and r not in known]
+            own = {"p", "g", "s", "c", "x", *(letter for stage in part.stages for letter in stage.writes)}
+            for moments, _ in plans:
+                missing = [r for stage in part.stages for r in stage.reads if len(r) == 1 and r not in {*own, *moments}]
                 if missing:
                     raise ValueError(f"stabilize: {part!r} reads {missing[0]!r}, which {type(self).__name__} has not")
-        self.program(group)  # raises for stages that do not fit together
+        for kind in self.kinds:
+            self.program(group, kind)  # raises for stages that do not fit together
         if group["master"] not in masters.MASTERS:
             hint = nearest(group["master"], masters.MASTERS)
             raise ValueError(f"unknown master {group['master']!r}{hint}; known: {', '.join(masters.MASTERS)}")
@@ -380,9 +386,9 @@ class Rule(torch.optim.Optimizer, Part):
                         stacklevel=4,
                     )
 
-    def program(self, group: Mapping[str, Any]) -> Program:
-        """The stages of a group, stabilizers first, as backends run them."""
-        moments, stages = self.plan(group)
+    def program(self, group: Mapping[str, Any], kind: str = "") -> Program:
+        """The stages of a group's tensors of one kind, stabilizers first, as backends run them."""
+        moments, stages = self.plan(group, kind or self.kinds[0])
         name = (tuple(moments.items()), stages)
         if name not in self._programs:
             parts = (*self.stabilize, self)

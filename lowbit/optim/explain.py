@@ -20,6 +20,7 @@ class Row:
     shape: tuple[int, ...]
     dtype: str
     role: str
+    kind: str
     formats: dict[str, str]
     why: str
     state_bytes: int
@@ -55,13 +56,16 @@ class Explanation:
         from rich.table import Table
 
         table = Table(title=f"{self.optimizer}: where the state of each parameter goes", title_justify="left")
-        for column in ("parameter", "shape", "dtype", "role", "state formats", "decided by"):
+        kinds = any(row.kind for row in self.rows)
+        about = ("parameter", "shape", "dtype", "role", *(("kind",) if kinds else ()), "state formats", "decided by")
+        for column in about:
             table.add_column(column)
         table.add_column("state bytes", justify="right")
         for row in self.rows:
             formats = ", ".join(f"{moment} {fmt}" for moment, fmt in row.formats.items())
             shape = "×".join(map(str, row.shape)) or "scalar"
-            table.add_row(row.name, shape, row.dtype, row.role, formats, row.why, f"{row.state_bytes:,}")
+            kind = [row.kind] if kinds else []
+            table.add_row(row.name, shape, row.dtype, row.role, *kind, formats, row.why, f"{row.state_bytes:,}")
         out = io.StringIO()
         console = Console(file=out, width=160)
         console.print(table)
@@ -69,7 +73,7 @@ class Explanation:
         console.print(
             f"{self.parameters:,} parameters, {self.state_bytes:,} bytes of state ({per:.3f} per parameter). "
             f"A step reads the gradient {self.sweeps} time{'s' if self.sweeps > 1 else ''}: "
-            + " or, in another group, ".join(self.stages)
+            + " or, for other tensors, ".join(self.stages)
         )
         return out.getvalue()
 
@@ -88,11 +92,14 @@ def explain(rule: Rule) -> Explanation:
                     shape=tuple(p.shape),
                     dtype=str(p.dtype).removeprefix("torch."),
                     role=slot.role,
+                    kind=slot.kind,
                     formats={moments[letter].name: fmt.name for letter, fmt in slot.formats.items()} if state else {},
                     why="; ".join(dict.fromkeys(d.why for d in slot.decisions.values())) if state else "frozen",
                     state_bytes=sum(v.nbytes for v in state.values() if isinstance(v, Tensor)),
                 )
             )
-    programs = list({id(made): made for made in map(rule.program, rule.param_groups)}.values())
+    programs = list({id(slot.program): slot.program for slot in rule._slots.values()}.values())
     stages = tuple(" → ".join(stage.function.__name__ for stage in program.stages) for program in programs)
-    return Explanation(type(rule).__name__, tuple(rows), max(program.sweeps for program in programs), stages)
+    return Explanation(
+        type(rule).__name__, tuple(rows), max((program.sweeps for program in programs), default=1), stages
+    )

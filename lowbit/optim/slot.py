@@ -32,7 +32,11 @@ class Slot:
         self.numel = p.numel()
         self.id = number
         self.asked = asked_of(group)
-        self.program = rule.program(group)
+        self.kind = rule.kind(group, name, tuple(p.shape), self.role)
+        if self.kind not in rule.kinds:
+            known = ", ".join(rule.kinds)
+            raise ValueError(f"{label}: {type(rule).__name__} has no kind {self.kind!r}; it has: {known}")
+        self.program = rule.program(group, self.kind)
         self.group_rows = rule.group_rows(group, name, tuple(p.shape), self.role)
         if not isinstance(self.group_rows, int) or self.group_rows < 1:
             raise ValueError(f"{label}: group_rows must be a whole number of at least 1, not {self.group_rows!r}")
