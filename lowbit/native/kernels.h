@@ -68,7 +68,7 @@ struct adamw_adamw_lanes {
   typename Stage::S s;
   typename Stage::C c;
   explicit adamw_adamw_lanes([[maybe_unused]] const lb_frame *frame) : s{frame->s[frame->si[0]], frame->s[frame->si[1]]}, c{frame->c[frame->ci[0]], frame->c[frame->ci[1]], frame->c[frame->ci[2]], frame->c[frame->ci[3]]} {}
-  LB_FN void run(LB_SPACE::Lanes *x, const adamw_adamw_lanes &stage) {
+  LB_FN void run(LB_SPACE::Lanes *x, [[maybe_unused]] const adamw_adamw_lanes &stage) {
     Stage::apply(x[0], x[1], x[2], x[3], stage.s, stage.c);
   }
 };
@@ -129,7 +129,7 @@ struct adamw_amsgrad_lanes {
   typename Stage::S s;
   typename Stage::C c;
   explicit adamw_amsgrad_lanes([[maybe_unused]] const lb_frame *frame) : s{frame->s[frame->si[0]], frame->s[frame->si[1]]}, c{frame->c[frame->ci[0]], frame->c[frame->ci[1]], frame->c[frame->ci[2]], frame->c[frame->ci[3]]} {}
-  LB_FN void run(LB_SPACE::Lanes *x, const adamw_amsgrad_lanes &stage) {
+  LB_FN void run(LB_SPACE::Lanes *x, [[maybe_unused]] const adamw_amsgrad_lanes &stage) {
     Stage::apply(x[0], x[1], x[2], x[3], x[4], stage.s, stage.c);
   }
 };
@@ -208,7 +208,7 @@ struct stabilizers_clip_spikes_lanes {
   static constexpr int PLACES[] = {0};
   typename Stage::S s;
   explicit stabilizers_clip_spikes_lanes([[maybe_unused]] const lb_frame *frame) : s{frame->s[frame->si[0]], frame->s[frame->si[1]]} {}
-  LB_FN void run(LB_SPACE::Lanes *x, const stabilizers_clip_spikes_lanes &stage) {
+  LB_FN void run(LB_SPACE::Lanes *x, [[maybe_unused]] const stabilizers_clip_spikes_lanes &stage) {
     Stage::apply(x[0], stage.s);
   }
 };
@@ -289,7 +289,7 @@ struct stabilizers_normalize_lanes {
   static constexpr int PLACES[] = {0};
   typename Stage::S s;
   explicit stabilizers_normalize_lanes([[maybe_unused]] const lb_frame *frame) : s{frame->s[frame->si[0]], frame->s[frame->si[1]]} {}
-  LB_FN void run(LB_SPACE::Lanes *x, const stabilizers_normalize_lanes &stage) {
+  LB_FN void run(LB_SPACE::Lanes *x, [[maybe_unused]] const stabilizers_normalize_lanes &stage) {
     Stage::apply(x[0], stage.s);
   }
 };
@@ -325,7 +325,7 @@ struct stabilizers_clip_to_moment_lanes {
   static constexpr int PLACES[] = {0};
   typename Stage::C c;
   explicit stabilizers_clip_to_moment_lanes([[maybe_unused]] const lb_frame *frame) : c{frame->c[frame->ci[0]]} {}
-  LB_FN void run(LB_SPACE::Lanes *x, const stabilizers_clip_to_moment_lanes &stage) {
+  LB_FN void run(LB_SPACE::Lanes *x, [[maybe_unused]] const stabilizers_clip_to_moment_lanes &stage) {
     Stage::apply(x[0], x[1], stage.c);
   }
 };
@@ -387,7 +387,7 @@ struct stabilizers_scale_all_lanes {
   static constexpr int PLACES[] = {0};
   typename Stage::S s;
   explicit stabilizers_scale_all_lanes([[maybe_unused]] const lb_frame *frame) : s{frame->s[frame->si[0]]} {}
-  LB_FN void run(LB_SPACE::Lanes *x, const stabilizers_scale_all_lanes &stage) {
+  LB_FN void run(LB_SPACE::Lanes *x, [[maybe_unused]] const stabilizers_scale_all_lanes &stage) {
     Stage::apply(x[0], stage.s);
   }
 };

@@ -55,11 +55,16 @@ class Library:
             if not (_shipped(printed) and hasattr(handle, name)):
                 handle = CDLL(str(build.compile_extra(_source(printed, self.isa), printed.symbol)))
                 self._extras.append(handle)
-            names = name, f"lb_{printed.symbol}_fused_{self.isa}"
-            kernel, fused = (cast(getattr(handle, name, None), c_void_p).value or 0 for name in names)
+            kernel = _address(handle, name)
+            fused = _address(handle, f"lb_{printed.symbol}_fused_{self.isa}")
             assert kernel
             self._kernels[stage, letters] = kernel, fused, printed
         return self._kernels[stage, letters]
+
+
+def _address(handle: CDLL, name: str) -> int:
+    """Of a function; 0 if there is none."""
+    return cast(getattr(handle, name), c_void_p).value or 0 if hasattr(handle, name) else 0
 
 
 @cache

@@ -441,26 +441,24 @@ def _lanes(stage: Stage, f: _Function, reads: tuple[str, ...]) -> str:
     """How fused.h calls an update: with an array of operands, those it reads first."""
     order = [*reads, *(name for name in stage.writes if name not in reads)]
     roles = ["p" if n == "p" else "g" if n == "g" else "m" if n in stage.writes else "v" for n in reads]
-    of = f"{f.symbol}<LB_SPACE::Lanes>"
+    name, operands = f"{f.symbol}_lanes", [f"x[{k}]" for k in range(len(order))]
     makes = [
         f"{room}{{{', '.join(f'frame->{room}[frame->{room}i[{k}]]' for k in range(len(names)))}}}"
         for room, names in f.fields.items()
     ]
     lines = [
-        f"using Stage = {of};",
+        f"using Stage = {f.symbol}<LB_SPACE::Lanes>;",
         f"static constexpr int READS = {len(reads)}, WRITES = {len(stage.writes)}, MOMENTS = {roles.count('m')};",
         f"static constexpr int GRADIENT = {reads.index('g') if 'g' in reads else -1};",
         f'static constexpr char ROLES[] = "{"".join(roles)}";',
         f"static constexpr int PLACES[] = {{{', '.join(str(order.index(name)) for name in stage.writes)}}};",
         *(f"typename Stage::{room.upper()} {room};" for room in f.fields),
-        f"explicit {f.symbol}_lanes([[maybe_unused]] const lb_frame *frame){' : ' * bool(makes)}{', '.join(makes)} {{}}",
-        "LB_FN void run(LB_SPACE::Lanes *x, const " + f"{f.symbol}_lanes &stage) {{",
-        f"  Stage::apply({', '.join([*(f'x[{k}]' for k in range(len(order))), *(f'stage.{room}' for room in f.fields)])});",
+        f"explicit {name}([[maybe_unused]] const lb_frame *frame)" + " : " * bool(makes) + ", ".join(makes) + " {}",
+        f"LB_FN void run(LB_SPACE::Lanes *x, [[maybe_unused]] const {name} &stage) {{",
+        f"  Stage::apply({', '.join([*operands, *(f'stage.{room}' for room in f.fields)])});",
         "}",
     ]
-    return "\n".join(
-        ["", "#ifdef LB_FUSED", f"struct {f.symbol}_lanes {{", *_in(lines), "};", f"LB_FUSED({f.symbol})", "#endif"]
-    )
+    return "\n".join(["", "#ifdef LB_FUSED", f"struct {name} {{", *_in(lines), "};", f"LB_FUSED({f.symbol})", "#endif"])
 
 
 def _loop(stage: Stage, reads: tuple[str, ...], others: list[str], call: str, roots: int) -> list[str]:
