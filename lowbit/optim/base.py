@@ -207,7 +207,14 @@ class Rule(torch.optim.Optimizer, Part):
         others = self.param_groups[:-1]
         group.setdefault("steps", others[0]["steps"] if others else 0)
         group.setdefault("states_version", PRESETS_VERSION)
-        self.init_state()
+        try:
+            self.init_state()
+        except BaseException:  # a tensor that this optimizer cannot take
+            self.param_groups.pop()
+            for p in params:
+                self._slots.pop(p, None)
+                self.state.pop(p, None)
+            raise
 
     def _check(self, group: Mapping[str, Any]) -> None:
         check_common(group)
@@ -222,10 +229,14 @@ class Rule(torch.optim.Optimizer, Part):
         for part in self.stabilize:
             part.check(group)
             own = {"p", "g", "s", "c", "x", *(letter for stage in part.stages for letter in stage.writes)}
+            wanted = dict.fromkeys(r for stage in part.stages for r in stage.reads if len(r) == 1 and r not in own)
             for moments, _ in plans:
-                missing = [r for stage in part.stages for r in stage.reads if len(r) == 1 and r not in {*own, *moments}]
-                if missing:
-                    raise ValueError(f"stabilize: {part!r} reads {missing[0]!r}, which {type(self).__name__} has not")
+                for letter in wanted:
+                    asked = f"stabilize: {part!r} reads {letter!r}, which {type(self).__name__}"
+                    if letter not in moments:
+                        raise ValueError(f"{asked} has not")
+                    if moments[letter].over != "value":  # it is new before the update that would read it is repeated
+                        raise ValueError(f"{asked} has for each {moments[letter].over} only, not for each value")
         for kind in self.kinds:
             self.program(group, kind)  # raises for stages that do not fit together
         if group["master"] not in masters.MASTERS:
