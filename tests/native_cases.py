@@ -119,6 +119,7 @@ class Optimizer(NamedTuple):
     hyper: dict[str, Any]
     third: bool = False  # max_exp_avg_sq
     split: bool = False  # every second parameter in a group with amsgrad: two programs
+    moments: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
 
 
 def _own(rule: type[Rule]) -> Callable[..., Rule]:
@@ -138,6 +139,7 @@ OPTIMIZERS = {
                 **({"reset_interval": 3} if "reset_interval" in case.hyper else {}),
             },
             "max_exp_avg_sq" in case.signed,
+            moments=tuple(case.signed),
         )
         for case in CASES
     },
@@ -274,7 +276,8 @@ def build(s: Setting) -> tuple[Rule, list[tuple[str, Parameter]]]:
         if s.wrong == "broken" and k % 2 == 0 and x.numel():
             x.view(-1)[x.numel() // 2] = (torch.nan, torch.inf, 7e4)[k // 2 % 3]
         named.append((f"p{k}", Parameter(lay(x.to(DTYPES[s.p]), how))))
-    states = {"exp_avg": stored(s.m, s.block), "exp_avg_sq": stored(s.v, s.block)}
+    states = {k: v for k, v in {"exp_avg": s.m, "exp_avg_sq": s.v}.items() if k in of.moments}
+    states = {k: stored(v, s.block) for k, v in states.items()}
     more = {"max_exp_avg_sq": stored(STATE_FORMATS[seed % len(STATE_FORMATS)], s.block)}
     params: Any = named
     if of.split:

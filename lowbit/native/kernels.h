@@ -5,6 +5,400 @@
 #include "abi.h"
 #include "rules.h"
 
+LB_KERNEL(adafactor_weigh)(const lb_frame *frame) {
+  adafactor_weigh::S s = {frame->s[frame->si[0]]};
+  const adafactor_weigh::C c = {frame->c[frame->ci[0]]};
+  adafactor_weigh::apply(s, c);
+  frame->s[frame->si[0]] = s.exp_avg_sq_weight;
+}
+
+LB_KERNEL(adafactor_rows_square)(const lb_frame *frame) {
+  const adafactor_rows_square::C c = {frame->c[frame->ci[0]]};
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[2] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      const float g = frame->in[0][at];
+      peaks[1] = lb::peak_of(peaks[1], g);
+      const float measured_ = adafactor_rows_square::apply(g, c);
+      frame->out[0][at] = measured_;
+      peaks[0] = lb::peak_of(peaks[0], measured_);
+    }
+    *found++ = (uint32_t)peaks[0];
+    *found++ = (uint32_t)peaks[1];
+  }
+}
+
+LB_KERNEL(adafactor_average_rows)(const lb_frame *frame) {
+  const adafactor_average_rows::S s = {frame->s[frame->si[0]]};
+  const adafactor_average_rows::C c = {frame->c[frame->ci[0]]};
+  LB_IVDEP
+  for (int64_t at = 0; at < frame->n; ++at) {
+    float r = frame->in[0][at];
+    const float x = frame->x[at];
+    float a;
+    adafactor_average_rows::apply(r, a, x, s, c);
+    frame->out[0][at] = r;
+    frame->out[1][at] = a;
+  }
+}
+
+LB_KERNEL(adafactor_centre)(const lb_frame *frame) {
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[1] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      const float r = frame->in[0][at];
+      const float measured_ = adafactor_centre::apply(r);
+      frame->out[0][at] = measured_;
+      peaks[0] = lb::peak_of(peaks[0], measured_);
+    }
+    *found++ = (uint32_t)peaks[0];
+  }
+}
+
+LB_KERNEL(adafactor_keep_centre)(const lb_frame *frame) {
+  adafactor_keep_centre::S s = {frame->s[frame->si[0]]};
+  const float x = frame->x[0];
+  adafactor_keep_centre::apply(x, s);
+  frame->s[frame->si[0]] = s.centre;
+}
+
+LB_KERNEL(adafactor_columns_square)(const lb_frame *frame) {
+  const adafactor_columns_square::C c = {frame->c[frame->ci[0]]};
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[2] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      const float g = frame->in[0][at];
+      peaks[1] = lb::peak_of(peaks[1], g);
+      const float measured_ = adafactor_columns_square::apply(g, c);
+      frame->out[0][at] = measured_;
+      peaks[0] = lb::peak_of(peaks[0], measured_);
+    }
+    *found++ = (uint32_t)peaks[0];
+    *found++ = (uint32_t)peaks[1];
+  }
+}
+
+LB_KERNEL(adafactor_average_columns)(const lb_frame *frame) {
+  const adafactor_average_columns::S s = {frame->s[frame->si[0]]};
+  const adafactor_average_columns::C c = {frame->c[frame->ci[0]]};
+  LB_IVDEP
+  for (int64_t at = 0; at < frame->n; ++at) {
+    float k = frame->in[0][at];
+    const float x = frame->x[at];
+    float b;
+    adafactor_average_columns::apply(k, b, x, s, c);
+    frame->out[0][at] = k;
+    frame->out[1][at] = b;
+  }
+}
+
+LB_KERNEL(adafactor_factored)(const lb_frame *frame) {
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[2] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      float g = frame->in[0][at];
+      const float a = frame->in[1][at];
+      const float b = frame->in[2][at];
+      peaks[1] = lb::peak_of(peaks[1], g);
+      adafactor_factored::apply(g, a, b);
+      frame->out[0][at] = g;
+      peaks[0] = lb::peak_of(peaks[0], g);
+    }
+    *found++ = (uint32_t)peaks[0];
+    *found++ = (uint32_t)peaks[1];
+  }
+}
+
+template <uint32_t ROOTS>
+static void adafactor_full_run(const lb_frame *frame) {
+  const adafactor_full::S s = {frame->s[frame->si[0]]};
+  const adafactor_full::C c = {frame->c[frame->ci[0]], frame->c[frame->ci[1]]};
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[3] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      float g = frame->in[0][at];
+      float v = frame->in[1][at];
+      peaks[2] = lb::peak_of(peaks[2], g);
+      adafactor_full::apply(g, v, s, c);
+      frame->out[0][at] = g;
+      peaks[0] = lb::peak_of(peaks[0], g);
+      if (ROOTS & 2) v = lb::sqrt(v);
+      frame->out[1][at] = v;
+      peaks[1] = lb::peak_of(peaks[1], v);
+    }
+    *found++ = (uint32_t)peaks[0];
+    *found++ = (uint32_t)peaks[1];
+    *found++ = (uint32_t)peaks[2];
+  }
+}
+LB_KERNEL(adafactor_full)(const lb_frame *frame) {
+  switch (frame->roots) {
+    case 2: return adafactor_full_run<2>(frame);
+    default: return adafactor_full_run<0>(frame);
+  }
+}
+
+LB_KERNEL(adafactor_size)(const lb_frame *frame) {
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[1] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      const float p = frame->in[0][at];
+      const float measured_ = adafactor_size::apply(p);
+      frame->out[0][at] = measured_;
+      peaks[0] = lb::peak_of(peaks[0], measured_);
+    }
+    *found++ = (uint32_t)peaks[0];
+  }
+}
+
+LB_KERNEL(adafactor_scale)(const lb_frame *frame) {
+  adafactor_scale::S s = {frame->s[frame->si[0]]};
+  const adafactor_scale::C c = {frame->c[frame->ci[0]]};
+  const float x = frame->x[0];
+  adafactor_scale::apply(x, s, c);
+  frame->s[frame->si[0]] = s.scale;
+}
+
+LB_KERNEL(adafactor_energy)(const lb_frame *frame) {
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[2] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      const float g = frame->in[0][at];
+      peaks[1] = lb::peak_of(peaks[1], g);
+      const float measured_ = adafactor_energy::apply(g);
+      frame->out[0][at] = measured_;
+      peaks[0] = lb::peak_of(peaks[0], measured_);
+    }
+    *found++ = (uint32_t)peaks[0];
+    *found++ = (uint32_t)peaks[1];
+  }
+}
+
+LB_KERNEL(adafactor_clip)(const lb_frame *frame) {
+  adafactor_clip::S s = {frame->s[frame->si[0]], frame->s[frame->si[1]], frame->s[frame->si[2]]};
+  const adafactor_clip::C c = {frame->c[frame->ci[0]], frame->c[frame->ci[1]], frame->c[frame->ci[2]], frame->c[frame->ci[3]]};
+  const float x = frame->x[0];
+  adafactor_clip::apply(x, s, c);
+  frame->s[frame->si[0]] = s.shrink;
+  frame->s[frame->si[2]] = s.rate;
+}
+
+LB_KERNEL(adafactor_descend)(const lb_frame *frame) {
+  const adafactor_descend::S s = {frame->s[frame->si[0]], frame->s[frame->si[1]]};
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[2] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      float p = frame->in[0][at];
+      const float g = frame->in[1][at];
+      peaks[1] = lb::peak_of(peaks[1], g);
+      adafactor_descend::apply(p, g, s);
+      frame->out[0][at] = p;
+      peaks[0] = lb::peak_of(peaks[0], p);
+    }
+    *found++ = (uint32_t)peaks[0];
+    *found++ = (uint32_t)peaks[1];
+  }
+}
+
+LB_KERNEL(adafactor_descend_average)(const lb_frame *frame) {
+  const adafactor_descend_average::S s = {frame->s[frame->si[0]], frame->s[frame->si[1]]};
+  const adafactor_descend_average::C c = {frame->c[frame->ci[0]]};
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[3] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      float p = frame->in[0][at];
+      const float g = frame->in[1][at];
+      float m = frame->in[2][at];
+      peaks[2] = lb::peak_of(peaks[2], g);
+      adafactor_descend_average::apply(p, g, m, s, c);
+      frame->out[0][at] = p;
+      peaks[0] = lb::peak_of(peaks[0], p);
+      frame->out[1][at] = m;
+      peaks[1] = lb::peak_of(peaks[1], m);
+    }
+    *found++ = (uint32_t)peaks[0];
+    *found++ = (uint32_t)peaks[1];
+    *found++ = (uint32_t)peaks[2];
+  }
+}
+
+LB_KERNEL(adam_mini_mean_square)(const lb_frame *frame) {
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[2] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      const float g = frame->in[0][at];
+      peaks[1] = lb::peak_of(peaks[1], g);
+      const float measured_ = adam_mini_mean_square::apply(g);
+      frame->out[0][at] = measured_;
+      peaks[0] = lb::peak_of(peaks[0], measured_);
+    }
+    *found++ = (uint32_t)peaks[0];
+    *found++ = (uint32_t)peaks[1];
+  }
+}
+
+LB_KERNEL(adam_mini_mean_square_of_columns)(const lb_frame *frame) {
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[2] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      const float g = frame->in[0][at];
+      peaks[1] = lb::peak_of(peaks[1], g);
+      const float measured_ = adam_mini_mean_square_of_columns::apply(g);
+      frame->out[0][at] = measured_;
+      peaks[0] = lb::peak_of(peaks[0], measured_);
+    }
+    *found++ = (uint32_t)peaks[0];
+    *found++ = (uint32_t)peaks[1];
+  }
+}
+
+LB_KERNEL(adam_mini_average_square)(const lb_frame *frame) {
+  const adam_mini_average_square::C c = {frame->c[frame->ci[0]]};
+  LB_IVDEP
+  for (int64_t at = 0; at < frame->n; ++at) {
+    float v = frame->in[0][at];
+    const float x = frame->x[at];
+    adam_mini_average_square::apply(v, x, c);
+    frame->out[0][at] = v;
+  }
+}
+
+LB_KERNEL(adam_mini_mini)(const lb_frame *frame) {
+  const adam_mini_mini::S s = {frame->s[frame->si[0]], frame->s[frame->si[1]]};
+  const adam_mini_mini::C c = {frame->c[frame->ci[0]], frame->c[frame->ci[1]], frame->c[frame->ci[2]]};
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[3] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      float p = frame->in[0][at];
+      const float g = frame->in[1][at];
+      float m = frame->in[2][at];
+      const float v = frame->in[3][at];
+      peaks[2] = lb::peak_of(peaks[2], g);
+      adam_mini_mini::apply(p, g, m, v, s, c);
+      frame->out[0][at] = p;
+      peaks[0] = lb::peak_of(peaks[0], p);
+      frame->out[1][at] = m;
+      peaks[1] = lb::peak_of(peaks[1], m);
+    }
+    *found++ = (uint32_t)peaks[0];
+    *found++ = (uint32_t)peaks[1];
+    *found++ = (uint32_t)peaks[2];
+  }
+}
+
+LB_KERNEL(adam_mini_mini_undecayed)(const lb_frame *frame) {
+  const adam_mini_mini_undecayed::S s = {frame->s[frame->si[0]], frame->s[frame->si[1]]};
+  const adam_mini_mini_undecayed::C c = {frame->c[frame->ci[0]], frame->c[frame->ci[1]]};
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[3] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      float p = frame->in[0][at];
+      const float g = frame->in[1][at];
+      float m = frame->in[2][at];
+      const float v = frame->in[3][at];
+      peaks[2] = lb::peak_of(peaks[2], g);
+      adam_mini_mini_undecayed::apply(p, g, m, v, s, c);
+      frame->out[0][at] = p;
+      peaks[0] = lb::peak_of(peaks[0], p);
+      frame->out[1][at] = m;
+      peaks[1] = lb::peak_of(peaks[1], m);
+    }
+    *found++ = (uint32_t)peaks[0];
+    *found++ = (uint32_t)peaks[1];
+    *found++ = (uint32_t)peaks[2];
+  }
+}
+
+template <uint32_t ROOTS>
+static void adam_mini_adam_run(const lb_frame *frame) {
+  const adam_mini_adam::S s = {frame->s[frame->si[0]], frame->s[frame->si[1]]};
+  const adam_mini_adam::C c = {frame->c[frame->ci[0]], frame->c[frame->ci[1]], frame->c[frame->ci[2]]};
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[4] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      float p = frame->in[0][at];
+      const float g = frame->in[1][at];
+      float m = frame->in[2][at];
+      float v = frame->in[3][at];
+      peaks[3] = lb::peak_of(peaks[3], g);
+      adam_mini_adam::apply(p, g, m, v, s, c);
+      frame->out[0][at] = p;
+      peaks[0] = lb::peak_of(peaks[0], p);
+      frame->out[1][at] = m;
+      peaks[1] = lb::peak_of(peaks[1], m);
+      if (ROOTS & 4) v = lb::sqrt(v);
+      frame->out[2][at] = v;
+      peaks[2] = lb::peak_of(peaks[2], v);
+    }
+    *found++ = (uint32_t)peaks[0];
+    *found++ = (uint32_t)peaks[1];
+    *found++ = (uint32_t)peaks[2];
+    *found++ = (uint32_t)peaks[3];
+  }
+}
+LB_KERNEL(adam_mini_adam)(const lb_frame *frame) {
+  switch (frame->roots) {
+    case 4: return adam_mini_adam_run<4>(frame);
+    default: return adam_mini_adam_run<0>(frame);
+  }
+}
+
 LB_KERNEL(adamw_weigh)(const lb_frame *frame) {
   adamw_weigh::S s = {frame->s[frame->si[0]], frame->s[frame->si[1]]};
   const adamw_weigh::C c = {frame->c[frame->ci[0]], frame->c[frame->ci[1]]};
@@ -101,6 +495,184 @@ LB_KERNEL(adamw_amsgrad)(const lb_frame *frame) {
     case 8: return adamw_amsgrad_run<8>(frame);
     case 12: return adamw_amsgrad_run<12>(frame);
     default: return adamw_amsgrad_run<0>(frame);
+  }
+}
+
+LB_KERNEL(scale_mean_of_rows)(const lb_frame *frame) {
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[2] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      const float g = frame->in[0][at];
+      peaks[1] = lb::peak_of(peaks[1], g);
+      const float measured_ = scale_mean_of_rows::apply(g);
+      frame->out[0][at] = measured_;
+      peaks[0] = lb::peak_of(peaks[0], measured_);
+    }
+    *found++ = (uint32_t)peaks[0];
+    *found++ = (uint32_t)peaks[1];
+  }
+}
+
+LB_KERNEL(scale_sum_of_rows)(const lb_frame *frame) {
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[2] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      const float g = frame->in[0][at];
+      peaks[1] = lb::peak_of(peaks[1], g);
+      const float measured_ = scale_sum_of_rows::apply(g);
+      frame->out[0][at] = measured_;
+      peaks[0] = lb::peak_of(peaks[0], measured_);
+    }
+    *found++ = (uint32_t)peaks[0];
+    *found++ = (uint32_t)peaks[1];
+  }
+}
+
+LB_KERNEL(scale_mean_of_columns)(const lb_frame *frame) {
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[2] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      const float g = frame->in[0][at];
+      peaks[1] = lb::peak_of(peaks[1], g);
+      const float measured_ = scale_mean_of_columns::apply(g);
+      frame->out[0][at] = measured_;
+      peaks[0] = lb::peak_of(peaks[0], measured_);
+    }
+    *found++ = (uint32_t)peaks[0];
+    *found++ = (uint32_t)peaks[1];
+  }
+}
+
+LB_KERNEL(scale_sum_of_columns)(const lb_frame *frame) {
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[2] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      const float g = frame->in[0][at];
+      peaks[1] = lb::peak_of(peaks[1], g);
+      const float measured_ = scale_sum_of_columns::apply(g);
+      frame->out[0][at] = measured_;
+      peaks[0] = lb::peak_of(peaks[0], measured_);
+    }
+    *found++ = (uint32_t)peaks[0];
+    *found++ = (uint32_t)peaks[1];
+  }
+}
+
+LB_KERNEL(scale_norm)(const lb_frame *frame) {
+  const scale_norm::C c = {frame->c[frame->ci[0]]};
+  LB_IVDEP
+  for (int64_t at = 0; at < frame->n; ++at) {
+    const float x = frame->x[at];
+    float n;
+    scale_norm::apply(n, x, c);
+    frame->out[0][at] = n;
+  }
+}
+
+LB_KERNEL(scale_follow)(const lb_frame *frame) {
+  const scale_follow::C c = {frame->c[frame->ci[0]]};
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[3] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      float m = frame->in[0][at];
+      float g = frame->in[1][at];
+      peaks[2] = lb::peak_of(peaks[2], g);
+      scale_follow::apply(m, g, c);
+      frame->out[0][at] = m;
+      peaks[0] = lb::peak_of(peaks[0], m);
+      frame->out[1][at] = g;
+      peaks[1] = lb::peak_of(peaks[1], g);
+    }
+    *found++ = (uint32_t)peaks[0];
+    *found++ = (uint32_t)peaks[1];
+    *found++ = (uint32_t)peaks[2];
+  }
+}
+
+LB_KERNEL(scale_descend)(const lb_frame *frame) {
+  const scale_descend::C c = {frame->c[frame->ci[0]], frame->c[frame->ci[1]]};
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[2] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      float p = frame->in[0][at];
+      const float g = frame->in[1][at];
+      const float n = frame->in[2][at];
+      peaks[1] = lb::peak_of(peaks[1], g);
+      scale_descend::apply(p, g, n, c);
+      frame->out[0][at] = p;
+      peaks[0] = lb::peak_of(peaks[0], p);
+    }
+    *found++ = (uint32_t)peaks[0];
+    *found++ = (uint32_t)peaks[1];
+  }
+}
+
+LB_KERNEL(scale_scalar_size)(const lb_frame *frame) {
+  scale_scalar_size::S s = {frame->s[frame->si[0]], frame->s[frame->si[1]]};
+  const scale_scalar_size::C c = {frame->c[frame->ci[0]]};
+  scale_scalar_size::apply(s, c);
+  frame->s[frame->si[0]] = s.scalar_size;
+}
+
+template <uint32_t ROOTS>
+static void scale_scalar_adam_run(const lb_frame *frame) {
+  const scale_scalar_adam::S s = {frame->s[frame->si[0]], frame->s[frame->si[1]]};
+  const scale_scalar_adam::C c = {frame->c[frame->ci[0]], frame->c[frame->ci[1]], frame->c[frame->ci[2]], frame->c[frame->ci[3]]};
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[4] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      float p = frame->in[0][at];
+      const float g = frame->in[1][at];
+      float m = frame->in[2][at];
+      float v = frame->in[3][at];
+      peaks[3] = lb::peak_of(peaks[3], g);
+      scale_scalar_adam::apply(p, g, m, v, s, c);
+      frame->out[0][at] = p;
+      peaks[0] = lb::peak_of(peaks[0], p);
+      frame->out[1][at] = m;
+      peaks[1] = lb::peak_of(peaks[1], m);
+      if (ROOTS & 4) v = lb::sqrt(v);
+      frame->out[2][at] = v;
+      peaks[2] = lb::peak_of(peaks[2], v);
+    }
+    *found++ = (uint32_t)peaks[0];
+    *found++ = (uint32_t)peaks[1];
+    *found++ = (uint32_t)peaks[2];
+    *found++ = (uint32_t)peaks[3];
+  }
+}
+LB_KERNEL(scale_scalar_adam)(const lb_frame *frame) {
+  switch (frame->roots) {
+    case 4: return scale_scalar_adam_run<4>(frame);
+    default: return scale_scalar_adam_run<0>(frame);
   }
 }
 

@@ -10,6 +10,178 @@
 #pragma GCC diagnostic ignored "-Wunused-but-set-variable"
 #endif
 
+struct adafactor_weigh {  // fold, lowbit.optim.adafactor
+  struct S { float exp_avg_sq_weight; };
+  struct C { float rate2; };
+  LB_FN void apply(S &s, const C &c) {
+    s.exp_avg_sq_weight = lb::lerp(s.exp_avg_sq_weight, 1.0f, c.rate2);
+  }
+};
+
+struct adafactor_rows_square {  // measure, lowbit.optim.adafactor
+  struct C { float eps; };
+  LB_FN float apply(float g, const C &c) {
+    return g * g + c.eps;
+  }
+};
+
+struct adafactor_average_rows {  // fold, lowbit.optim.adafactor
+  struct S { float exp_avg_sq_weight; };
+  struct C { float rate2; };
+  LB_FN void apply(float &r, float &a, float x, const S &s, const C &c) {
+    r = lb::lerp(r, x, c.rate2);
+    const float kept1_ = lb::reciprocal(lb::sqrt(r / s.exp_avg_sq_weight));
+    a = kept1_;
+  }
+};
+
+struct adafactor_centre {  // measure, lowbit.optim.adafactor
+  LB_FN float apply(float r) {
+    return r;
+  }
+};
+
+struct adafactor_keep_centre {  // fold, lowbit.optim.adafactor
+  struct S { float centre; };
+  LB_FN void apply(float x, S &s) {
+    s.centre = x;
+  }
+};
+
+struct adafactor_columns_square {  // measure, lowbit.optim.adafactor
+  struct C { float eps; };
+  LB_FN float apply(float g, const C &c) {
+    return g * g + c.eps;
+  }
+};
+
+struct adafactor_average_columns {  // fold, lowbit.optim.adafactor
+  struct S { float centre; };
+  struct C { float rate2; };
+  LB_FN void apply(float &k, float &b, float x, const S &s, const C &c) {
+    k = lb::lerp(k, x, c.rate2);
+    const float kept1_ = lb::sqrt(s.centre / k);
+    b = kept1_;
+  }
+};
+
+struct adafactor_factored {  // update, lowbit.optim.adafactor
+  LB_FN void apply(float &g, float a, float b) {
+    g = g * a * b;
+  }
+};
+
+struct adafactor_full {  // update, lowbit.optim.adafactor
+  struct S { float exp_avg_sq_weight; };
+  struct C { float eps, rate2; };
+  LB_FN void apply(float &g, float &v, const S &s, const C &c) {
+    v = lb::lerp(v, g * g + c.eps, c.rate2);
+    g = g / lb::sqrt(v / s.exp_avg_sq_weight);
+  }
+};
+
+struct adafactor_size {  // measure, lowbit.optim.adafactor
+  LB_FN float apply(float p) {
+    return p * p;
+  }
+};
+
+struct adafactor_scale {  // fold, lowbit.optim.adafactor
+  struct S { float scale; };
+  struct C { float min_scale; };
+  LB_FN void apply(float x, S &s, const C &c) {
+    s.scale = lb::maximum(lb::sqrt(x), c.min_scale);
+  }
+};
+
+struct adafactor_energy {  // measure, lowbit.optim.adafactor
+  LB_FN float apply(float g) {
+    return g * g;
+  }
+};
+
+struct adafactor_clip {  // fold, lowbit.optim.adafactor
+  struct S { float shrink, scale, rate; };
+  struct C { float decay, lr, one, d; };
+  LB_FN void apply(float x, S &s, const C &c) {
+    s.shrink = c.decay * s.scale;
+    s.rate = c.lr * s.scale / lb::maximum(c.one, lb::sqrt(x) / c.d);
+  }
+};
+
+struct adafactor_descend {  // update, lowbit.optim.adafactor
+  struct S { float shrink, rate; };
+  LB_FN void apply(float &p, float g, const S &s) {
+    p = p - s.shrink * p - s.rate * g;
+  }
+};
+
+struct adafactor_descend_average {  // update, lowbit.optim.adafactor
+  struct S { float rate, shrink; };
+  struct C { float rate1; };
+  LB_FN void apply(float &p, float g, float &m, const S &s, const C &c) {
+    m = lb::lerp(m, s.rate * g, c.rate1);
+    p = p - s.shrink * p - m;
+  }
+};
+
+struct adam_mini_mean_square {  // measure, lowbit.optim.adam_mini
+  LB_FN float apply(float g) {
+    return g * g;
+  }
+};
+
+struct adam_mini_mean_square_of_columns {  // measure, lowbit.optim.adam_mini
+  LB_FN float apply(float g) {
+    return g * g;
+  }
+};
+
+struct adam_mini_average_square {  // fold, lowbit.optim.adam_mini
+  struct C { float rate2; };
+  LB_FN void apply(float &v, float x, const C &c) {
+    v = lb::lerp(v, x, c.rate2);
+  }
+};
+
+template <class S, class C>
+LB_FN float adamw_descend(float p, float m, float v, const C &c, const S &s) {
+  return p - s.step_size * (m / (lb::sqrt(v) * s.root + c.eps));
+}
+
+struct adam_mini_mini {  // update, lowbit.optim.adam_mini
+  struct S { float step_size, root; };
+  struct C { float rate1, keep, eps; };
+  LB_FN void apply(float &p, float g, float &m, float v, const S &s, const C &c) {
+    m = lb::lerp(m, g, c.rate1);
+    p = adamw_descend(c.keep * p, m, v, c, s);
+  }
+};
+
+struct adam_mini_mini_undecayed {  // update, lowbit.optim.adam_mini
+  struct S { float step_size, root; };
+  struct C { float rate1, eps; };
+  LB_FN void apply(float &p, float g, float &m, float v, const S &s, const C &c) {
+    m = lb::lerp(m, g, c.rate1);
+    p = adamw_descend(p, m, v, c, s);
+  }
+};
+
+template <class C>
+LB_FN void adamw_average(float m, float v, float g, const C &c, float &out0_, float &out1_) {
+  out0_ = lb::lerp(m, g, c.rate1);
+  out1_ = lb::lerp(v, g * g, c.rate2);
+}
+
+struct adam_mini_adam {  // update, lowbit.optim.adam_mini
+  struct S { float step_size, root; };
+  struct C { float rate1, rate2, eps; };
+  LB_FN void apply(float &p, float g, float &m, float &v, const S &s, const C &c) {
+    adamw_average(m, v, g, c, m, v);
+    p = adamw_descend(p, m, v, c, s);
+  }
+};
+
 struct adamw_weigh {  // fold, lowbit.optim.adamw
   struct S { float exp_avg_weight, exp_avg_sq_weight; };
   struct C { float rate1, rate2; };
@@ -28,23 +200,12 @@ struct adamw_debias {  // fold, lowbit.optim.adamw
   }
 };
 
-template <class C>
-LB_FN void adamw_average(float m, float v, float g, const C &c, float &out0_, float &out1_) {
-  out0_ = lb::lerp(m, g, c.rate1);
-  out1_ = lb::lerp(v, g * g, c.rate2);
-}
-
-template <class S, class C>
-LB_FN float adamw_descend(float p, float m, float v, const C &c, const S &s) {
-  return c.keep * p - s.step_size * (m / (lb::sqrt(v) * s.root + c.eps));
-}
-
 struct adamw_adamw {  // update, lowbit.optim.adamw
   struct S { float step_size, root; };
   struct C { float rate1, rate2, keep, eps; };
   LB_FN void apply(float &p, float g, float &m, float &v, const S &s, const C &c) {
     adamw_average(m, v, g, c, m, v);
-    p = adamw_descend(p, m, v, c, s);
+    p = adamw_descend(c.keep * p, m, v, c, s);
   }
 };
 
@@ -54,7 +215,71 @@ struct adamw_amsgrad {  // update, lowbit.optim.adamw
   LB_FN void apply(float &p, float g, float &m, float &v, float &h, const S &s, const C &c) {
     adamw_average(m, v, g, c, m, v);
     h = lb::maximum(h, v);
-    p = adamw_descend(p, m, h, c, s);
+    p = adamw_descend(c.keep * p, m, h, c, s);
+  }
+};
+
+struct scale_mean_of_rows {  // measure, lowbit.optim.scale
+  LB_FN float apply(float g) {
+    return g * g;
+  }
+};
+
+struct scale_sum_of_rows {  // measure, lowbit.optim.scale
+  LB_FN float apply(float g) {
+    return g * g;
+  }
+};
+
+struct scale_mean_of_columns {  // measure, lowbit.optim.scale
+  LB_FN float apply(float g) {
+    return g * g;
+  }
+};
+
+struct scale_sum_of_columns {  // measure, lowbit.optim.scale
+  LB_FN float apply(float g) {
+    return g * g;
+  }
+};
+
+struct scale_norm {  // fold, lowbit.optim.scale
+  struct C { float floor; };
+  LB_FN void apply(float &n, float x, const C &c) {
+    n = lb::maximum(lb::sqrt(x), c.floor);
+  }
+};
+
+struct scale_follow {  // update, lowbit.optim.scale
+  struct C { float rate; };
+  LB_FN void apply(float &m, float &g, const C &c) {
+    m = lb::lerp(m, g, c.rate);
+    const float kept1_ = m;
+    g = kept1_;
+  }
+};
+
+struct scale_descend {  // update, lowbit.optim.scale
+  struct C { float keep, lr; };
+  LB_FN void apply(float &p, float g, float n, const C &c) {
+    p = c.keep * p - c.lr * (g / n);
+  }
+};
+
+struct scale_scalar_size {  // fold, lowbit.optim.scale
+  struct S { float scalar_size, exp_avg_weight; };
+  struct C { float scalar_lr; };
+  LB_FN void apply(S &s, const C &c) {
+    s.scalar_size = c.scalar_lr / s.exp_avg_weight;
+  }
+};
+
+struct scale_scalar_adam {  // update, lowbit.optim.scale
+  struct S { float scalar_size, root; };
+  struct C { float rate1, rate2, scalar_keep, eps; };
+  LB_FN void apply(float &p, float g, float &m, float &v, const S &s, const C &c) {
+    adamw_average(m, v, g, c, m, v);
+    p = c.scalar_keep * p - s.scalar_size * (m / ((lb::sqrt(v) + c.eps) * s.root));
   }
 };
 

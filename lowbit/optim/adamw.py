@@ -27,8 +27,8 @@ def average(m, v, g, c):
 
 
 def descend(p, m, v, c, s):
-    """The step both updates take: decay, then down the debiased average over its root mean square."""
-    return c.keep * p - s.step_size * (m / (sqrt(v) * s.root + c.eps))
+    """Down the debiased average over its root mean square."""
+    return p - s.step_size * (m / (sqrt(v) * s.root + c.eps))
 
 
 @fold
@@ -49,7 +49,7 @@ def debias(s, c):
 def adamw(p, g, m, v, c, s):
     """Algorithm 2 of the AdamW paper."""
     m, v = average(m, v, g, c)
-    p = descend(p, m, v, c, s)
+    p = descend(c.keep * p, m, v, c, s)
     return p, m, v
 
 
@@ -58,7 +58,7 @@ def amsgrad(p, g, m, v, h, c, s):
     """The same with the largest second moment so far."""
     m, v = average(m, v, g, c)
     h = maximum(h, v)
-    p = descend(p, m, h, c, s)
+    p = descend(c.keep * p, m, h, c, s)
     return p, m, v, h
 
 
