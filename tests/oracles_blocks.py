@@ -4,7 +4,7 @@ A vector stands here as an array of the parameter's shape, with each number at e
 """
 
 import numpy as np
-from oracles_optim import adamw
+from oracles_optim import adamw, spam_clip
 
 
 def over(x, axis):
@@ -95,3 +95,18 @@ def scale_head(p, g, s, t, *, lr=1e-3, momentum=0.9, weight_decay=0.0, norm="rms
         return scale(p, g, s, t, lr=lr, weight_decay=weight_decay, **hyper)
     s["exp_avg"] = momentum * s["exp_avg"] + (1 - momentum) * g
     return normalized(p, s["exp_avg"], 1, lr, weight_decay, norm)
+
+
+def stabilized(g, s, *, eps=1e-8, gamma1=0.7, gamma2=0.9, gamma3=0.999):
+    """AdaClip and AdaGN of arXiv 2502.17055v1, as a gradient for any optimizer; averages start in their first step."""
+
+    def average(name, value, gamma):
+        s[name] = gamma * s.get(name, 0.0) + (1 - gamma) * value
+        s[f"{name} weight"] = gamma * s.get(f"{name} weight", 0.0) + (1 - gamma)
+        return s[name] / s[f"{name} weight"]
+
+    peak = np.max(np.abs(g))
+    g = spam_clip(g, average("peak", peak, gamma3), peak)
+    norm = np.sqrt(np.sum(g * g))
+    first, second = average("norm", norm, gamma1), average("energy", norm * norm, gamma2)
+    return g / norm * (first / (np.sqrt(second) + eps)) if norm > 0 else g
