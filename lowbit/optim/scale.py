@@ -158,7 +158,7 @@ class SCALE(Rule):
 
     def kind(self, group: Mapping[str, Any], name: str, shape: tuple[int, ...], role: str) -> str:
         """See `Rule.kind`."""
-        if len(shape) < 2:
+        if len(shape) < 2 or role in ("norm", "bias"):
             return "Adam"
         return {"embedding": "column", "head": "row with momentum"}.get(role, "row")
 
