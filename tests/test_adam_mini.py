@@ -155,6 +155,18 @@ def test_heads_and_partitions_that_do_not_fit(role: str, shape: tuple[int, ...],
         AdamMini([("w", zeros(*shape))], **options, roles={"w": role} if role else None)
 
 
+def test_explain_reports_the_partition():
+    tensors = {"q": (64, 32), "up": (96, 32), "norm": (32,), "table": (50, 32), "b": (7,), "c": (32, 96)}
+    asked = {"q": "q", "up": "up", "norm": "norm", "table": "embedding", "c": "qkv"}
+    opt = AdamMini([(n, zeros(*s)) for n, s in tensors.items()], head_dim=16, roles=asked)
+    told = {row.name: (row.kind, row.why.split("; ")[-1]) for row in opt.explain().rows}
+    assert told == {
+        "q": ("head", "one per 16 rows: fp32"), "up": ("row", "one per row: fp32"),
+        "norm": ("tensor, no decay", "one per tensor: fp32"), "table": ("row", "one per row: fp32"),
+        "b": ("value, no decay", "1-D: fp32"), "c": ("column", "one per column: fp32"),
+    }  # fmt: skip
+
+
 def test_a_partition_without_names():
     for optimizer, option in ((AdamMini, "partition"), (SlimAdam, "dims")):
         with pytest.raises(ValueError, match=f"{option} goes by names, and the parameters have none"):

@@ -43,7 +43,7 @@ class Slot:
         self.decisions: dict[str, Decision] = {
             letter: rule.policy.decide(group["states"], m.name, m.signed, name, tuple(p.shape), self.role)
             if m.over == "value"
-            else Decision(find_format("fp32"), f"one per {m.over}: fp32")
+            else Decision(find_format("fp32"), f"one per {self._each(m.over)}: fp32")
             for letter, m in self.program.moments.items()
         }
         self.formats = {letter: decision.format for letter, decision in self.decisions.items()}
@@ -110,6 +110,12 @@ class Slot:
             state["master"].copy_(p.detach())
         formats = {m.name: self.formats[letter] for letter, m in self.program.moments.items()}
         return {**state, **{f"{name}_format": fmt.tag for name, fmt in formats.items() if fmt.compressed}}
+
+    def _each(self, over: str) -> str:
+        """What a vector has one number for."""
+        if over != "group" or self.group_rows == 1:
+            return over.replace("group", "row")
+        return f"{self.group_rows} rows" if self.group_rows < self.rows else "tensor"
 
     def _shape(self, moment: Moment) -> tuple[int, ...]:
         vectors = {"row": self.rows, "column": self.cols, "group": -(-self.rows // self.group_rows)}
