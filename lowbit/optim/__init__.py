@@ -4,6 +4,7 @@ from ..stages import Moment, fold, measure, update
 from .adamw import AdamW
 from .base import Part, Rule, Stabilizer
 from .checkpoint import load_optimizer, save_optimizer
+from .groups import param_groups
 from .stabilizers import AdaClip, AdaGN, GlobalClip, MomentumReset, SpikeClip
 from .stable_spam import StableSPAM
 
@@ -22,6 +23,7 @@ __all__ = [
     "fold",
     "load_optimizer",
     "measure",
+    "param_groups",
     "save_optimizer",
     "update",
 ]
