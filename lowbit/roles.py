@@ -350,7 +350,7 @@ def roles(model: nn.Module, overrides: Mapping[str, str] | None = None) -> Roles
     found = {}
     for name, places in owners.items():
         override = _told(name, shapes[name], told)
-        by_type = next(filter(None, (_by_type(*place, modules) for place in places)), None)
+        by_type = next(filter(None, (_by_type(*at, modules, len(shapes[name])) for at in places)), None)
         if override is not None:
             found[name] = told[override], f"override {override!r}"
         elif by_type:
@@ -374,7 +374,7 @@ def roles(model: nn.Module, overrides: Mapping[str, str] | None = None) -> Roles
     return result
 
 
-def _by_type(path: str, module: nn.Module, modules: Mapping[str, nn.Module]) -> tuple[str, str] | None:
+def _by_type(path: str, module: nn.Module, modules: Mapping[str, nn.Module], dimensions: int) -> tuple[str, str] | None:
     """(role, why), where the type of the module that has the parameter tells."""
     owner, _, own = path.rpartition(".")
     parent, _, child = owner.rpartition(".")
@@ -388,7 +388,6 @@ def _by_type(path: str, module: nn.Module, modules: Mapping[str, nn.Module]) -> 
         return "o", "module: MultiheadAttention"
     if isinstance(above, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer) and child in ("linear1", "linear2"):
         return IN_MLP[child], f"module: {type(above).__name__}"
-    dimensions = getattr(module, own).dim()
     norms = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _NormBase)
     if isinstance(module, norms) or _is_norm(_pieces(kind)[-1:] if dimensions > 1 else _pieces(kind)):
         return "norm", f"module: {kind}"

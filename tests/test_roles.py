@@ -200,6 +200,8 @@ FAMILIES: dict[str, Table] = {
         ("mlp.weight", (D,), ""), ("linear.weight", (D,), ""), ("output", (D,), ""), ("final_layernorm", (D,), "norm"),
         ("layers.0.mlp.scale", (D,), ""), ("q_proj.weight", (D,), ""), ("kiln.weight", (D,), ""), ("lm_head", (D,), ""),
         ("vlnx.ln_2.weight", (D, D), ""), ("layers.0.self_attn.q_proj.lora_A.default.weight", (8, D), ""),
+        ("layers.0.mlp.up_proj.lora_A.weight", (8, D), ""),
+        ("block_sparse_moe.gate.weight", (2 * D, D), "router"),  # more experts than hidden units
         ("layers.0.self_attn.q_proj.base_layer.weight", (D, D), "q"), ("module.lm_head.weight", (V, D), "head"),
         ("layers.0._orig_mod.mlp._orig_mod.up_proj.weight", (F, D), "up"), ("adaln.norm1.linear.weight", (D, D), ""),
         ("self_attn.q_proj.parametrizations.weight.original", (D, D), "q"), ("classifier.1.weight", (D, D), ""),
@@ -411,6 +413,10 @@ def test_heads_are_the_configs(config: dict, heads: tuple):
     assert (found.num_heads, found.num_kv_heads, found.head_dim) == heads
     assert ("query heads" in str(found)) == (heads[0] is not None)
     net.config = config  # a dict is read alike
+    gpt2 = nn.ModuleDict({"c_attn": nn.Linear(D, 3 * D)})  # without a q of its own
+    for width in ("n_embd", "hidden_size"):
+        gpt2.config = {"n_head": 4, width: D}
+        assert lowbit.roles(gpt2).head_dim == D // 4
     assert "text_config" in config or lowbit.roles(net).num_heads == heads[0]
 
 
