@@ -34,8 +34,8 @@ def _table(**words: str) -> dict[str, str]:
     return {word: role for role, names in words.items() for word in names.split()}
 
 
-# Modules' names in lower case, or `parent.name`; the docs name the families. A name that several families use for
-# different things stands in a table that holds inside an attention, inside an MLP, or in neither.
+# Modules' names in lower case, or `parent.name`; tests/test_roles.py has them family by family. A name that several use
+# for different things stands in a table that holds inside an attention, inside an MLP, or in neither.
 ANYWHERE = _table(
     embedding="wte wpe shared relative_attention_bias",
     head="lm_head embed_out output_projection to_logits predictions.decoder lm_head.decoder generator.proj",
@@ -145,7 +145,9 @@ def _routes(words: list[str], shape: tuple[int, int]) -> bool:
 
 def _pieces(word: str) -> list[str]:
     """`post_attentionLayerNorm1` -> post, attention, layer, norm: so that `ln` is not found in `kiln`."""
-    split = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", word).lower().split("_")
+    split = (
+        re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", word.replace("MoE", "Moe")).lower().split("_")
+    )
     return [p for p in (piece.rstrip("0123456789") for piece in split) if p]
 
 
@@ -304,8 +306,9 @@ class Roles(Mapping[str, str]):
             heads = f"{self.num_heads} query heads, {self.num_kv_heads} key and value heads"
             console.print(f"{heads} of {self.head_dim or 'unknown'} rows, by the model's config.", soft_wrap=True)
         if self.unplaced:
+            matrices = "1 matrix" if len(self.unplaced) == 1 else f"{len(self.unplaced)} matrices"
             console.print(
-                f"Not placed ({len(self.unplaced)} matrices): {', '.join(self.unplaced)}. Say what they are with "
+                f"Not placed ({matrices}): {', '.join(self.unplaced)}. Say what they are with "
                 "overrides={name or glob: role}, where it matters to the optimizer.",
                 soft_wrap=True,
             )
@@ -396,6 +399,8 @@ def _by_type(path: str, module: nn.Module, modules: Mapping[str, nn.Module], dim
         return "embedding", f"module: {kind}"
     if dimensions >= 3 and isinstance(module, _ConvNd):
         return "conv", f"module: {kind}"
+    if dimensions == 2 and "router" in _pieces(kind):
+        return "router", f"module: {kind}"
     if dimensions == 3 and {"expert", "experts", "moe"} & set(_pieces(kind)):
         return "expert", f"module: {kind}"
     return None

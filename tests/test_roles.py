@@ -319,6 +319,18 @@ def test_a_model_with_the_names_of_a_family(family: str):
     assert found["module." + table[0][0]] == table[0][2]
 
 
+class FusedMoE(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mine = Parameter(torch.zeros(4, F, D))
+
+
+class TopKRouter(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = Parameter(torch.zeros(2 * D, D))
+
+
 class Odd(nn.Module):
     """Names that say nothing, or the wrong thing: only the types tell."""
 
@@ -335,6 +347,8 @@ class Odd(nn.Module):
         self.q_proj = nn.Conv2d(8, 8, 3)
         self.line = nn.Conv1d(8, 8, 3)
         self.many = MixtralExperts()
+        self.fused = FusedMoE()
+        self.gate = TopKRouter()
         self.ffn = nn.ModuleDict({"w1": nn.Linear(D, F), "w2": nn.Linear(F, D)})
         self.free = Parameter(torch.zeros(3, 3))
         self.last = nn.Linear(D, V)
@@ -348,7 +362,8 @@ def test_module_types_come_before_names():
         "a.out_proj.weight": "o", "b.q_proj_weight": "q", "b.k_proj_weight": "k", "b.v_proj_weight": "v",
         "c.self_attn.in_proj_weight": "qkv", "c.linear1.weight": "up", "c.linear2.weight": "down",
         "c.norm1.weight": "norm", "c.linear1.bias": "bias", "time_embed.0.weight": "", "q_proj.weight": "conv",
-        "line.weight": "conv", "many.first": "expert", "many.second": "expert", "ffn.w1.weight": "up",
+        "line.weight": "conv", "many.first": "expert", "many.second": "expert", "fused.mine": "expert",
+        "gate.weight": "router", "ffn.w1.weight": "up",
         "ffn.w2.weight": "down", "free": "", "last.weight": "head",
     }  # fmt: skip
     assert {name: found[name] for name in expected} == expected
