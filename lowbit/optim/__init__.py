@@ -6,6 +6,7 @@ from .adam_mini import AdamMini
 from .adamw import AdamW
 from .base import Part, Rule, Stabilizer
 from .checkpoint import load_optimizer, save_optimizer
+from .groups import param_groups
 from .scale import SCALE
 from .slim_adam import SlimAdam
 from .stabilizers import AdaClip, AdaGN, GlobalClip, MomentumReset, SpikeClip
@@ -30,6 +31,7 @@ __all__ = [
     "fold",
     "load_optimizer",
     "measure",
+    "param_groups",
     "save_optimizer",
     "update",
 ]

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from .. import backends, masters
 from ..formats import nearest
-from ..policy import PRESETS_VERSION, Policy, Storage, check_storage, clean_name
+from ..policy import PRESETS_VERSION, Policy, Storage, check_storage
+from ..roles import check_used, clean_name, role_map
 from ..stages import Job, Moment, Program, Stage
 from . import checkpoint
 from .explain import Explanation, explain
@@ -102,10 +103,12 @@ class Rule(torch.optim.Optimizer, Part):
         state_rounding: how states are written: "nearest" or "stochastic".
         stabilize: stabilizers to put in front of the update, in order.
         policy: overrides of which tensor's state is stored how.
-        roles: {glob on names: role}, such as {"*.table": "embedding"}.
+        roles: {name or glob: role}, such as {"*.table": "embedding"}, or what `lowbit.roles(model)` found. Parameters
+            it does not name go by their own names and shapes.
 
     Raises:
-        ValueError: a hyper-parameter out of range, an unknown name, or a parameter given twice.
+        ValueError: a hyper-parameter out of range, an unknown name, a parameter given twice, or roles that name no
+            parameter.
         TypeError: a parameter that is not float32, bfloat16 or float16.
     """
 
@@ -141,7 +144,7 @@ class Rule(torch.optim.Optimizer, Part):
     ):
         self.stabilize = tuple(stabilize)
         self.policy = policy or Policy()
-        self.roles = dict(roles or {})
+        self.roles = role_map(roles)
         self._programs: dict[Any, Program] = {}
         self._slots: dict[Tensor, Slot] = {}
         self._warned = False
@@ -154,6 +157,8 @@ class Rule(torch.optim.Optimizer, Part):
                 defaults[name] = value
         storage = {"states": states, "seed": seed, "master": master, "rounding": rounding}
         super().__init__(_as_list(params), {**defaults, **storage, "state_rounding": state_rounding})
+        named = [pair for g in self.param_groups for pair in zip(g.get("param_names", ()), g["params"], strict=False)]
+        check_used(roles or {}, {name: p.shape for name, p in named})
 
     # ---- what a subclass may override
 

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from .. import backends, layout, masters, rows
 from ..formats import Format, catalogue
-from ..policy import PRESETS_VERSION, clean_name
+from ..policy import PRESETS_VERSION
+from ..roles import clean_name
 from .slot import Slot, state_key
 
 if TYPE_CHECKING:

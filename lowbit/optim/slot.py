@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .. import layout, masters, rows
 from ..formats import format as find_format
-from ..policy import Decision, role_of
+from ..policy import Decision
+from ..roles import role_of
 from ..stages import Job, Moment
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ class Slot:
 
     def __init__(self, rule: Rule, group: Mapping[str, Any], p: Tensor, name: str, label: str, number: int):
         self.param, self.label, self.name = p, label, name
-        self.role = role_of(name, rule.roles) if name else ""
+        self.role = role_of(name, tuple(p.shape), rule.roles)
         self.rows, self.cols = layout.rows_of(p.shape)
         self.made_for = (p.dtype, p.device, p.shape)
         self.numel = p.numel()
