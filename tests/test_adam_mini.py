@@ -289,7 +289,6 @@ def test_per_value_is_adamw(states: str):
         *((role, (32, 48), ("full", 32 * 48)) for role in ("qkv", "router", "")),
         ("norm", (32,), ("full, no decay", 32)), ("bias", (32,), ("full, no decay", 32)),
         ("conv", (8, 3, 5, 5), ("full", 600)), ("expert", (4, 6, 8), ("full", 192)),
-        ("up", (32,), ("full, no decay", 32)),
     ],
 )  # fmt: skip
 def test_slim_adams_dimensions(role: str, shape: tuple[int, ...], expected: tuple[str, int]):
