@@ -15,7 +15,7 @@ from torch.nn import Parameter
 
 import lowbit
 from lowbit import backends, layout
-from lowbit.optim import AdamW, Rule, StableSPAM
+from lowbit.optim import SGD, AdamS, AdamW, Lion, Rule, StableSPAM
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Case:
 
 
 AMSGRAD = {"exp_avg": True, "exp_avg_sq": False, "max_exp_avg_sq": False}
+MOMENTUM = {"exp_avg": True}
 SPAM = {"lr": 1e-3, "reset_interval": 7, "total_steps": 9, "weight_decay": 0.1}
 
 CASES = [
@@ -51,6 +52,12 @@ CASES = [
         "stablespam-official", StableSPAM, SPAM, oracles_optim.stablespam_official, "none",
         options={"variant": "official"},
     ),
+    Case(
+        "sgd", SGD, {"lr": 1e-4, "momentum": 0.9, "dampening": 0.2, "weight_decay": 0.1}, oracles_optim.sgd,
+        signed={"momentum_buffer": True},
+    ),
+    Case("lion", Lion, {"lr": 1e-4, "weight_decay": 0.1}, oracles_optim.lion, signed=MOMENTUM),
+    Case("adams", AdamS, {"lr": 1e-3, "weight_decay": 0.1}, oracles_optim.adams, signed=MOMENTUM),
 ]  # fmt: skip
 
 

@@ -18,7 +18,8 @@ def fresh(p: Array) -> State:
     zero = np.zeros_like(p)
     scalars = ("step", "m_max_t", "m_norm_t", "v_norm_t", "exp_avg_weight", "exp_avg_sq_weight")
     weights = ("m_max_weight", "m_norm_weight", "v_norm_weight")
-    moments = {"exp_avg": zero, "exp_avg_sq": zero.copy(), "max_exp_avg_sq": zero.copy()}
+    names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
+    moments = {name: zero.copy() for name in names}
     return {**moments, **dict.fromkeys((*scalars, *weights), 0.0)}
 
 
@@ -105,3 +106,30 @@ def stablespam_paper(
         g = g / norm * (first / (np.sqrt(second) + eps))
     own = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad}
     return adamw(p, g, s, t, betas=(betas[0] * cosine, betas[1]), **own)
+
+
+def sgd(p, g, s, t, *, lr=1e-3, momentum=0.0, dampening=0.0, weight_decay=0.0, nesterov=False):
+    """torch.optim.SGD: coupled decay, the first gradient whole, lr outside the buffer."""
+    g = g + weight_decay * p
+    s["momentum_buffer"] = g if t == 1 else momentum * s["momentum_buffer"] + (1 - dampening) * g
+    return p - lr * (g + momentum * s["momentum_buffer"] if nesterov else s["momentum_buffer"])
+
+
+def lion(p, g, s, t, *, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0):
+    """Algorithm 2 of arXiv 2302.06675."""
+    b1, b2 = betas
+    p = p * (1 - lr * weight_decay)
+    p = p - lr * np.sign(b1 * s["exp_avg"] + (1 - b1) * g)
+    s["exp_avg"] = b2 * s["exp_avg"] + (1 - b2) * g
+    return p
+
+
+def adams(p, g, s, t, *, lr=3e-4, betas=(0.9, 0.95), eps=1e-6, weight_decay=0.1, bias_correction=True):
+    """arXiv 2505.16363 from the specification of its released code: everything over this step's weight."""
+    b1, b2 = betas
+    s["exp_avg_weight"] = b1 * s["exp_avg_weight"] + (1 - b1)
+    c = s["exp_avg_weight"] if bias_correction else 1.0
+    p = p * (1 - lr * weight_decay)
+    below = np.sqrt(b2 * (s["exp_avg"] / c) ** 2 + (1 - b2) * g**2) + eps
+    s["exp_avg"] = b1 * s["exp_avg"] + (1 - b1) * g
+    return p - lr * s["exp_avg"] / c / below

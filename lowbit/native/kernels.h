@@ -5,6 +5,46 @@
 #include "abi.h"
 #include "rules.h"
 
+LB_KERNEL(adams_weigh)(const lb_frame *frame) {
+  adams_weigh::S s = {frame->s[frame->si[0]]};
+  const adams_weigh::C c = {frame->c[frame->ci[0]]};
+  adams_weigh::apply(s, c);
+  frame->s[frame->si[0]] = s.exp_avg_weight;
+}
+
+LB_KERNEL(adams_unweighted)(const lb_frame *frame) {
+  adams_unweighted::S s = {frame->s[frame->si[0]]};
+  const adams_unweighted::C c = {frame->c[frame->ci[0]]};
+  adams_unweighted::apply(s, c);
+  frame->s[frame->si[0]] = s.exp_avg_weight;
+}
+
+LB_KERNEL(adams_adams)(const lb_frame *frame) {
+  const adams_adams::S s = {frame->s[frame->si[0]]};
+  const adams_adams::C c = {frame->c[frame->ci[0]], frame->c[frame->ci[1]], frame->c[frame->ci[2]], frame->c[frame->ci[3]], frame->c[frame->ci[4]], frame->c[frame->ci[5]]};
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[3] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      float p = frame->in[0][at];
+      const float g = frame->in[1][at];
+      float m = frame->in[2][at];
+      peaks[2] = lb::peak_of(peaks[2], g);
+      adams_adams::apply(p, g, m, s, c);
+      frame->out[0][at] = p;
+      peaks[0] = lb::peak_of(peaks[0], p);
+      frame->out[1][at] = m;
+      peaks[1] = lb::peak_of(peaks[1], m);
+    }
+    *found++ = (uint32_t)peaks[0];
+    *found++ = (uint32_t)peaks[1];
+    *found++ = (uint32_t)peaks[2];
+  }
+}
+
 LB_KERNEL(adamw_weigh)(const lb_frame *frame) {
   adamw_weigh::S s = {frame->s[frame->si[0]], frame->s[frame->si[1]]};
   const adamw_weigh::C c = {frame->c[frame->ci[0]], frame->c[frame->ci[1]]};
@@ -101,6 +141,102 @@ LB_KERNEL(adamw_amsgrad)(const lb_frame *frame) {
     case 8: return adamw_amsgrad_run<8>(frame);
     case 12: return adamw_amsgrad_run<12>(frame);
     default: return adamw_amsgrad_run<0>(frame);
+  }
+}
+
+LB_KERNEL(lion_lion)(const lb_frame *frame) {
+  const lion_lion::C c = {frame->c[frame->ci[0]], frame->c[frame->ci[1]], frame->c[frame->ci[2]], frame->c[frame->ci[3]]};
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[3] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      float p = frame->in[0][at];
+      const float g = frame->in[1][at];
+      float m = frame->in[2][at];
+      peaks[2] = lb::peak_of(peaks[2], g);
+      lion_lion::apply(p, g, m, c);
+      frame->out[0][at] = p;
+      peaks[0] = lb::peak_of(peaks[0], p);
+      frame->out[1][at] = m;
+      peaks[1] = lb::peak_of(peaks[1], m);
+    }
+    *found++ = (uint32_t)peaks[0];
+    *found++ = (uint32_t)peaks[1];
+    *found++ = (uint32_t)peaks[2];
+  }
+}
+
+LB_KERNEL(sgd_plain)(const lb_frame *frame) {
+  const sgd_plain::C c = {frame->c[frame->ci[0]], frame->c[frame->ci[1]]};
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[2] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      float p = frame->in[0][at];
+      const float g = frame->in[1][at];
+      peaks[1] = lb::peak_of(peaks[1], g);
+      sgd_plain::apply(p, g, c);
+      frame->out[0][at] = p;
+      peaks[0] = lb::peak_of(peaks[0], p);
+    }
+    *found++ = (uint32_t)peaks[0];
+    *found++ = (uint32_t)peaks[1];
+  }
+}
+
+LB_KERNEL(sgd_momentum)(const lb_frame *frame) {
+  const sgd_momentum::C c = {frame->c[frame->ci[0]], frame->c[frame->ci[1]], frame->c[frame->ci[2]], frame->c[frame->ci[3]]};
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[3] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      float p = frame->in[0][at];
+      const float g = frame->in[1][at];
+      float b = frame->in[2][at];
+      peaks[2] = lb::peak_of(peaks[2], g);
+      sgd_momentum::apply(p, g, b, c);
+      frame->out[0][at] = p;
+      peaks[0] = lb::peak_of(peaks[0], p);
+      frame->out[1][at] = b;
+      peaks[1] = lb::peak_of(peaks[1], b);
+    }
+    *found++ = (uint32_t)peaks[0];
+    *found++ = (uint32_t)peaks[1];
+    *found++ = (uint32_t)peaks[2];
+  }
+}
+
+LB_KERNEL(sgd_nesterov)(const lb_frame *frame) {
+  const sgd_nesterov::C c = {frame->c[frame->ci[0]], frame->c[frame->ci[1]], frame->c[frame->ci[2]], frame->c[frame->ci[3]]};
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[3] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      float p = frame->in[0][at];
+      const float g = frame->in[1][at];
+      float b = frame->in[2][at];
+      peaks[2] = lb::peak_of(peaks[2], g);
+      sgd_nesterov::apply(p, g, b, c);
+      frame->out[0][at] = p;
+      peaks[0] = lb::peak_of(peaks[0], p);
+      frame->out[1][at] = b;
+      peaks[1] = lb::peak_of(peaks[1], b);
+    }
+    *found++ = (uint32_t)peaks[0];
+    *found++ = (uint32_t)peaks[1];
+    *found++ = (uint32_t)peaks[2];
   }
 }
 

@@ -10,6 +10,33 @@
 #pragma GCC diagnostic ignored "-Wunused-but-set-variable"
 #endif
 
+struct adams_weigh {  // fold, lowbit.optim.adams
+  struct S { float exp_avg_weight; };
+  struct C { float rate1; };
+  LB_FN void apply(S &s, const C &c) {
+    s.exp_avg_weight = lb::lerp(s.exp_avg_weight, 1.0f, c.rate1);
+  }
+};
+
+struct adams_unweighted {  // fold, lowbit.optim.adams
+  struct S { float exp_avg_weight; };
+  struct C { float one; };
+  LB_FN void apply(S &s, const C &c) {
+    s.exp_avg_weight = c.one;
+  }
+};
+
+struct adams_adams {  // update, lowbit.optim.adams
+  struct S { float exp_avg_weight; };
+  struct C { float beta2, rate2, rate1, keep, lr, eps; };
+  LB_FN void apply(float &p, float g, float &m, const S &s, const C &c) {
+    const float before = m / s.exp_avg_weight;
+    const float nu = c.beta2 * (before * before) + c.rate2 * (g * g);
+    m = lb::lerp(m, g, c.rate1);
+    p = c.keep * p - c.lr * (m / s.exp_avg_weight / (lb::sqrt(nu) + c.eps));
+  }
+};
+
 struct adamw_weigh {  // fold, lowbit.optim.adamw
   struct S { float exp_avg_weight, exp_avg_sq_weight; };
   struct C { float rate1, rate2; };
@@ -55,6 +82,44 @@ struct adamw_amsgrad {  // update, lowbit.optim.adamw
     adamw_average(m, v, g, c, m, v);
     h = lb::maximum(h, v);
     p = adamw_descend(p, m, h, c, s);
+  }
+};
+
+struct lion_lion {  // update, lowbit.optim.lion
+  struct C { float rate1, keep, lr, rate2; };
+  LB_FN void apply(float &p, float g, float &m, const C &c) {
+    const float u = lb::sign(lb::lerp(m, g, c.rate1));
+    p = c.keep * p - c.lr * u;
+    m = lb::lerp(m, g, c.rate2);
+  }
+};
+
+template <class C>
+LB_FN float sgd_decayed(float g, float p, const C &c) {
+  return g + c.weight_decay * p;
+}
+
+struct sgd_plain {  // update, lowbit.optim.sgd
+  struct C { float lr, weight_decay; };
+  LB_FN void apply(float &p, float g, const C &c) {
+    p = p - c.lr * sgd_decayed(g, p, c);
+  }
+};
+
+struct sgd_momentum {  // update, lowbit.optim.sgd
+  struct C { float momentum, share, weight_decay, lr; };
+  LB_FN void apply(float &p, float g, float &b, const C &c) {
+    b = c.momentum * b + c.share * sgd_decayed(g, p, c);
+    p = p - c.lr * b;
+  }
+};
+
+struct sgd_nesterov {  // update, lowbit.optim.sgd
+  struct C { float weight_decay, momentum, share, lr; };
+  LB_FN void apply(float &p, float g, float &b, const C &c) {
+    const float d = sgd_decayed(g, p, c);
+    b = c.momentum * b + c.share * d;
+    p = p - c.lr * (d + c.momentum * b);
   }
 };
 

@@ -172,6 +172,10 @@ class Rule(torch.optim.Optimizer, Part):
         """How many consecutive rows of a tensor are a group, where a moment or measure is over groups; asked once."""
         return 1
 
+    def fixed(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        """What a group's states and stages are made for, by name: it may not change afterwards."""
+        return {name: group.get(name) for name in ("states", "master", "amsgrad")}
+
     def step_after(self, group: Mapping[str, Any], t: int) -> int:
         """What `state["step"]` becomes after step t of a tensor: t."""
         return t
@@ -305,7 +309,7 @@ class Rule(torch.optim.Optimizer, Part):
         work: Work = []
         for group in self.param_groups:
             check_common(group)
-            asked, tensors = asked_of(group), []
+            asked, tensors = asked_of(self, group), []
             for p in group["params"]:
                 grad = p.grad
                 if grad is not None:

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from .base import Rule
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-FIXED = ("states", "master", "amsgrad")  # what a group's state is made for
 
 
 class Slot:
@@ -31,7 +30,7 @@ class Slot:
         self.made_for = (p.dtype, p.device, p.shape)
         self.numel = p.numel()
         self.id = number
-        self.asked = asked_of(group)
+        self.fixed, self.asked = tuple(rule.fixed(group)), asked_of(rule, group)
         self.kind = rule.kind(group, name, tuple(p.shape), self.role)
         if self.kind not in rule.kinds:
             known = ", ".join(rule.kinds)
@@ -66,8 +65,9 @@ class Slot:
         p = self.param
         if asked != self.asked:
             raise RuntimeError(
-                f"{self.label}: {', '.join(FIXED)} of its group changed since the state was made (from {self.asked} to "
-                f"{asked}); build a new optimizer with them and load this one's state_dict, which is converted"
+                f"{self.label}: {', '.join(self.fixed)} of its group changed since the state was made "
+                f"(from {self.asked} to {asked}); build "
+                "a new optimizer with them and load this one's state_dict, which is converted"
             )
         if (p.dtype, p.device, p.shape) != self.made_for:
             was, now = (f"{d}, {dev}, {tuple(s)}" for d, dev, s in (self.made_for, (p.dtype, p.device, p.shape)))
@@ -170,9 +170,9 @@ class Slot:
                 state[moment.weight].zero_()
 
 
-def asked_of(group: Mapping[str, Any]) -> tuple[str, ...]:
+def asked_of(rule: Rule, group: Mapping[str, Any]) -> tuple[str, ...]:
     """What a group asks of its states, comparable."""
-    return tuple(str(group.get(name)) for name in FIXED)
+    return tuple(str(value) for value in rule.fixed(group).values())
 
 
 def state_key(moment: str, part: str) -> str:

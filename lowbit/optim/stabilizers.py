@@ -11,7 +11,6 @@ That is exact when the rate changes over time and when steps are skipped. The re
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
@@ -19,19 +18,8 @@ import torch
 
 from ..stages import fold, measure, update
 from ..words import abs, binade, lerp, minimum, reciprocal, sign, sqrt, where
+from .annealing import annealing
 from .base import Stabilizer
-
-
-def annealing(group: Mapping[str, Any]) -> float:
-    """Stable-SPAM's factor on beta1 and gamma1: a cosine from 1 to `eta_min` over `total_steps`, then constant.
-
-    The released code lets the cosine rise again after the end; `variant="official"` keeps that.
-    """
-    total = group.get("total_steps")
-    if total is None:
-        return 1.0
-    t = group["steps"] if group.get("variant") == "official" else min(group["steps"], total + 1)
-    return group["eta_min"] + (1 - group["eta_min"]) * (1 + math.cos(math.pi * t / (total + 1))) / 2
 
 
 def _fraction(group: Mapping[str, Any], *names: str) -> None:

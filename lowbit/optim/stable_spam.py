@@ -18,7 +18,7 @@ Paper and released code differ (measured: specs of this project, and docs/decisi
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from typing_extensions import Unpack
 
@@ -26,7 +26,7 @@ from ..formats import nearest
 from ..stages import Stage, fold
 from .adamw import AdamW, debias
 from .base import Options, Params
-from .stabilizers import AdaClip, AdaGN, MomentumReset, annealing
+from .stabilizers import AdaClip, AdaGN, MomentumReset
 
 VARIANTS = ("paper", "official")
 
@@ -58,6 +58,8 @@ class StableSPAM(AdamW):
         **options: states, seed, master, rounding, state_rounding, policy, roles, and `stabilize` for more stabilizers,
             which go first.
     """
+
+    length: ClassVar = "total_steps"
 
     def __init__(
         self,
@@ -94,20 +96,10 @@ class StableSPAM(AdamW):
     def check_group(self, group: Mapping[str, Any]) -> None:
         """See `Rule.check_group`."""
         super().check_group(group)
-        total = group["total_steps"]
-        if total is not None and total < 1:
-            raise ValueError(f"total_steps must be at least 1, or None, not {total}")
-        if not 0 <= group["eta_min"] <= 1:
-            raise ValueError(f"eta_min must be in [0, 1], not {group['eta_min']}")
         if group["variant"] != ("paper" if self.guarded else "official"):
             raise ValueError(
                 f"variant is one for the whole optimizer; a group (or checkpoint) asks {group['variant']!r}"
             )
-
-    def betas(self, group: Mapping[str, Any]) -> tuple[float, float]:
-        """See `AdamW.betas`."""
-        beta1, beta2 = group["betas"]
-        return beta1 * annealing(group), beta2
 
     def _official_reset(self, group: Mapping[str, Any]) -> bool:
         return not self.guarded and any(part.resets(group) for part in self.stabilize)
