@@ -15,7 +15,7 @@ from torch.nn import Parameter
 
 import lowbit
 from lowbit import backends, layout
-from lowbit.optim import SGD, AdamS, AdamW, Lion, Rule, StableSPAM
+from lowbit.optim import SGD, SPAM, AdamS, AdamW, Lion, Rule, StableSPAM
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Case:
     unit: str = "block"
     signed: dict[str, bool] = field(default_factory=lambda: {"exp_avg": True, "exp_avg_sq": False})
     options: dict[str, Any] = field(default_factory=dict)  # what the oracle need not know
+    sweeps: int = 1
 
     def __str__(self) -> str:
         return self.name
@@ -38,20 +39,24 @@ class Case:
 
 
 AMSGRAD = {"exp_avg": True, "exp_avg_sq": False, "max_exp_avg_sq": False}
+SPIKY = {"lr": 1e-3, "reset_interval": 7, "warmup_steps": 3, "grace_steps": 2, "threshold": 437.0, "weight_decay": 0.1}
 MOMENTUM = {"exp_avg": True}
-SPAM = {"lr": 1e-3, "reset_interval": 7, "total_steps": 9, "weight_decay": 0.1}
+STABLE = {"lr": 1e-3, "reset_interval": 7, "total_steps": 9, "weight_decay": 0.1}
 
 CASES = [
     Case("adamw", AdamW, {"lr": 1e-3, "weight_decay": 0.1}, oracles_optim.adamw),
     Case("adamw-amsgrad", AdamW, {"lr": 1e-3, "amsgrad": True}, oracles_optim.adamw, signed=AMSGRAD),
-    Case("stablespam", StableSPAM, SPAM, oracles_optim.stablespam_paper, "tensor"),
+    Case("stablespam", StableSPAM, STABLE, oracles_optim.stablespam_paper, "tensor", sweeps=3),
     Case(
-        "stablespam-amsgrad", StableSPAM, {**SPAM, "amsgrad": True}, oracles_optim.stablespam_paper, "tensor", AMSGRAD
+        "stablespam-amsgrad", StableSPAM, {**STABLE, "amsgrad": True}, oracles_optim.stablespam_paper, "tensor",
+        AMSGRAD, sweeps=3,
     ),
     Case(
-        "stablespam-official", StableSPAM, SPAM, oracles_optim.stablespam_official, "none",
+        "stablespam-official", StableSPAM, STABLE, oracles_optim.stablespam_official, "none", sweeps=3,
         options={"variant": "official"},
     ),
+    Case("spam", SPAM, SPIKY, oracles_optim.spam_paper),
+    Case("spam-official", SPAM, SPIKY, oracles_optim.spam_official, "none", options={"variant": "official"}),
     Case(
         "sgd", SGD, {"lr": 1e-4, "momentum": 0.9, "dampening": 0.2, "weight_decay": 0.1}, oracles_optim.sgd,
         signed={"momentum_buffer": True},

@@ -123,6 +123,15 @@ struct sgd_nesterov {  // update, lowbit.optim.sgd
   }
 };
 
+struct spam_released {  // update, lowbit.optim.spam
+  struct C { float rate1, rate2, step_size, eps, decay; };
+  LB_FN void apply(float &p, float g, float &m, float &v, const C &c) {
+    adamw_average(m, v, g, c, m, v);
+    p = p - c.step_size * (m / (lb::sqrt(v) + c.eps));
+    p = p - c.decay * p;
+  }
+};
+
 struct stabilizers_peak {  // measure, lowbit.optim.stabilizers
   LB_FN float apply(float g) {
     return lb::abs(g);
@@ -209,11 +218,23 @@ struct stabilizers_normalize {  // update, lowbit.optim.stabilizers
   }
 };
 
+template <class C>
+LB_FN float stabilizers_brought_down(float g, float v, const C &c) {
+  const float limit = c.spike_threshold * v;
+  return lb::where(g * g > limit, lb::sign(g) * lb::sqrt(limit), g);
+}
+
 struct stabilizers_clip_to_moment {  // update, lowbit.optim.stabilizers
   struct C { float spike_threshold; };
   LB_FN void apply(float &g, float v, const C &c) {
-    const float limit = c.spike_threshold * v;
-    g = lb::where((v > 0.0f) & (g * g > limit), lb::sign(g) * lb::sqrt(limit), g);
+    g = lb::where(v > 0.0f, stabilizers_brought_down(g, v, c), g);
+  }
+};
+
+struct stabilizers_clip_and_freeze {  // update, lowbit.optim.stabilizers
+  struct C { float spike_threshold; };
+  LB_FN void apply(float &g, float v, const C &c) {
+    g = stabilizers_brought_down(g, v, c);
   }
 };
 

@@ -7,16 +7,19 @@ from .base import Part, Rule, Stabilizer
 from .checkpoint import load_optimizer, save_optimizer
 from .lion import Lion
 from .sgd import SGD
-from .stabilizers import AdaClip, AdaGN, GlobalClip, MomentumReset, SpikeClip
+from .spam import SPAM
+from .stabilizers import AdaClip, AdaGN, GlobalClip, GradientStabilizer, MomentumReset, SpikeClip
 from .stable_spam import StableSPAM
 
 __all__ = [
     "SGD",
+    "SPAM",
     "AdaClip",
     "AdaGN",
     "AdamS",
     "AdamW",
     "GlobalClip",
+    "GradientStabilizer",
     "Lion",
     "Moment",
     "MomentumReset",

@@ -22,13 +22,11 @@ from typing import Any, ClassVar
 
 from typing_extensions import Unpack
 
-from ..formats import nearest
 from ..stages import Stage, fold
 from .adamw import AdamW, debias
 from .base import Options, Params
 from .stabilizers import AdaClip, AdaGN, MomentumReset
-
-VARIANTS = ("paper", "official")
+from .variants import Variants
 
 
 @fold
@@ -38,7 +36,7 @@ def closed_form(s, c):
     s.exp_avg_sq_weight = c.weight2
 
 
-class StableSPAM(AdamW):
+class StableSPAM(Variants, AdamW):
     """AdamW that stays stable in 4 bits: spikes clipped, gradient norms tracked, momentum reset now and then.
 
     Args:
@@ -78,10 +76,7 @@ class StableSPAM(AdamW):
         variant: str = "paper",
         **options: Unpack[Options],
     ):
-        if variant not in VARIANTS:
-            raise ValueError(f"unknown variant {variant!r}{nearest(variant, VARIANTS)}; known: {', '.join(VARIANTS)}")
-        official = variant == "official"
-        self.guarded = not official
+        official = self.choose(variant)
         self.folds: tuple[Stage, ...] = (closed_form, debias) if official else AdamW.folds
         parts = (
             AdaClip(gamma3, closed_form=official),
@@ -92,14 +87,6 @@ class StableSPAM(AdamW):
         hyper.update(total_steps=total_steps, eta_min=eta_min, variant=variant)
         options["stabilize"] = (*options.get("stabilize", ()), *parts)
         super(AdamW, self).__init__(params, hyper, **options)
-
-    def check_group(self, group: Mapping[str, Any]) -> None:
-        """See `Rule.check_group`."""
-        super().check_group(group)
-        if group["variant"] != ("paper" if self.guarded else "official"):
-            raise ValueError(
-                f"variant is one for the whole optimizer; a group (or checkpoint) asks {group['variant']!r}"
-            )
 
     def _official_reset(self, group: Mapping[str, Any]) -> bool:
         return not self.guarded and any(part.resets(group) for part in self.stabilize)
