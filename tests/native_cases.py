@@ -25,7 +25,7 @@ import lowbit
 from lowbit.backends import native
 from lowbit.native.build import BuildError
 from lowbit.native.library import ISAS, Library, load
-from lowbit.optim import SGD, AdaClip, AdaGN, AdamS, AdamW, GlobalClip, MomentumReset, Rule, SpikeClip, StableSPAM
+from lowbit.optim import SGD, SPAM, AdaClip, AdaGN, AdamS, AdamW, GlobalClip, MomentumReset, Rule, SpikeClip, StableSPAM
 from lowbit.policy import Policy
 
 # ---- the library, once for each instruction set
@@ -129,7 +129,8 @@ def _own(rule: type[Rule]) -> Callable[..., Rule]:
     return lambda params, **options: rule(params, {"lr": 0.01}, **options)
 
 
-ADAM, SPAM = {"lr": 0.01, "weight_decay": 0.1}, {"lr": 0.01, "reset_interval": 3, "total_steps": 3}
+ADAM, STABLE = {"lr": 0.01, "weight_decay": 0.1}, {"lr": 0.01, "reset_interval": 3, "total_steps": 3}
+SPIKY = {"lr": 0.01, "weight_decay": 0.1, "threshold": 50.0, "reset_interval": 3, "warmup_steps": 2, "grace_steps": 1}
 OPTIMIZERS = {
     # Resets and the end of the schedule fall into the four steps.
     **{
@@ -145,8 +146,8 @@ OPTIMIZERS = {
         )
         for case in CASES
     },
-    "official-amsgrad": Optimizer(StableSPAM, {**SPAM, "variant": "official", "amsgrad": True}, THREE),
-    "stablespam-global": Optimizer(StableSPAM, {**SPAM, "stabilize": (GlobalClip(0.5),)}),
+    "official-amsgrad": Optimizer(StableSPAM, {**STABLE, "variant": "official", "amsgrad": True}, THREE),
+    "stablespam-global": Optimizer(StableSPAM, {**STABLE, "stabilize": (GlobalClip(0.5),)}),
     "global": Optimizer(AdamW, {**ADAM, "stabilize": (GlobalClip(0.5),)}),
     "spike-ada": Optimizer(AdamW, {**ADAM, "stabilize": (SpikeClip(2.0), AdaClip(0.9))}),
     "gn": Optimizer(AdamW, {**ADAM, "stabilize": (AdaGN(),)}),
@@ -159,6 +160,8 @@ OPTIMIZERS = {
     "sgd-plain": Optimizer(SGD, {"lr": 0.01, "weight_decay": 0.1, "stabilize": (AdaClip(), AdaGN())}, {}),
     "sgd-nesterov": Optimizer(SGD, {"lr": 0.01, "momentum": 0.9, "nesterov": True}, {"momentum_buffer": True}),
     "adams-paper": Optimizer(AdamS, {"lr": 0.01, "bias_correction": False}, {"exp_avg": True}),
+    "spam-sparse": Optimizer(SPAM, {**SPIKY, "density": 0.3}),
+    "spam-sparse-official": Optimizer(SPAM, {**SPIKY, "density": 0.6, "variant": "official"}),
     "vectors": Optimizer(_own(Vectors), {}),
     "loose": Optimizer(_own(Loose), {}),
 }

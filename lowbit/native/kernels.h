@@ -277,6 +277,43 @@ LB_KERNEL(spam_released)(const lb_frame *frame) {
   }
 }
 
+template <uint32_t ROOTS>
+static void spam_released_sparse_run(const lb_frame *frame) {
+  const spam_released_sparse::C c = {frame->c[frame->ci[0]], frame->c[frame->ci[1]], frame->c[frame->ci[2]], frame->c[frame->ci[3]]};
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[4] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      float p = frame->in[0][at];
+      const float g = frame->in[1][at];
+      float m = frame->in[2][at];
+      float v = frame->in[3][at];
+      peaks[3] = lb::peak_of(peaks[3], g);
+      spam_released_sparse::apply(p, g, m, v, c);
+      frame->out[0][at] = p;
+      peaks[0] = lb::peak_of(peaks[0], p);
+      frame->out[1][at] = m;
+      peaks[1] = lb::peak_of(peaks[1], m);
+      if (ROOTS & 4) v = lb::sqrt(v);
+      frame->out[2][at] = v;
+      peaks[2] = lb::peak_of(peaks[2], v);
+    }
+    *found++ = (uint32_t)peaks[0];
+    *found++ = (uint32_t)peaks[1];
+    *found++ = (uint32_t)peaks[2];
+    *found++ = (uint32_t)peaks[3];
+  }
+}
+LB_KERNEL(spam_released_sparse)(const lb_frame *frame) {
+  switch (frame->roots) {
+    case 4: return spam_released_sparse_run<4>(frame);
+    default: return spam_released_sparse_run<0>(frame);
+  }
+}
+
 LB_KERNEL(stabilizers_peak)(const lb_frame *frame) {
   const int64_t end = frame->n & ~INT64_C(15);
   uint32_t *found = frame->peaks;

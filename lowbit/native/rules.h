@@ -123,12 +123,26 @@ struct sgd_nesterov {  // update, lowbit.optim.sgd
   }
 };
 
+template <class C>
+LB_FN void spam_undecayed(float p, float g, float m, float v, const C &c, float &out0_, float &out1_, float &out2_) {
+  adamw_average(m, v, g, c, m, v);
+  out0_ = p - c.step_size * (m / (lb::sqrt(v) + c.eps));
+  out1_ = m;
+  out2_ = v;
+}
+
 struct spam_released {  // update, lowbit.optim.spam
   struct C { float rate1, rate2, step_size, eps, decay; };
   LB_FN void apply(float &p, float g, float &m, float &v, const C &c) {
-    adamw_average(m, v, g, c, m, v);
-    p = p - c.step_size * (m / (lb::sqrt(v) + c.eps));
+    spam_undecayed(p, g, m, v, c, p, m, v);
     p = p - c.decay * p;
+  }
+};
+
+struct spam_released_sparse {  // update, lowbit.optim.spam
+  struct C { float rate1, rate2, step_size, eps; };
+  LB_FN void apply(float &p, float g, float &m, float &v, const C &c) {
+    spam_undecayed(p, g, m, v, c, p, m, v);
   }
 };
 
