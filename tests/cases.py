@@ -16,7 +16,7 @@ from torch.nn import Parameter
 
 import lowbit
 from lowbit import backends, layout
-from lowbit.optim import SCALE, Adafactor, AdamMini, AdamW, Rule, SlimAdam, StableSPAM
+from lowbit.optim import SCALE, SGD, SPAM, Adafactor, AdamMini, AdamS, AdamW, Lion, Rule, SlimAdam, StableSPAM
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,9 @@ class Case:
 
 
 AMSGRAD = {"exp_avg": True, "exp_avg_sq": False, "max_exp_avg_sq": False}
-SPAM = {"lr": 1e-3, "reset_interval": 7, "total_steps": 9, "weight_decay": 0.1}
+SPIKY = {"lr": 1e-3, "reset_interval": 7, "warmup_steps": 3, "grace_steps": 2, "threshold": 437.0, "weight_decay": 0.1}
+MOMENTUM = {"exp_avg": True}
+STABLE = {"lr": 1e-3, "reset_interval": 7, "total_steps": 9, "weight_decay": 0.1}
 ADAM = {"lr": 1e-3, "weight_decay": 0.1}
 FACTORED = {"exp_avg_sq": False, "exp_avg_sq_row": False, "exp_avg_sq_col": False}
 RELATIVE = {"lr": 1e-2, "scale_parameter": True, "relative_step": True}
@@ -51,15 +53,23 @@ RELATIVE = {"lr": 1e-2, "scale_parameter": True, "relative_step": True}
 CASES = [
     Case("adamw", AdamW, {"lr": 1e-3, "weight_decay": 0.1}, oracles_optim.adamw),
     Case("adamw-amsgrad", AdamW, {"lr": 1e-3, "amsgrad": True}, oracles_optim.adamw, signed=AMSGRAD),
-    Case("stablespam", StableSPAM, SPAM, oracles_optim.stablespam_paper, "tensor", sweeps=3),
+    Case("stablespam", StableSPAM, STABLE, oracles_optim.stablespam_paper, "tensor", sweeps=3),
     Case(
-        "stablespam-amsgrad", StableSPAM, {**SPAM, "amsgrad": True}, oracles_optim.stablespam_paper, "tensor", AMSGRAD,
-        sweeps=3,
+        "stablespam-amsgrad", StableSPAM, {**STABLE, "amsgrad": True}, oracles_optim.stablespam_paper, "tensor",
+        AMSGRAD, sweeps=3,
     ),
     Case(
-        "stablespam-official", StableSPAM, SPAM, oracles_optim.stablespam_official, "none",
-        options={"variant": "official"}, sweeps=3,
+        "stablespam-official", StableSPAM, STABLE, oracles_optim.stablespam_official, "none", sweeps=3,
+        options={"variant": "official"},
     ),
+    Case("spam", SPAM, SPIKY, oracles_optim.spam_paper),
+    Case("spam-official", SPAM, SPIKY, oracles_optim.spam_official, "none", options={"variant": "official"}),
+    Case(
+        "sgd", SGD, {"lr": 1e-4, "momentum": 0.9, "dampening": 0.2, "weight_decay": 0.1}, oracles_optim.sgd,
+        signed={"momentum_buffer": True},
+    ),
+    Case("lion", Lion, {"lr": 1e-4, "weight_decay": 0.1}, oracles_optim.lion, signed=MOMENTUM),
+    Case("adams", AdamS, {"lr": 1e-3, "weight_decay": 0.1}, oracles_optim.adams, signed=MOMENTUM),
     Case("adammini", AdamMini, ADAM, oracles_blocks.adam_mini, "tensor", sweeps=2),
     Case("adammini-tensor", AdamMini, ADAM, oracles_blocks.adam_mini_tensor, "tensor",
          options={"partition": {"*": "tensor"}}, sweeps=2),

@@ -30,7 +30,7 @@ from torch.nn import Parameter
 
 import lowbit
 from lowbit import Policy, backends, layout, masters
-from lowbit.optim import AdaClip, AdamW, GlobalClip, Rule, SpikeClip, Stabilizer, StableSPAM
+from lowbit.optim import AdaGN, AdamW, GlobalClip, Rule, SpikeClip, Stabilizer, StableSPAM
 from lowbit.policy import PRESETS_VERSION
 
 SHAPES = [(64, 65), (33, 300), (50,), (0, 4)]
@@ -58,7 +58,7 @@ def clip(case: Case) -> Stabilizer:
     """A clip that the optimizer can have: SpikeClip reads the second moment."""
     opt = case.build(parameters([(2, 3)]))
     of_every_value = all("v" in opt.program(opt.param_groups[0], kind).values for kind in opt.kinds)
-    return SpikeClip(50.0) if of_every_value else AdaClip()
+    return SpikeClip(50.0) if of_every_value and "threshold" not in case.hyper else AdaGN()
 
 
 def clones(named: list[tuple[str, Parameter]]) -> list[tuple[str, Parameter]]:

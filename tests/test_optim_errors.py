@@ -52,8 +52,8 @@ def test_options_out_of_range(optimizer, options: dict, message: str):
     "part, message",
     [
         (lambda: AdaClip(1.0), "gamma3 must be in"),
-        (lambda: SpikeClip(0.0), "threshold must be above 0"),
-        (lambda: SpikeClip(NAN), "threshold must be above 0"),
+        (lambda: SpikeClip(-1.0), "threshold must be at least 0"),
+        (lambda: SpikeClip(NAN), "threshold must be at least 0"),
         (lambda: GlobalClip(-1.0), "max_norm must be above 0"),
     ],
 )

@@ -399,6 +399,46 @@ LB_KERNEL(adam_mini_adam)(const lb_frame *frame) {
   }
 }
 
+LB_KERNEL(adams_weigh)(const lb_frame *frame) {
+  adams_weigh::S s = {frame->s[frame->si[0]]};
+  const adams_weigh::C c = {frame->c[frame->ci[0]]};
+  adams_weigh::apply(s, c);
+  frame->s[frame->si[0]] = s.exp_avg_weight;
+}
+
+LB_KERNEL(adams_unweighted)(const lb_frame *frame) {
+  adams_unweighted::S s = {frame->s[frame->si[0]]};
+  const adams_unweighted::C c = {frame->c[frame->ci[0]]};
+  adams_unweighted::apply(s, c);
+  frame->s[frame->si[0]] = s.exp_avg_weight;
+}
+
+LB_KERNEL(adams_adams)(const lb_frame *frame) {
+  const adams_adams::S s = {frame->s[frame->si[0]]};
+  const adams_adams::C c = {frame->c[frame->ci[0]], frame->c[frame->ci[1]], frame->c[frame->ci[2]], frame->c[frame->ci[3]], frame->c[frame->ci[4]], frame->c[frame->ci[5]]};
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[3] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      float p = frame->in[0][at];
+      const float g = frame->in[1][at];
+      float m = frame->in[2][at];
+      peaks[2] = lb::peak_of(peaks[2], g);
+      adams_adams::apply(p, g, m, s, c);
+      frame->out[0][at] = p;
+      peaks[0] = lb::peak_of(peaks[0], p);
+      frame->out[1][at] = m;
+      peaks[1] = lb::peak_of(peaks[1], m);
+    }
+    *found++ = (uint32_t)peaks[0];
+    *found++ = (uint32_t)peaks[1];
+    *found++ = (uint32_t)peaks[2];
+  }
+}
+
 LB_KERNEL(adamw_weigh)(const lb_frame *frame) {
   adamw_weigh::S s = {frame->s[frame->si[0]], frame->s[frame->si[1]]};
   const adamw_weigh::C c = {frame->c[frame->ci[0]], frame->c[frame->ci[1]]};
@@ -495,6 +535,31 @@ LB_KERNEL(adamw_amsgrad)(const lb_frame *frame) {
     case 8: return adamw_amsgrad_run<8>(frame);
     case 12: return adamw_amsgrad_run<12>(frame);
     default: return adamw_amsgrad_run<0>(frame);
+  }
+}
+
+LB_KERNEL(lion_lion)(const lb_frame *frame) {
+  const lion_lion::C c = {frame->c[frame->ci[0]], frame->c[frame->ci[1]], frame->c[frame->ci[2]], frame->c[frame->ci[3]]};
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[3] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      float p = frame->in[0][at];
+      const float g = frame->in[1][at];
+      float m = frame->in[2][at];
+      peaks[2] = lb::peak_of(peaks[2], g);
+      lion_lion::apply(p, g, m, c);
+      frame->out[0][at] = p;
+      peaks[0] = lb::peak_of(peaks[0], p);
+      frame->out[1][at] = m;
+      peaks[1] = lb::peak_of(peaks[1], m);
+    }
+    *found++ = (uint32_t)peaks[0];
+    *found++ = (uint32_t)peaks[1];
+    *found++ = (uint32_t)peaks[2];
   }
 }
 
@@ -676,6 +741,151 @@ LB_KERNEL(scale_scalar_adam)(const lb_frame *frame) {
   }
 }
 
+LB_KERNEL(sgd_plain)(const lb_frame *frame) {
+  const sgd_plain::C c = {frame->c[frame->ci[0]], frame->c[frame->ci[1]]};
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[2] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      float p = frame->in[0][at];
+      const float g = frame->in[1][at];
+      peaks[1] = lb::peak_of(peaks[1], g);
+      sgd_plain::apply(p, g, c);
+      frame->out[0][at] = p;
+      peaks[0] = lb::peak_of(peaks[0], p);
+    }
+    *found++ = (uint32_t)peaks[0];
+    *found++ = (uint32_t)peaks[1];
+  }
+}
+
+LB_KERNEL(sgd_momentum)(const lb_frame *frame) {
+  const sgd_momentum::C c = {frame->c[frame->ci[0]], frame->c[frame->ci[1]], frame->c[frame->ci[2]], frame->c[frame->ci[3]]};
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[3] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      float p = frame->in[0][at];
+      const float g = frame->in[1][at];
+      float b = frame->in[2][at];
+      peaks[2] = lb::peak_of(peaks[2], g);
+      sgd_momentum::apply(p, g, b, c);
+      frame->out[0][at] = p;
+      peaks[0] = lb::peak_of(peaks[0], p);
+      frame->out[1][at] = b;
+      peaks[1] = lb::peak_of(peaks[1], b);
+    }
+    *found++ = (uint32_t)peaks[0];
+    *found++ = (uint32_t)peaks[1];
+    *found++ = (uint32_t)peaks[2];
+  }
+}
+
+LB_KERNEL(sgd_nesterov)(const lb_frame *frame) {
+  const sgd_nesterov::C c = {frame->c[frame->ci[0]], frame->c[frame->ci[1]], frame->c[frame->ci[2]], frame->c[frame->ci[3]]};
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[3] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      float p = frame->in[0][at];
+      const float g = frame->in[1][at];
+      float b = frame->in[2][at];
+      peaks[2] = lb::peak_of(peaks[2], g);
+      sgd_nesterov::apply(p, g, b, c);
+      frame->out[0][at] = p;
+      peaks[0] = lb::peak_of(peaks[0], p);
+      frame->out[1][at] = b;
+      peaks[1] = lb::peak_of(peaks[1], b);
+    }
+    *found++ = (uint32_t)peaks[0];
+    *found++ = (uint32_t)peaks[1];
+    *found++ = (uint32_t)peaks[2];
+  }
+}
+
+template <uint32_t ROOTS>
+static void spam_released_run(const lb_frame *frame) {
+  const spam_released::C c = {frame->c[frame->ci[0]], frame->c[frame->ci[1]], frame->c[frame->ci[2]], frame->c[frame->ci[3]], frame->c[frame->ci[4]]};
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[4] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      float p = frame->in[0][at];
+      const float g = frame->in[1][at];
+      float m = frame->in[2][at];
+      float v = frame->in[3][at];
+      peaks[3] = lb::peak_of(peaks[3], g);
+      spam_released::apply(p, g, m, v, c);
+      frame->out[0][at] = p;
+      peaks[0] = lb::peak_of(peaks[0], p);
+      frame->out[1][at] = m;
+      peaks[1] = lb::peak_of(peaks[1], m);
+      if (ROOTS & 4) v = lb::sqrt(v);
+      frame->out[2][at] = v;
+      peaks[2] = lb::peak_of(peaks[2], v);
+    }
+    *found++ = (uint32_t)peaks[0];
+    *found++ = (uint32_t)peaks[1];
+    *found++ = (uint32_t)peaks[2];
+    *found++ = (uint32_t)peaks[3];
+  }
+}
+LB_KERNEL(spam_released)(const lb_frame *frame) {
+  switch (frame->roots) {
+    case 4: return spam_released_run<4>(frame);
+    default: return spam_released_run<0>(frame);
+  }
+}
+
+template <uint32_t ROOTS>
+static void spam_released_sparse_run(const lb_frame *frame) {
+  const spam_released_sparse::C c = {frame->c[frame->ci[0]], frame->c[frame->ci[1]], frame->c[frame->ci[2]], frame->c[frame->ci[3]]};
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[4] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      float p = frame->in[0][at];
+      const float g = frame->in[1][at];
+      float m = frame->in[2][at];
+      float v = frame->in[3][at];
+      peaks[3] = lb::peak_of(peaks[3], g);
+      spam_released_sparse::apply(p, g, m, v, c);
+      frame->out[0][at] = p;
+      peaks[0] = lb::peak_of(peaks[0], p);
+      frame->out[1][at] = m;
+      peaks[1] = lb::peak_of(peaks[1], m);
+      if (ROOTS & 4) v = lb::sqrt(v);
+      frame->out[2][at] = v;
+      peaks[2] = lb::peak_of(peaks[2], v);
+    }
+    *found++ = (uint32_t)peaks[0];
+    *found++ = (uint32_t)peaks[1];
+    *found++ = (uint32_t)peaks[2];
+    *found++ = (uint32_t)peaks[3];
+  }
+}
+LB_KERNEL(spam_released_sparse)(const lb_frame *frame) {
+  switch (frame->roots) {
+    case 4: return spam_released_sparse_run<4>(frame);
+    default: return spam_released_sparse_run<0>(frame);
+  }
+}
+
 LB_KERNEL(stabilizers_peak)(const lb_frame *frame) {
   const int64_t end = frame->n & ~INT64_C(15);
   uint32_t *found = frame->peaks;
@@ -819,6 +1029,27 @@ LB_KERNEL(stabilizers_clip_to_moment)(const lb_frame *frame) {
       const float v = frame->in[1][at];
       peaks[1] = lb::peak_of(peaks[1], g);
       stabilizers_clip_to_moment::apply(g, v, c);
+      frame->out[0][at] = g;
+      peaks[0] = lb::peak_of(peaks[0], g);
+    }
+    *found++ = (uint32_t)peaks[0];
+    *found++ = (uint32_t)peaks[1];
+  }
+}
+
+LB_KERNEL(stabilizers_clip_and_freeze)(const lb_frame *frame) {
+  const stabilizers_clip_and_freeze::C c = {frame->c[frame->ci[0]]};
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[2] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      float g = frame->in[0][at];
+      const float v = frame->in[1][at];
+      peaks[1] = lb::peak_of(peaks[1], g);
+      stabilizers_clip_and_freeze::apply(g, v, c);
       frame->out[0][at] = g;
       peaks[0] = lb::peak_of(peaks[0], g);
     }

@@ -182,6 +182,33 @@ struct adam_mini_adam {  // update, lowbit.optim.adam_mini
   }
 };
 
+struct adams_weigh {  // fold, lowbit.optim.adams
+  struct S { float exp_avg_weight; };
+  struct C { float rate1; };
+  LB_FN void apply(S &s, const C &c) {
+    s.exp_avg_weight = lb::lerp(s.exp_avg_weight, 1.0f, c.rate1);
+  }
+};
+
+struct adams_unweighted {  // fold, lowbit.optim.adams
+  struct S { float exp_avg_weight; };
+  struct C { float one; };
+  LB_FN void apply(S &s, const C &c) {
+    s.exp_avg_weight = c.one;
+  }
+};
+
+struct adams_adams {  // update, lowbit.optim.adams
+  struct S { float exp_avg_weight; };
+  struct C { float beta2, rate2, rate1, keep, lr, eps; };
+  LB_FN void apply(float &p, float g, float &m, const S &s, const C &c) {
+    const float before = m / s.exp_avg_weight;
+    const float nu = c.beta2 * (before * before) + c.rate2 * (g * g);
+    m = lb::lerp(m, g, c.rate1);
+    p = c.keep * p - c.lr * (m / s.exp_avg_weight / (lb::sqrt(nu) + c.eps));
+  }
+};
+
 struct adamw_weigh {  // fold, lowbit.optim.adamw
   struct S { float exp_avg_weight, exp_avg_sq_weight; };
   struct C { float rate1, rate2; };
@@ -216,6 +243,15 @@ struct adamw_amsgrad {  // update, lowbit.optim.adamw
     adamw_average(m, v, g, c, m, v);
     h = lb::maximum(h, v);
     p = adamw_descend(c.keep * p, m, h, c, s);
+  }
+};
+
+struct lion_lion {  // update, lowbit.optim.lion
+  struct C { float rate1, keep, lr, rate2; };
+  LB_FN void apply(float &p, float g, float &m, const C &c) {
+    const float u = lb::sign(lb::lerp(m, g, c.rate1));
+    p = c.keep * p - c.lr * u;
+    m = lb::lerp(m, g, c.rate2);
   }
 };
 
@@ -280,6 +316,58 @@ struct scale_scalar_adam {  // update, lowbit.optim.scale
   LB_FN void apply(float &p, float g, float &m, float &v, const S &s, const C &c) {
     adamw_average(m, v, g, c, m, v);
     p = c.scalar_keep * p - s.scalar_size * (m / ((lb::sqrt(v) + c.eps) * s.root));
+  }
+};
+
+template <class C>
+LB_FN float sgd_decayed(float g, float p, const C &c) {
+  return g + c.weight_decay * p;
+}
+
+struct sgd_plain {  // update, lowbit.optim.sgd
+  struct C { float lr, weight_decay; };
+  LB_FN void apply(float &p, float g, const C &c) {
+    p = p - c.lr * sgd_decayed(g, p, c);
+  }
+};
+
+struct sgd_momentum {  // update, lowbit.optim.sgd
+  struct C { float momentum, share, weight_decay, lr; };
+  LB_FN void apply(float &p, float g, float &b, const C &c) {
+    b = c.momentum * b + c.share * sgd_decayed(g, p, c);
+    p = p - c.lr * b;
+  }
+};
+
+struct sgd_nesterov {  // update, lowbit.optim.sgd
+  struct C { float weight_decay, momentum, share, lr; };
+  LB_FN void apply(float &p, float g, float &b, const C &c) {
+    const float d = sgd_decayed(g, p, c);
+    b = c.momentum * b + c.share * d;
+    p = p - c.lr * (d + c.momentum * b);
+  }
+};
+
+template <class C>
+LB_FN void spam_undecayed(float p, float g, float m, float v, const C &c, float &out0_, float &out1_, float &out2_) {
+  adamw_average(m, v, g, c, m, v);
+  out0_ = p - c.step_size * (m / (lb::sqrt(v) + c.eps));
+  out1_ = m;
+  out2_ = v;
+}
+
+struct spam_released {  // update, lowbit.optim.spam
+  struct C { float rate1, rate2, step_size, eps, decay; };
+  LB_FN void apply(float &p, float g, float &m, float &v, const C &c) {
+    spam_undecayed(p, g, m, v, c, p, m, v);
+    p = p - c.decay * p;
+  }
+};
+
+struct spam_released_sparse {  // update, lowbit.optim.spam
+  struct C { float rate1, rate2, step_size, eps; };
+  LB_FN void apply(float &p, float g, float &m, float &v, const C &c) {
+    spam_undecayed(p, g, m, v, c, p, m, v);
   }
 };
 
@@ -369,11 +457,23 @@ struct stabilizers_normalize {  // update, lowbit.optim.stabilizers
   }
 };
 
+template <class C>
+LB_FN float stabilizers_brought_down(float g, float v, const C &c) {
+  const float limit = c.spike_threshold * v;
+  return lb::where(g * g > limit, lb::sign(g) * lb::sqrt(limit), g);
+}
+
 struct stabilizers_clip_to_moment {  // update, lowbit.optim.stabilizers
   struct C { float spike_threshold; };
   LB_FN void apply(float &g, float v, const C &c) {
-    const float limit = c.spike_threshold * v;
-    g = lb::where((v > 0.0f) & (g * g > limit), lb::sign(g) * lb::sqrt(limit), g);
+    g = lb::where(v > 0.0f, stabilizers_brought_down(g, v, c), g);
+  }
+};
+
+struct stabilizers_clip_and_freeze {  // update, lowbit.optim.stabilizers
+  struct C { float spike_threshold; };
+  LB_FN void apply(float &g, float v, const C &c) {
+    g = stabilizers_brought_down(g, v, c);
   }
 };
 

@@ -16,6 +16,7 @@ import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from types import ModuleType
 from typing import Any, ClassVar, Literal, TypedDict
 
@@ -27,11 +28,14 @@ from ..formats import nearest
 from ..policy import PRESETS_VERSION, Policy, Storage, check_storage
 from ..roles import check_used, clean_name, role_map
 from ..stages import Job, Moment, Program, Stage
-from . import checkpoint
+from . import checkpoint, sparse
 from .explain import Explanation, explain
 from .slot import FLOATS, Slot, asked_of
 
 ROUNDINGS = ("auto", "nearest", "stochastic")
+
+Shares = list[tuple[ModuleType, list[Job]]]
+MakesPart = Callable[[], sparse.Part]
 
 # What a step does: each group with its tensors that have a gradient, and their states.
 Work = list[tuple[dict[str, Any], list[tuple[Slot, dict[str, Any]]]]]
@@ -177,6 +181,17 @@ class Rule(torch.optim.Optimizer, Part):
         """How many consecutive rows of a tensor are a group, where a moment or measure is over groups; asked once."""
         return 1
 
+    def fixed(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        """What a group's states and stages are made for, by name: it may not change afterwards."""
+        return {name: group.get(name) for name in ("states", "master", "amsgrad")}
+
+    def kept(self, group: Mapping[str, Any], name: str, shape: tuple[int, ...], role: str) -> int:
+        """How many values of each row of a tensor have moments and are stepped; 0 means all. Asked once.
+
+        Which they are is drawn at random, and drawn anew whenever moments are reset.
+        """
+        return 0
+
     def step_after(self, group: Mapping[str, Any], t: int) -> int:
         """What `state["step"]` becomes after step t of a tensor: t."""
         return t
@@ -305,10 +320,9 @@ class Rule(torch.optim.Optimizer, Part):
         with torch.no_grad():
             work = self._work()
             self._warn_resolution(work)
-            shares, counts, after = self._counted(work)
+            shares, parts, counts, after = self._counted(work)
             self._reset("before")
-            for backend, jobs in shares:
-                backend.step(jobs)
+            self._run(shares, parts)
             self._reset("after")
             if counts:
                 torch._foreach_copy_(counts, after)  # pyright: ignore[reportPrivateImportUsage]
@@ -321,7 +335,7 @@ class Rule(torch.optim.Optimizer, Part):
         work: Work = []
         for group in self.param_groups:
             check_common(group)
-            asked, tensors = asked_of(group), []
+            asked, tensors = asked_of(self, group), []
             for p in group["params"]:
                 grad = p.grad
                 if grad is not None:
@@ -331,7 +345,19 @@ class Rule(torch.optim.Optimizer, Part):
             work.append((group, tensors))
         return work
 
-    def _counted(self, work: Work) -> tuple[list[tuple[ModuleType, list[Job]]], list[Tensor], list[Tensor]]:
+    def _run(self, shares: Shares, parts: list[MakesPart]) -> None:
+        """Parts of tensors are copies, so one at a time; but what is measured over all tensors needs all at once."""
+        together = bool(parts) and any(stage.over == "all" for part in self.stabilize for stage in part.stages)
+        whole = [job for _, jobs in shares for job in jobs]
+        for makers in [parts] if together else [[], *([part] for part in parts)]:
+            made = [make() for make in makers]
+            jobs = [*(whole if together else ()), *(part.job for part in made)]
+            for backend, own in backends.share(jobs) if made else shares:
+                backend.step(own)
+            for part in made:
+                part.put_back()
+
+    def _counted(self, work: Work) -> tuple[Shares, list[MakesPart], list[Tensor], list[Tensor]]:
         """Count the step and make its jobs, by backend; if that fails, nothing has been counted.
 
         Also every tensor's own count, and what that is after the step.
@@ -339,15 +365,15 @@ class Rule(torch.optim.Optimizer, Part):
         for group in self.param_groups:
             group["steps"] += 1
         try:
-            jobs, counts, after = self._jobs(work)
-            return backends.share(jobs), counts, after
+            jobs, parts, counts, after = self._jobs(work)
+            return backends.share(jobs), parts, counts, after
         except BaseException:
             for group in self.param_groups:
                 group["steps"] -= 1
             raise
 
-    def _jobs(self, work: Work) -> tuple[list[Job], list[Tensor], list[Tensor]]:
-        jobs, counts, after = [], [], []
+    def _jobs(self, work: Work) -> tuple[list[Job], list[MakesPart], list[Tensor], list[Tensor]]:
+        jobs, parts, counts, after = [], [], [], []
         for group, tensors in work:
             turns: dict[float, tuple[dict[str, float], Tensor]] = {}  # by the tensors' own counts, nearly always one
             for slot, state in tensors:
@@ -357,11 +383,14 @@ class Rule(torch.optim.Optimizer, Part):
                     t = int(done) + 1
                     turns[done] = self._constants(group, t), count.new_tensor(self.step_after(group, t))
                 constants, then = turns[done]
-                if slot.numel:
+                if slot.kept:
+                    slot.fit(state)
+                    parts.append(partial(slot.part, group, state, constants))
+                elif slot.numel:
                     jobs.append(slot.job(group, state, constants))
                 counts.append(count)
                 after.append(then)
-        return jobs, counts, after
+        return jobs, parts, counts, after
 
     def _constants(self, group: Mapping[str, Any], t: int) -> dict[str, float]:
         return {k: v for part in (*self.stabilize, self) for k, v in part.constants(group, t).items()}
@@ -377,6 +406,8 @@ class Rule(torch.optim.Optimizer, Part):
                 for p in group["params"]:
                     if self.state.get(p) and (when == "before" or p.grad is not None):
                         self._slots[p].zero_moments(self.state[p], keep=when == "after")
+                        if self._slots[p].kept:
+                            self._slots[p].draw(self.state[p], group["seed"], group["steps"])
 
     def _warn_resolution(self, work: Work) -> None:
         """Once: a 16-bit parameter rounded to nearest does not move when an update is below half its ulp.
