@@ -79,7 +79,7 @@ def normalized(p, u, axis, lr, weight_decay, norm):
 
 def scale(
     p, g, s, t, *, lr=1e-3, scalar_lr=None, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, norm="rms", axis=1,
-    at=1e-3,
+    at=1e-3, momentum=0.9,
 ):  # fmt: skip
     """Algorithm 1 of arXiv 2506.16659 without momentum; vectors: Adam, eps before debiasing, a rate that began `at`."""
     if p.ndim > 1:
