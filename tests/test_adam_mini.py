@@ -14,7 +14,7 @@ from llama_shapes import roles
 from torch import nn
 from torch.nn import Parameter
 
-from lowbit.optim import AdaClip, AdaGN, AdamMini, AdamW, MomentumReset, SlimAdam, SpikeClip
+from lowbit.optim import SCALE, AdaClip, Adafactor, AdaGN, AdamMini, AdamW, MomentumReset, SlimAdam, SpikeClip
 
 HYPER = {"lr": 3e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 TRIPPING = [
@@ -259,6 +259,23 @@ def test_a_reset_starts_anew():
     assert torch.equal(opt.state[p]["exp_avg_sq"], fresh.state[q]["exp_avg_sq"])
 
 
+@pytest.mark.parametrize(
+    "build, name, value",
+    [
+        (AdamMini, "num_heads", 2), (AdamMini, "head_dim", 8), (AdamMini, "num_kv_heads", 2),
+        (AdamMini, "v_per_tensor", True), (AdamMini, "decay_1d", True), (SlimAdam, "decay_1d", True),
+        (SCALE, "norm", "l2"), (Adafactor, "scale_parameter", True), (Adafactor, "beta1", 0.9),
+    ],
+)  # fmt: skip
+def test_what_states_and_stages_were_made_for_may_not_change(build, name: str, value):
+    p = zeros(8, 8)
+    opt = build([("p", p)])
+    p.grad = torch.ones(8, 8)
+    opt.param_groups[0][name] = value
+    with pytest.raises(RuntimeError, match=f"p: .*{name}.* of its group changed since the state was made"):
+        opt.step()
+
+
 def test_spike_clip_needs_a_second_moment_of_each_value():
     with pytest.raises(ValueError, match="reads 'v', which AdamMini has for each group only, not for each value"):
         AdamMini([zeros(4, 4)], stabilize=(SpikeClip(),))
@@ -266,12 +283,12 @@ def test_spike_clip_needs_a_second_moment_of_each_value():
 
 @every_preset
 def test_per_value_is_adamw(states: str):
-    """`partition={"*": "value"}` is AdamW to the bit, in every format; so is SlimAdam's `full`."""
+    """`partition={"*": "value"}` is AdamW to the bit, annealed too, in every format; so is SlimAdam's `full`."""
     found = []
     for build in (AdamW, AdamMini, SlimAdam):
         named = parameters([(64, 65), (33, 300), (50,)])
         own = {AdamW: {}, AdamMini: {"partition": {"*": "value"}, "decay_1d": True}, SlimAdam: {"decay_1d": True}}
-        opt = build(named, lr=1e-2, weight_decay=0.1, states=states, **own[build])
+        opt = build(named, lr=1e-2, weight_decay=0.1, states=states, beta1_annealing=3, **own[build])
         for t in range(1, 5):
             for _, p in named:
                 p.grad = gradient(tuple(p.shape), t)

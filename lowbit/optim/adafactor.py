@@ -180,6 +180,11 @@ class Adafactor(Rule):
             if not (math.isfinite(group[name]) and group[name] > 0):
                 raise ValueError(f"{name} must be a finite number above 0, not {group[name]}")
 
+    def fixed(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        """See `Rule.fixed`."""
+        own = {"scale_parameter": group["scale_parameter"], "beta1 is None": group["beta1"] is None}
+        return {**super().fixed(group), **own}
+
     def kind(self, group: Mapping[str, Any], name: str, shape: tuple[int, ...], role: str) -> str:
         """See `Rule.kind`."""
         return "factored" if len(shape) > 1 else "full"

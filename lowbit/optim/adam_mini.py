@@ -139,6 +139,8 @@ class AdamMini(AdamW):
             `wv_names = {}`).
         partition: {glob on names: "head", "row", "column", "tensor" or "value"}, before all of the above.
         decay_1d: decay norms, biases and other vectors too; the released code does not, nor does it ask.
+        beta1_annealing: length in steps of a cosine on beta1, as in `AdamW`; None leaves beta1 constant.
+        eta_min: where that cosine ends, as a share.
         **options: states, seed, master, rounding, state_rounding, stabilize, policy, roles.
 
     Raises:
@@ -169,11 +171,14 @@ class AdamMini(AdamW):
         v_per_tensor: bool = False,
         partition: Mapping[str, str] | None = None,
         decay_1d: bool = False,
+        beta1_annealing: int | None = None,
+        eta_min: float = 0.5,
         **options: Unpack[Options],
     ):
         self.partition = check_patterns("partition", partition or {}, PARTITIONS)
         hyper = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "decay_1d": decay_1d}
         heads = {"head_dim": head_dim, "num_heads": num_heads, "num_kv_heads": num_kv_heads}
+        hyper.update(beta1_annealing=beta1_annealing, eta_min=eta_min)
         super(AdamW, self).__init__(params, {**hyper, **heads, "v_per_tensor": v_per_tensor}, **options)
         check_matches("partition", self.partition, self)
 
@@ -184,6 +189,11 @@ class AdamMini(AdamW):
             count = group[name]
             if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
                 raise ValueError(f"{name} must be a whole number of at least 1, or None, not {count!r}")
+
+    def fixed(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        """See `Rule.fixed`."""
+        own = ("head_dim", "num_heads", "num_kv_heads", "v_per_tensor", "decay_1d")
+        return {**super().fixed(group), **{name: group[name] for name in own}}
 
     def kind(self, group: Mapping[str, Any], name: str, shape: tuple[int, ...], role: str) -> str:
         """The partition, and whether the tensor is decayed."""

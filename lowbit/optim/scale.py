@@ -156,6 +156,10 @@ class SCALE(Rule):
         if group["norm"] != self.norm:
             raise ValueError(f"norm is one for the whole optimizer; a group (or checkpoint) asks {group['norm']!r}")
 
+    def fixed(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        """See `Rule.fixed`."""
+        return {**super().fixed(group), "norm": group["norm"]}
+
     def kind(self, group: Mapping[str, Any], name: str, shape: tuple[int, ...], role: str) -> str:
         """See `Rule.kind`."""
         if len(shape) < 2 or role in ("norm", "bias"):

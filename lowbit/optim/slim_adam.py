@@ -38,6 +38,8 @@ class SlimAdam(AdamW):
         weight_decay: decoupled; of matrices only (see `decay_1d`).
         dims: {glob on names: "row", "column" or "full"}, before the roles.
         decay_1d: decay norms, biases and other vectors too; the released code does not.
+        beta1_annealing: length in steps of a cosine on beta1, as in `AdamW`; None leaves beta1 constant.
+        eta_min: where that cosine ends, as a share.
         **options: states, seed, master, rounding, state_rounding, stabilize, policy, roles.
 
     >>> import torch
@@ -58,12 +60,19 @@ class SlimAdam(AdamW):
         *,
         dims: Mapping[str, str] | None = None,
         decay_1d: bool = False,
+        beta1_annealing: int | None = None,
+        eta_min: float = 0.5,
         **options: Unpack[Options],
     ):
         self.dims = check_patterns("dims", dims or {}, DIMS)
         hyper = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "decay_1d": decay_1d}
+        hyper.update(beta1_annealing=beta1_annealing, eta_min=eta_min)
         super(AdamW, self).__init__(params, hyper, **options)
         check_matches("dims", self.dims, self)
+
+    def fixed(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        """See `Rule.fixed`."""
+        return {**super().fixed(group), "decay_1d": group["decay_1d"]}
 
     def kind(self, group: Mapping[str, Any], name: str, shape: tuple[int, ...], role: str) -> str:
         """What its second moments are over, and whether the tensor is decayed."""
