@@ -3,7 +3,7 @@
 A new optimizer is one row. All tests of optimizers draw from here.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,6 +40,13 @@ class Case:
 
     def build(self, params: Any, **changes: Any) -> Rule:
         return self.optimizer(params, **{**self.hyper, **self.options, **changes})
+
+
+class LastLayers(SCALE):
+    """SCALE that takes every matrix for the head."""
+
+    def kind(self, group: Mapping[str, Any], name: str, shape: tuple[int, ...], role: str) -> str:
+        return "row with momentum" if len(shape) > 1 else "Adam"
 
 
 AMSGRAD = {"exp_avg": True, "exp_avg_sq": False, "max_exp_avg_sq": False}
@@ -81,8 +88,7 @@ CASES = [
          {"exp_avg": True, **FACTORED}, sweeps=6),
     Case("scale", SCALE, {"lr": 1e-3, "scalar_lr": 2e-3, "weight_decay": 0.1}, oracles_blocks.scale, "tensor",
          sweeps=2),
-    Case("scale-head-l2", SCALE, {"lr": 1e-3, "norm": "l2"}, oracles_blocks.scale_head, "tensor",
-         options={"roles": {"*": "head"}}, sweeps=2),
+    Case("scale-head-l2", LastLayers, {"lr": 1e-3, "norm": "l2"}, oracles_blocks.scale_head, "tensor", sweeps=2),
 ]  # fmt: skip
 
 
