@@ -235,6 +235,7 @@ class Job:
     stream: tuple[int, int, int] = (0, 0, 0)  # of random bits: seed, step, tensor id
     vectors: dict[str, Tensor] = field(default_factory=dict)
     group_rows: int = 1
+    gathered: Tensor | None = None  # the gradient, where `param` is a part of a parameter and not one itself
     prepared: Any = None  # a backend's own
     kind: tuple[Program, torch.device] = field(init=False)
 
@@ -244,6 +245,6 @@ class Job:
     @property
     def grad(self) -> Tensor:
         """The parameter's gradient."""
-        grad = self.param.grad
+        grad = self.param.grad if self.gathered is None else self.gathered
         assert grad is not None
         return grad

@@ -16,15 +16,13 @@ constexpr int HALF = LB_BLOCK / 2;  // what may have a scale of its own
 
 constexpr uint64_t kind_at(uint64_t kinds, int k) { return kinds >> (4 * k) & 15; }
 
-// The kinds of a stage's operands: of its p, of its g, and of the moments it writes, where `squares` are bytes of roots.
-template <class Stage> constexpr uint64_t kinds_of(int p, int g, int moments, int squares) {
+// The kinds of a stage's operands: of its p, of its g, and of the moments it writes.
+template <class Stage> constexpr uint64_t kinds_of(int p, int g, int moments) {
   uint64_t kinds = 0;
-  int number = 0;
   for (int k = 0; k < Stage::READS; ++k) {
     const char role = Stage::ROLES[k];
     int kind = role == 'p' ? p : role == 'g' ? g : role == 'm' ? moments : LB_FLOATS;
-    if (role == 'm' && moments == LB_BYTES && squares >> number & 1) kind = LB_ROOT_BYTES;
-    number += role == 'm';
+    if (kind == LB_BYTES && Stage::UNSIGNED[k]) kind = LB_ROOT_BYTES;
     kinds |= (uint64_t)kind << (4 * k);
   }
   return kinds;
@@ -159,18 +157,11 @@ template <class Stage, uint64_t KINDS> LB_FN bool offer(uint64_t kinds, uint32_t
 }
 
 template <class Stage, int P, int G> LB_FN bool offer_moments(uint64_t kinds, uint32_t roots, lb_fused_kernel &found) {
-  constexpr int N = Stage::MOMENTS;
-  bool known = offer<Stage, kinds_of<Stage>(P, G, LB_FLOATS, 0)>(kinds, roots, found);
-  if constexpr (N > 0) known |= offer<Stage, kinds_of<Stage>(P, G, LB_NIBBLES, 0)>(kinds, roots, found);
-  if constexpr (N == 1 || N == 2) {
-    known |= offer<Stage, kinds_of<Stage>(P, G, LB_BYTES, 0)>(kinds, roots, found);
-    known |= offer<Stage, kinds_of<Stage>(P, G, LB_BYTES, 1)>(kinds, roots, found);
+  bool known = offer<Stage, kinds_of<Stage>(P, G, LB_FLOATS)>(kinds, roots, found);
+  if constexpr (Stage::MOMENTS > 0) {
+    known |= offer<Stage, kinds_of<Stage>(P, G, LB_BYTES)>(kinds, roots, found);
+    known |= offer<Stage, kinds_of<Stage>(P, G, LB_NIBBLES)>(kinds, roots, found);
   }
-  if constexpr (N == 2) {
-    known |= offer<Stage, kinds_of<Stage>(P, G, LB_BYTES, 2)>(kinds, roots, found);
-    known |= offer<Stage, kinds_of<Stage>(P, G, LB_BYTES, 3)>(kinds, roots, found);
-  }
-  if constexpr (N == 3) known |= offer<Stage, kinds_of<Stage>(P, G, LB_BYTES, 6)>(kinds, roots, found);
   return known;
 }
 

@@ -5,6 +5,541 @@
 #include "abi.h"
 #include "rules.h"
 
+LB_KERNEL(adafactor_weigh)(const lb_frame *frame) {
+  adafactor_weigh<float>::S s = {frame->s[frame->si[0]]};
+  const adafactor_weigh<float>::C c = {frame->c[frame->ci[0]]};
+  adafactor_weigh<float>::apply(s, c);
+  frame->s[frame->si[0]] = s.exp_avg_sq_weight;
+}
+
+LB_KERNEL(adafactor_rows_square)(const lb_frame *frame) {
+  const adafactor_rows_square<float>::C c = {frame->c[frame->ci[0]]};
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[2] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      const float g = frame->in[0][at];
+      peaks[1] = lb::peak_of(peaks[1], g);
+      const float measured_ = adafactor_rows_square<float>::apply(g, c);
+      frame->out[0][at] = measured_;
+      peaks[0] = lb::peak_of(peaks[0], measured_);
+    }
+    *found++ = (uint32_t)peaks[0];
+    *found++ = (uint32_t)peaks[1];
+  }
+}
+
+LB_KERNEL(adafactor_average_rows)(const lb_frame *frame) {
+  const adafactor_average_rows<float>::S s = {frame->s[frame->si[0]]};
+  const adafactor_average_rows<float>::C c = {frame->c[frame->ci[0]]};
+  LB_IVDEP
+  for (int64_t at = 0; at < frame->n; ++at) {
+    float r = frame->in[0][at];
+    const float x = frame->x[at];
+    float a;
+    adafactor_average_rows<float>::apply(r, a, x, s, c);
+    frame->out[0][at] = r;
+    frame->out[1][at] = a;
+  }
+}
+
+LB_KERNEL(adafactor_centre)(const lb_frame *frame) {
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[1] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      const float r = frame->in[0][at];
+      const float measured_ = adafactor_centre<float>::apply(r);
+      frame->out[0][at] = measured_;
+      peaks[0] = lb::peak_of(peaks[0], measured_);
+    }
+    *found++ = (uint32_t)peaks[0];
+  }
+}
+
+LB_KERNEL(adafactor_keep_centre)(const lb_frame *frame) {
+  adafactor_keep_centre<float>::S s = {frame->s[frame->si[0]]};
+  const float x = frame->x[0];
+  adafactor_keep_centre<float>::apply(x, s);
+  frame->s[frame->si[0]] = s.centre;
+}
+
+LB_KERNEL(adafactor_columns_square)(const lb_frame *frame) {
+  const adafactor_columns_square<float>::C c = {frame->c[frame->ci[0]]};
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[2] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      const float g = frame->in[0][at];
+      peaks[1] = lb::peak_of(peaks[1], g);
+      const float measured_ = adafactor_columns_square<float>::apply(g, c);
+      frame->out[0][at] = measured_;
+      peaks[0] = lb::peak_of(peaks[0], measured_);
+    }
+    *found++ = (uint32_t)peaks[0];
+    *found++ = (uint32_t)peaks[1];
+  }
+}
+
+LB_KERNEL(adafactor_average_columns)(const lb_frame *frame) {
+  const adafactor_average_columns<float>::S s = {frame->s[frame->si[0]]};
+  const adafactor_average_columns<float>::C c = {frame->c[frame->ci[0]]};
+  LB_IVDEP
+  for (int64_t at = 0; at < frame->n; ++at) {
+    float k = frame->in[0][at];
+    const float x = frame->x[at];
+    float b;
+    adafactor_average_columns<float>::apply(k, b, x, s, c);
+    frame->out[0][at] = k;
+    frame->out[1][at] = b;
+  }
+}
+
+LB_KERNEL(adafactor_factored)(const lb_frame *frame) {
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[2] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      float g = frame->in[0][at];
+      const float a = frame->in[1][at];
+      const float b = frame->in[2][at];
+      peaks[1] = lb::peak_of(peaks[1], g);
+      adafactor_factored<float>::apply(g, a, b);
+      frame->out[0][at] = g;
+      peaks[0] = lb::peak_of(peaks[0], g);
+    }
+    *found++ = (uint32_t)peaks[0];
+    *found++ = (uint32_t)peaks[1];
+  }
+}
+
+template <uint32_t ROOTS>
+static void adafactor_full_run(const lb_frame *frame) {
+  const adafactor_full<float>::S s = {frame->s[frame->si[0]]};
+  const adafactor_full<float>::C c = {frame->c[frame->ci[0]], frame->c[frame->ci[1]]};
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[3] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      float g = frame->in[0][at];
+      float v = frame->in[1][at];
+      peaks[2] = lb::peak_of(peaks[2], g);
+      adafactor_full<float>::apply(g, v, s, c);
+      frame->out[0][at] = g;
+      peaks[0] = lb::peak_of(peaks[0], g);
+      if (ROOTS & 2) v = lb::sqrt(v);
+      frame->out[1][at] = v;
+      peaks[1] = lb::peak_of(peaks[1], v);
+    }
+    *found++ = (uint32_t)peaks[0];
+    *found++ = (uint32_t)peaks[1];
+    *found++ = (uint32_t)peaks[2];
+  }
+}
+LB_KERNEL(adafactor_full)(const lb_frame *frame) {
+  switch (frame->roots) {
+    case 2: return adafactor_full_run<2>(frame);
+    default: return adafactor_full_run<0>(frame);
+  }
+}
+
+LB_KERNEL(adafactor_size)(const lb_frame *frame) {
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[1] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      const float p = frame->in[0][at];
+      const float measured_ = adafactor_size<float>::apply(p);
+      frame->out[0][at] = measured_;
+      peaks[0] = lb::peak_of(peaks[0], measured_);
+    }
+    *found++ = (uint32_t)peaks[0];
+  }
+}
+
+LB_KERNEL(adafactor_scale)(const lb_frame *frame) {
+  adafactor_scale<float>::S s = {frame->s[frame->si[0]]};
+  const adafactor_scale<float>::C c = {frame->c[frame->ci[0]]};
+  const float x = frame->x[0];
+  adafactor_scale<float>::apply(x, s, c);
+  frame->s[frame->si[0]] = s.scale;
+}
+
+LB_KERNEL(adafactor_energy)(const lb_frame *frame) {
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[2] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      const float g = frame->in[0][at];
+      peaks[1] = lb::peak_of(peaks[1], g);
+      const float measured_ = adafactor_energy<float>::apply(g);
+      frame->out[0][at] = measured_;
+      peaks[0] = lb::peak_of(peaks[0], measured_);
+    }
+    *found++ = (uint32_t)peaks[0];
+    *found++ = (uint32_t)peaks[1];
+  }
+}
+
+LB_KERNEL(adafactor_clip)(const lb_frame *frame) {
+  adafactor_clip<float>::S s = {frame->s[frame->si[0]], frame->s[frame->si[1]], frame->s[frame->si[2]]};
+  const adafactor_clip<float>::C c = {frame->c[frame->ci[0]], frame->c[frame->ci[1]], frame->c[frame->ci[2]], frame->c[frame->ci[3]]};
+  const float x = frame->x[0];
+  adafactor_clip<float>::apply(x, s, c);
+  frame->s[frame->si[0]] = s.shrink;
+  frame->s[frame->si[2]] = s.rate;
+}
+
+LB_KERNEL(adafactor_descend)(const lb_frame *frame) {
+  const adafactor_descend<float>::S s = {frame->s[frame->si[0]], frame->s[frame->si[1]]};
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[2] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      float p = frame->in[0][at];
+      const float g = frame->in[1][at];
+      peaks[1] = lb::peak_of(peaks[1], g);
+      adafactor_descend<float>::apply(p, g, s);
+      frame->out[0][at] = p;
+      peaks[0] = lb::peak_of(peaks[0], p);
+    }
+    *found++ = (uint32_t)peaks[0];
+    *found++ = (uint32_t)peaks[1];
+  }
+}
+#ifdef LB_FUSED
+struct adafactor_descend_lanes {
+  using Stage = adafactor_descend<LB_SPACE::Lanes>;
+  static constexpr int READS = 2, WRITES = 1, MOMENTS = 0;
+  static constexpr int GRADIENT = 1;
+  static constexpr char ROLES[] = "pg";
+  static constexpr bool UNSIGNED[] = {false, false};
+  static constexpr int PLACES[] = {0};
+  typename Stage::S s;
+  explicit adafactor_descend_lanes([[maybe_unused]] const lb_frame *frame) : s{frame->s[frame->si[0]], frame->s[frame->si[1]]} {}
+  LB_FN void run(LB_SPACE::Lanes *x, [[maybe_unused]] const adafactor_descend_lanes &stage) {
+    Stage::apply(x[0], x[1], stage.s);
+  }
+};
+LB_FUSED(adafactor_descend)
+#endif
+
+LB_KERNEL(adafactor_descend_average)(const lb_frame *frame) {
+  const adafactor_descend_average<float>::S s = {frame->s[frame->si[0]], frame->s[frame->si[1]]};
+  const adafactor_descend_average<float>::C c = {frame->c[frame->ci[0]]};
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[3] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      float p = frame->in[0][at];
+      const float g = frame->in[1][at];
+      float m = frame->in[2][at];
+      peaks[2] = lb::peak_of(peaks[2], g);
+      adafactor_descend_average<float>::apply(p, g, m, s, c);
+      frame->out[0][at] = p;
+      peaks[0] = lb::peak_of(peaks[0], p);
+      frame->out[1][at] = m;
+      peaks[1] = lb::peak_of(peaks[1], m);
+    }
+    *found++ = (uint32_t)peaks[0];
+    *found++ = (uint32_t)peaks[1];
+    *found++ = (uint32_t)peaks[2];
+  }
+}
+#ifdef LB_FUSED
+struct adafactor_descend_average_lanes {
+  using Stage = adafactor_descend_average<LB_SPACE::Lanes>;
+  static constexpr int READS = 3, WRITES = 2, MOMENTS = 1;
+  static constexpr int GRADIENT = 1;
+  static constexpr char ROLES[] = "pgm";
+  static constexpr bool UNSIGNED[] = {false, false, false};
+  static constexpr int PLACES[] = {0, 2};
+  typename Stage::S s;
+  typename Stage::C c;
+  explicit adafactor_descend_average_lanes([[maybe_unused]] const lb_frame *frame) : s{frame->s[frame->si[0]], frame->s[frame->si[1]]}, c{frame->c[frame->ci[0]]} {}
+  LB_FN void run(LB_SPACE::Lanes *x, [[maybe_unused]] const adafactor_descend_average_lanes &stage) {
+    Stage::apply(x[0], x[1], x[2], stage.s, stage.c);
+  }
+};
+LB_FUSED(adafactor_descend_average)
+#endif
+
+LB_KERNEL(adam_mini_mean_square)(const lb_frame *frame) {
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[2] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      const float g = frame->in[0][at];
+      peaks[1] = lb::peak_of(peaks[1], g);
+      const float measured_ = adam_mini_mean_square<float>::apply(g);
+      frame->out[0][at] = measured_;
+      peaks[0] = lb::peak_of(peaks[0], measured_);
+    }
+    *found++ = (uint32_t)peaks[0];
+    *found++ = (uint32_t)peaks[1];
+  }
+}
+
+LB_KERNEL(adam_mini_mean_square_of_columns)(const lb_frame *frame) {
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[2] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      const float g = frame->in[0][at];
+      peaks[1] = lb::peak_of(peaks[1], g);
+      const float measured_ = adam_mini_mean_square_of_columns<float>::apply(g);
+      frame->out[0][at] = measured_;
+      peaks[0] = lb::peak_of(peaks[0], measured_);
+    }
+    *found++ = (uint32_t)peaks[0];
+    *found++ = (uint32_t)peaks[1];
+  }
+}
+
+LB_KERNEL(adam_mini_average_square)(const lb_frame *frame) {
+  const adam_mini_average_square<float>::C c = {frame->c[frame->ci[0]]};
+  LB_IVDEP
+  for (int64_t at = 0; at < frame->n; ++at) {
+    float v = frame->in[0][at];
+    const float x = frame->x[at];
+    adam_mini_average_square<float>::apply(v, x, c);
+    frame->out[0][at] = v;
+  }
+}
+
+LB_KERNEL(adam_mini_mini)(const lb_frame *frame) {
+  const adam_mini_mini<float>::S s = {frame->s[frame->si[0]], frame->s[frame->si[1]]};
+  const adam_mini_mini<float>::C c = {frame->c[frame->ci[0]], frame->c[frame->ci[1]], frame->c[frame->ci[2]]};
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[3] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      float p = frame->in[0][at];
+      const float g = frame->in[1][at];
+      float m = frame->in[2][at];
+      const float v = frame->in[3][at];
+      peaks[2] = lb::peak_of(peaks[2], g);
+      adam_mini_mini<float>::apply(p, g, m, v, s, c);
+      frame->out[0][at] = p;
+      peaks[0] = lb::peak_of(peaks[0], p);
+      frame->out[1][at] = m;
+      peaks[1] = lb::peak_of(peaks[1], m);
+    }
+    *found++ = (uint32_t)peaks[0];
+    *found++ = (uint32_t)peaks[1];
+    *found++ = (uint32_t)peaks[2];
+  }
+}
+#ifdef LB_FUSED
+struct adam_mini_mini_lanes {
+  using Stage = adam_mini_mini<LB_SPACE::Lanes>;
+  static constexpr int READS = 4, WRITES = 2, MOMENTS = 1;
+  static constexpr int GRADIENT = 1;
+  static constexpr char ROLES[] = "pgmv";
+  static constexpr bool UNSIGNED[] = {false, false, false, false};
+  static constexpr int PLACES[] = {0, 2};
+  typename Stage::S s;
+  typename Stage::C c;
+  explicit adam_mini_mini_lanes([[maybe_unused]] const lb_frame *frame) : s{frame->s[frame->si[0]], frame->s[frame->si[1]]}, c{frame->c[frame->ci[0]], frame->c[frame->ci[1]], frame->c[frame->ci[2]]} {}
+  LB_FN void run(LB_SPACE::Lanes *x, [[maybe_unused]] const adam_mini_mini_lanes &stage) {
+    Stage::apply(x[0], x[1], x[2], x[3], stage.s, stage.c);
+  }
+};
+LB_FUSED(adam_mini_mini)
+#endif
+
+LB_KERNEL(adam_mini_mini_undecayed)(const lb_frame *frame) {
+  const adam_mini_mini_undecayed<float>::S s = {frame->s[frame->si[0]], frame->s[frame->si[1]]};
+  const adam_mini_mini_undecayed<float>::C c = {frame->c[frame->ci[0]], frame->c[frame->ci[1]]};
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[3] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      float p = frame->in[0][at];
+      const float g = frame->in[1][at];
+      float m = frame->in[2][at];
+      const float v = frame->in[3][at];
+      peaks[2] = lb::peak_of(peaks[2], g);
+      adam_mini_mini_undecayed<float>::apply(p, g, m, v, s, c);
+      frame->out[0][at] = p;
+      peaks[0] = lb::peak_of(peaks[0], p);
+      frame->out[1][at] = m;
+      peaks[1] = lb::peak_of(peaks[1], m);
+    }
+    *found++ = (uint32_t)peaks[0];
+    *found++ = (uint32_t)peaks[1];
+    *found++ = (uint32_t)peaks[2];
+  }
+}
+#ifdef LB_FUSED
+struct adam_mini_mini_undecayed_lanes {
+  using Stage = adam_mini_mini_undecayed<LB_SPACE::Lanes>;
+  static constexpr int READS = 4, WRITES = 2, MOMENTS = 1;
+  static constexpr int GRADIENT = 1;
+  static constexpr char ROLES[] = "pgmv";
+  static constexpr bool UNSIGNED[] = {false, false, false, false};
+  static constexpr int PLACES[] = {0, 2};
+  typename Stage::S s;
+  typename Stage::C c;
+  explicit adam_mini_mini_undecayed_lanes([[maybe_unused]] const lb_frame *frame) : s{frame->s[frame->si[0]], frame->s[frame->si[1]]}, c{frame->c[frame->ci[0]], frame->c[frame->ci[1]]} {}
+  LB_FN void run(LB_SPACE::Lanes *x, [[maybe_unused]] const adam_mini_mini_undecayed_lanes &stage) {
+    Stage::apply(x[0], x[1], x[2], x[3], stage.s, stage.c);
+  }
+};
+LB_FUSED(adam_mini_mini_undecayed)
+#endif
+
+template <uint32_t ROOTS>
+static void adam_mini_adam_run(const lb_frame *frame) {
+  const adam_mini_adam<float>::S s = {frame->s[frame->si[0]], frame->s[frame->si[1]]};
+  const adam_mini_adam<float>::C c = {frame->c[frame->ci[0]], frame->c[frame->ci[1]], frame->c[frame->ci[2]]};
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[4] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      float p = frame->in[0][at];
+      const float g = frame->in[1][at];
+      float m = frame->in[2][at];
+      float v = frame->in[3][at];
+      peaks[3] = lb::peak_of(peaks[3], g);
+      adam_mini_adam<float>::apply(p, g, m, v, s, c);
+      frame->out[0][at] = p;
+      peaks[0] = lb::peak_of(peaks[0], p);
+      frame->out[1][at] = m;
+      peaks[1] = lb::peak_of(peaks[1], m);
+      if (ROOTS & 4) v = lb::sqrt(v);
+      frame->out[2][at] = v;
+      peaks[2] = lb::peak_of(peaks[2], v);
+    }
+    *found++ = (uint32_t)peaks[0];
+    *found++ = (uint32_t)peaks[1];
+    *found++ = (uint32_t)peaks[2];
+    *found++ = (uint32_t)peaks[3];
+  }
+}
+LB_KERNEL(adam_mini_adam)(const lb_frame *frame) {
+  switch (frame->roots) {
+    case 4: return adam_mini_adam_run<4>(frame);
+    default: return adam_mini_adam_run<0>(frame);
+  }
+}
+#ifdef LB_FUSED
+struct adam_mini_adam_lanes {
+  using Stage = adam_mini_adam<LB_SPACE::Lanes>;
+  static constexpr int READS = 4, WRITES = 3, MOMENTS = 2;
+  static constexpr int GRADIENT = 1;
+  static constexpr char ROLES[] = "pgmm";
+  static constexpr bool UNSIGNED[] = {false, false, false, true};
+  static constexpr int PLACES[] = {0, 2, 3};
+  typename Stage::S s;
+  typename Stage::C c;
+  explicit adam_mini_adam_lanes([[maybe_unused]] const lb_frame *frame) : s{frame->s[frame->si[0]], frame->s[frame->si[1]]}, c{frame->c[frame->ci[0]], frame->c[frame->ci[1]], frame->c[frame->ci[2]]} {}
+  LB_FN void run(LB_SPACE::Lanes *x, [[maybe_unused]] const adam_mini_adam_lanes &stage) {
+    Stage::apply(x[0], x[1], x[2], x[3], stage.s, stage.c);
+  }
+};
+LB_FUSED(adam_mini_adam)
+#endif
+
+LB_KERNEL(adams_weigh)(const lb_frame *frame) {
+  adams_weigh<float>::S s = {frame->s[frame->si[0]]};
+  const adams_weigh<float>::C c = {frame->c[frame->ci[0]]};
+  adams_weigh<float>::apply(s, c);
+  frame->s[frame->si[0]] = s.exp_avg_weight;
+}
+
+LB_KERNEL(adams_unweighted)(const lb_frame *frame) {
+  adams_unweighted<float>::S s = {frame->s[frame->si[0]]};
+  const adams_unweighted<float>::C c = {frame->c[frame->ci[0]]};
+  adams_unweighted<float>::apply(s, c);
+  frame->s[frame->si[0]] = s.exp_avg_weight;
+}
+
+LB_KERNEL(adams_adams)(const lb_frame *frame) {
+  const adams_adams<float>::S s = {frame->s[frame->si[0]]};
+  const adams_adams<float>::C c = {frame->c[frame->ci[0]], frame->c[frame->ci[1]], frame->c[frame->ci[2]], frame->c[frame->ci[3]], frame->c[frame->ci[4]], frame->c[frame->ci[5]]};
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[3] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      float p = frame->in[0][at];
+      const float g = frame->in[1][at];
+      float m = frame->in[2][at];
+      peaks[2] = lb::peak_of(peaks[2], g);
+      adams_adams<float>::apply(p, g, m, s, c);
+      frame->out[0][at] = p;
+      peaks[0] = lb::peak_of(peaks[0], p);
+      frame->out[1][at] = m;
+      peaks[1] = lb::peak_of(peaks[1], m);
+    }
+    *found++ = (uint32_t)peaks[0];
+    *found++ = (uint32_t)peaks[1];
+    *found++ = (uint32_t)peaks[2];
+  }
+}
+#ifdef LB_FUSED
+struct adams_adams_lanes {
+  using Stage = adams_adams<LB_SPACE::Lanes>;
+  static constexpr int READS = 3, WRITES = 2, MOMENTS = 1;
+  static constexpr int GRADIENT = 1;
+  static constexpr char ROLES[] = "pgm";
+  static constexpr bool UNSIGNED[] = {false, false, false};
+  static constexpr int PLACES[] = {0, 2};
+  typename Stage::S s;
+  typename Stage::C c;
+  explicit adams_adams_lanes([[maybe_unused]] const lb_frame *frame) : s{frame->s[frame->si[0]]}, c{frame->c[frame->ci[0]], frame->c[frame->ci[1]], frame->c[frame->ci[2]], frame->c[frame->ci[3]], frame->c[frame->ci[4]], frame->c[frame->ci[5]]} {}
+  LB_FN void run(LB_SPACE::Lanes *x, [[maybe_unused]] const adams_adams_lanes &stage) {
+    Stage::apply(x[0], x[1], x[2], stage.s, stage.c);
+  }
+};
+LB_FUSED(adams_adams)
+#endif
+
 LB_KERNEL(adamw_weigh)(const lb_frame *frame) {
   adamw_weigh<float>::S s = {frame->s[frame->si[0]], frame->s[frame->si[1]]};
   const adamw_weigh<float>::C c = {frame->c[frame->ci[0]], frame->c[frame->ci[1]]};
@@ -64,6 +599,7 @@ struct adamw_adamw_lanes {
   static constexpr int READS = 4, WRITES = 3, MOMENTS = 2;
   static constexpr int GRADIENT = 1;
   static constexpr char ROLES[] = "pgmm";
+  static constexpr bool UNSIGNED[] = {false, false, false, true};
   static constexpr int PLACES[] = {0, 2, 3};
   typename Stage::S s;
   typename Stage::C c;
@@ -125,6 +661,7 @@ struct adamw_amsgrad_lanes {
   static constexpr int READS = 5, WRITES = 4, MOMENTS = 3;
   static constexpr int GRADIENT = 1;
   static constexpr char ROLES[] = "pgmmm";
+  static constexpr bool UNSIGNED[] = {false, false, false, true, true};
   static constexpr int PLACES[] = {0, 2, 3, 4};
   typename Stage::S s;
   typename Stage::C c;
@@ -134,6 +671,483 @@ struct adamw_amsgrad_lanes {
   }
 };
 LB_FUSED(adamw_amsgrad)
+#endif
+
+LB_KERNEL(lion_lion)(const lb_frame *frame) {
+  const lion_lion<float>::C c = {frame->c[frame->ci[0]], frame->c[frame->ci[1]], frame->c[frame->ci[2]], frame->c[frame->ci[3]]};
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[3] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      float p = frame->in[0][at];
+      const float g = frame->in[1][at];
+      float m = frame->in[2][at];
+      peaks[2] = lb::peak_of(peaks[2], g);
+      lion_lion<float>::apply(p, g, m, c);
+      frame->out[0][at] = p;
+      peaks[0] = lb::peak_of(peaks[0], p);
+      frame->out[1][at] = m;
+      peaks[1] = lb::peak_of(peaks[1], m);
+    }
+    *found++ = (uint32_t)peaks[0];
+    *found++ = (uint32_t)peaks[1];
+    *found++ = (uint32_t)peaks[2];
+  }
+}
+#ifdef LB_FUSED
+struct lion_lion_lanes {
+  using Stage = lion_lion<LB_SPACE::Lanes>;
+  static constexpr int READS = 3, WRITES = 2, MOMENTS = 1;
+  static constexpr int GRADIENT = 1;
+  static constexpr char ROLES[] = "pgm";
+  static constexpr bool UNSIGNED[] = {false, false, false};
+  static constexpr int PLACES[] = {0, 2};
+  typename Stage::C c;
+  explicit lion_lion_lanes([[maybe_unused]] const lb_frame *frame) : c{frame->c[frame->ci[0]], frame->c[frame->ci[1]], frame->c[frame->ci[2]], frame->c[frame->ci[3]]} {}
+  LB_FN void run(LB_SPACE::Lanes *x, [[maybe_unused]] const lion_lion_lanes &stage) {
+    Stage::apply(x[0], x[1], x[2], stage.c);
+  }
+};
+LB_FUSED(lion_lion)
+#endif
+
+LB_KERNEL(scale_mean_of_rows)(const lb_frame *frame) {
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[2] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      const float g = frame->in[0][at];
+      peaks[1] = lb::peak_of(peaks[1], g);
+      const float measured_ = scale_mean_of_rows<float>::apply(g);
+      frame->out[0][at] = measured_;
+      peaks[0] = lb::peak_of(peaks[0], measured_);
+    }
+    *found++ = (uint32_t)peaks[0];
+    *found++ = (uint32_t)peaks[1];
+  }
+}
+
+LB_KERNEL(scale_sum_of_rows)(const lb_frame *frame) {
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[2] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      const float g = frame->in[0][at];
+      peaks[1] = lb::peak_of(peaks[1], g);
+      const float measured_ = scale_sum_of_rows<float>::apply(g);
+      frame->out[0][at] = measured_;
+      peaks[0] = lb::peak_of(peaks[0], measured_);
+    }
+    *found++ = (uint32_t)peaks[0];
+    *found++ = (uint32_t)peaks[1];
+  }
+}
+
+LB_KERNEL(scale_mean_of_columns)(const lb_frame *frame) {
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[2] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      const float g = frame->in[0][at];
+      peaks[1] = lb::peak_of(peaks[1], g);
+      const float measured_ = scale_mean_of_columns<float>::apply(g);
+      frame->out[0][at] = measured_;
+      peaks[0] = lb::peak_of(peaks[0], measured_);
+    }
+    *found++ = (uint32_t)peaks[0];
+    *found++ = (uint32_t)peaks[1];
+  }
+}
+
+LB_KERNEL(scale_sum_of_columns)(const lb_frame *frame) {
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[2] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      const float g = frame->in[0][at];
+      peaks[1] = lb::peak_of(peaks[1], g);
+      const float measured_ = scale_sum_of_columns<float>::apply(g);
+      frame->out[0][at] = measured_;
+      peaks[0] = lb::peak_of(peaks[0], measured_);
+    }
+    *found++ = (uint32_t)peaks[0];
+    *found++ = (uint32_t)peaks[1];
+  }
+}
+
+LB_KERNEL(scale_norm)(const lb_frame *frame) {
+  const scale_norm<float>::C c = {frame->c[frame->ci[0]]};
+  LB_IVDEP
+  for (int64_t at = 0; at < frame->n; ++at) {
+    const float x = frame->x[at];
+    float n;
+    scale_norm<float>::apply(n, x, c);
+    frame->out[0][at] = n;
+  }
+}
+
+LB_KERNEL(scale_follow)(const lb_frame *frame) {
+  const scale_follow<float>::C c = {frame->c[frame->ci[0]]};
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[3] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      float m = frame->in[0][at];
+      float g = frame->in[1][at];
+      peaks[2] = lb::peak_of(peaks[2], g);
+      scale_follow<float>::apply(m, g, c);
+      frame->out[0][at] = m;
+      peaks[0] = lb::peak_of(peaks[0], m);
+      frame->out[1][at] = g;
+      peaks[1] = lb::peak_of(peaks[1], g);
+    }
+    *found++ = (uint32_t)peaks[0];
+    *found++ = (uint32_t)peaks[1];
+    *found++ = (uint32_t)peaks[2];
+  }
+}
+
+LB_KERNEL(scale_descend)(const lb_frame *frame) {
+  const scale_descend<float>::C c = {frame->c[frame->ci[0]], frame->c[frame->ci[1]]};
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[2] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      float p = frame->in[0][at];
+      const float g = frame->in[1][at];
+      const float n = frame->in[2][at];
+      peaks[1] = lb::peak_of(peaks[1], g);
+      scale_descend<float>::apply(p, g, n, c);
+      frame->out[0][at] = p;
+      peaks[0] = lb::peak_of(peaks[0], p);
+    }
+    *found++ = (uint32_t)peaks[0];
+    *found++ = (uint32_t)peaks[1];
+  }
+}
+#ifdef LB_FUSED
+struct scale_descend_lanes {
+  using Stage = scale_descend<LB_SPACE::Lanes>;
+  static constexpr int READS = 3, WRITES = 1, MOMENTS = 0;
+  static constexpr int GRADIENT = 1;
+  static constexpr char ROLES[] = "pgv";
+  static constexpr bool UNSIGNED[] = {false, false, false};
+  static constexpr int PLACES[] = {0};
+  typename Stage::C c;
+  explicit scale_descend_lanes([[maybe_unused]] const lb_frame *frame) : c{frame->c[frame->ci[0]], frame->c[frame->ci[1]]} {}
+  LB_FN void run(LB_SPACE::Lanes *x, [[maybe_unused]] const scale_descend_lanes &stage) {
+    Stage::apply(x[0], x[1], x[2], stage.c);
+  }
+};
+LB_FUSED(scale_descend)
+#endif
+
+LB_KERNEL(scale_scalar_size)(const lb_frame *frame) {
+  scale_scalar_size<float>::S s = {frame->s[frame->si[0]], frame->s[frame->si[1]]};
+  const scale_scalar_size<float>::C c = {frame->c[frame->ci[0]]};
+  scale_scalar_size<float>::apply(s, c);
+  frame->s[frame->si[0]] = s.scalar_size;
+}
+
+template <uint32_t ROOTS>
+static void scale_scalar_adam_run(const lb_frame *frame) {
+  const scale_scalar_adam<float>::S s = {frame->s[frame->si[0]], frame->s[frame->si[1]]};
+  const scale_scalar_adam<float>::C c = {frame->c[frame->ci[0]], frame->c[frame->ci[1]], frame->c[frame->ci[2]], frame->c[frame->ci[3]]};
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[4] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      float p = frame->in[0][at];
+      const float g = frame->in[1][at];
+      float m = frame->in[2][at];
+      float v = frame->in[3][at];
+      peaks[3] = lb::peak_of(peaks[3], g);
+      scale_scalar_adam<float>::apply(p, g, m, v, s, c);
+      frame->out[0][at] = p;
+      peaks[0] = lb::peak_of(peaks[0], p);
+      frame->out[1][at] = m;
+      peaks[1] = lb::peak_of(peaks[1], m);
+      if (ROOTS & 4) v = lb::sqrt(v);
+      frame->out[2][at] = v;
+      peaks[2] = lb::peak_of(peaks[2], v);
+    }
+    *found++ = (uint32_t)peaks[0];
+    *found++ = (uint32_t)peaks[1];
+    *found++ = (uint32_t)peaks[2];
+    *found++ = (uint32_t)peaks[3];
+  }
+}
+LB_KERNEL(scale_scalar_adam)(const lb_frame *frame) {
+  switch (frame->roots) {
+    case 4: return scale_scalar_adam_run<4>(frame);
+    default: return scale_scalar_adam_run<0>(frame);
+  }
+}
+#ifdef LB_FUSED
+struct scale_scalar_adam_lanes {
+  using Stage = scale_scalar_adam<LB_SPACE::Lanes>;
+  static constexpr int READS = 4, WRITES = 3, MOMENTS = 2;
+  static constexpr int GRADIENT = 1;
+  static constexpr char ROLES[] = "pgmm";
+  static constexpr bool UNSIGNED[] = {false, false, false, true};
+  static constexpr int PLACES[] = {0, 2, 3};
+  typename Stage::S s;
+  typename Stage::C c;
+  explicit scale_scalar_adam_lanes([[maybe_unused]] const lb_frame *frame) : s{frame->s[frame->si[0]], frame->s[frame->si[1]]}, c{frame->c[frame->ci[0]], frame->c[frame->ci[1]], frame->c[frame->ci[2]], frame->c[frame->ci[3]]} {}
+  LB_FN void run(LB_SPACE::Lanes *x, [[maybe_unused]] const scale_scalar_adam_lanes &stage) {
+    Stage::apply(x[0], x[1], x[2], x[3], stage.s, stage.c);
+  }
+};
+LB_FUSED(scale_scalar_adam)
+#endif
+
+LB_KERNEL(sgd_plain)(const lb_frame *frame) {
+  const sgd_plain<float>::C c = {frame->c[frame->ci[0]], frame->c[frame->ci[1]]};
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[2] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      float p = frame->in[0][at];
+      const float g = frame->in[1][at];
+      peaks[1] = lb::peak_of(peaks[1], g);
+      sgd_plain<float>::apply(p, g, c);
+      frame->out[0][at] = p;
+      peaks[0] = lb::peak_of(peaks[0], p);
+    }
+    *found++ = (uint32_t)peaks[0];
+    *found++ = (uint32_t)peaks[1];
+  }
+}
+#ifdef LB_FUSED
+struct sgd_plain_lanes {
+  using Stage = sgd_plain<LB_SPACE::Lanes>;
+  static constexpr int READS = 2, WRITES = 1, MOMENTS = 0;
+  static constexpr int GRADIENT = 1;
+  static constexpr char ROLES[] = "pg";
+  static constexpr bool UNSIGNED[] = {false, false};
+  static constexpr int PLACES[] = {0};
+  typename Stage::C c;
+  explicit sgd_plain_lanes([[maybe_unused]] const lb_frame *frame) : c{frame->c[frame->ci[0]], frame->c[frame->ci[1]]} {}
+  LB_FN void run(LB_SPACE::Lanes *x, [[maybe_unused]] const sgd_plain_lanes &stage) {
+    Stage::apply(x[0], x[1], stage.c);
+  }
+};
+LB_FUSED(sgd_plain)
+#endif
+
+LB_KERNEL(sgd_momentum)(const lb_frame *frame) {
+  const sgd_momentum<float>::C c = {frame->c[frame->ci[0]], frame->c[frame->ci[1]], frame->c[frame->ci[2]], frame->c[frame->ci[3]]};
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[3] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      float p = frame->in[0][at];
+      const float g = frame->in[1][at];
+      float b = frame->in[2][at];
+      peaks[2] = lb::peak_of(peaks[2], g);
+      sgd_momentum<float>::apply(p, g, b, c);
+      frame->out[0][at] = p;
+      peaks[0] = lb::peak_of(peaks[0], p);
+      frame->out[1][at] = b;
+      peaks[1] = lb::peak_of(peaks[1], b);
+    }
+    *found++ = (uint32_t)peaks[0];
+    *found++ = (uint32_t)peaks[1];
+    *found++ = (uint32_t)peaks[2];
+  }
+}
+#ifdef LB_FUSED
+struct sgd_momentum_lanes {
+  using Stage = sgd_momentum<LB_SPACE::Lanes>;
+  static constexpr int READS = 3, WRITES = 2, MOMENTS = 1;
+  static constexpr int GRADIENT = 1;
+  static constexpr char ROLES[] = "pgm";
+  static constexpr bool UNSIGNED[] = {false, false, false};
+  static constexpr int PLACES[] = {0, 2};
+  typename Stage::C c;
+  explicit sgd_momentum_lanes([[maybe_unused]] const lb_frame *frame) : c{frame->c[frame->ci[0]], frame->c[frame->ci[1]], frame->c[frame->ci[2]], frame->c[frame->ci[3]]} {}
+  LB_FN void run(LB_SPACE::Lanes *x, [[maybe_unused]] const sgd_momentum_lanes &stage) {
+    Stage::apply(x[0], x[1], x[2], stage.c);
+  }
+};
+LB_FUSED(sgd_momentum)
+#endif
+
+LB_KERNEL(sgd_nesterov)(const lb_frame *frame) {
+  const sgd_nesterov<float>::C c = {frame->c[frame->ci[0]], frame->c[frame->ci[1]], frame->c[frame->ci[2]], frame->c[frame->ci[3]]};
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[3] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      float p = frame->in[0][at];
+      const float g = frame->in[1][at];
+      float b = frame->in[2][at];
+      peaks[2] = lb::peak_of(peaks[2], g);
+      sgd_nesterov<float>::apply(p, g, b, c);
+      frame->out[0][at] = p;
+      peaks[0] = lb::peak_of(peaks[0], p);
+      frame->out[1][at] = b;
+      peaks[1] = lb::peak_of(peaks[1], b);
+    }
+    *found++ = (uint32_t)peaks[0];
+    *found++ = (uint32_t)peaks[1];
+    *found++ = (uint32_t)peaks[2];
+  }
+}
+#ifdef LB_FUSED
+struct sgd_nesterov_lanes {
+  using Stage = sgd_nesterov<LB_SPACE::Lanes>;
+  static constexpr int READS = 3, WRITES = 2, MOMENTS = 1;
+  static constexpr int GRADIENT = 1;
+  static constexpr char ROLES[] = "pgm";
+  static constexpr bool UNSIGNED[] = {false, false, false};
+  static constexpr int PLACES[] = {0, 2};
+  typename Stage::C c;
+  explicit sgd_nesterov_lanes([[maybe_unused]] const lb_frame *frame) : c{frame->c[frame->ci[0]], frame->c[frame->ci[1]], frame->c[frame->ci[2]], frame->c[frame->ci[3]]} {}
+  LB_FN void run(LB_SPACE::Lanes *x, [[maybe_unused]] const sgd_nesterov_lanes &stage) {
+    Stage::apply(x[0], x[1], x[2], stage.c);
+  }
+};
+LB_FUSED(sgd_nesterov)
+#endif
+
+template <uint32_t ROOTS>
+static void spam_released_run(const lb_frame *frame) {
+  const spam_released<float>::C c = {frame->c[frame->ci[0]], frame->c[frame->ci[1]], frame->c[frame->ci[2]], frame->c[frame->ci[3]], frame->c[frame->ci[4]]};
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[4] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      float p = frame->in[0][at];
+      const float g = frame->in[1][at];
+      float m = frame->in[2][at];
+      float v = frame->in[3][at];
+      peaks[3] = lb::peak_of(peaks[3], g);
+      spam_released<float>::apply(p, g, m, v, c);
+      frame->out[0][at] = p;
+      peaks[0] = lb::peak_of(peaks[0], p);
+      frame->out[1][at] = m;
+      peaks[1] = lb::peak_of(peaks[1], m);
+      if (ROOTS & 4) v = lb::sqrt(v);
+      frame->out[2][at] = v;
+      peaks[2] = lb::peak_of(peaks[2], v);
+    }
+    *found++ = (uint32_t)peaks[0];
+    *found++ = (uint32_t)peaks[1];
+    *found++ = (uint32_t)peaks[2];
+    *found++ = (uint32_t)peaks[3];
+  }
+}
+LB_KERNEL(spam_released)(const lb_frame *frame) {
+  switch (frame->roots) {
+    case 4: return spam_released_run<4>(frame);
+    default: return spam_released_run<0>(frame);
+  }
+}
+#ifdef LB_FUSED
+struct spam_released_lanes {
+  using Stage = spam_released<LB_SPACE::Lanes>;
+  static constexpr int READS = 4, WRITES = 3, MOMENTS = 2;
+  static constexpr int GRADIENT = 1;
+  static constexpr char ROLES[] = "pgmm";
+  static constexpr bool UNSIGNED[] = {false, false, false, true};
+  static constexpr int PLACES[] = {0, 2, 3};
+  typename Stage::C c;
+  explicit spam_released_lanes([[maybe_unused]] const lb_frame *frame) : c{frame->c[frame->ci[0]], frame->c[frame->ci[1]], frame->c[frame->ci[2]], frame->c[frame->ci[3]], frame->c[frame->ci[4]]} {}
+  LB_FN void run(LB_SPACE::Lanes *x, [[maybe_unused]] const spam_released_lanes &stage) {
+    Stage::apply(x[0], x[1], x[2], x[3], stage.c);
+  }
+};
+LB_FUSED(spam_released)
+#endif
+
+template <uint32_t ROOTS>
+static void spam_released_sparse_run(const lb_frame *frame) {
+  const spam_released_sparse<float>::C c = {frame->c[frame->ci[0]], frame->c[frame->ci[1]], frame->c[frame->ci[2]], frame->c[frame->ci[3]]};
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[4] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      float p = frame->in[0][at];
+      const float g = frame->in[1][at];
+      float m = frame->in[2][at];
+      float v = frame->in[3][at];
+      peaks[3] = lb::peak_of(peaks[3], g);
+      spam_released_sparse<float>::apply(p, g, m, v, c);
+      frame->out[0][at] = p;
+      peaks[0] = lb::peak_of(peaks[0], p);
+      frame->out[1][at] = m;
+      peaks[1] = lb::peak_of(peaks[1], m);
+      if (ROOTS & 4) v = lb::sqrt(v);
+      frame->out[2][at] = v;
+      peaks[2] = lb::peak_of(peaks[2], v);
+    }
+    *found++ = (uint32_t)peaks[0];
+    *found++ = (uint32_t)peaks[1];
+    *found++ = (uint32_t)peaks[2];
+    *found++ = (uint32_t)peaks[3];
+  }
+}
+LB_KERNEL(spam_released_sparse)(const lb_frame *frame) {
+  switch (frame->roots) {
+    case 4: return spam_released_sparse_run<4>(frame);
+    default: return spam_released_sparse_run<0>(frame);
+  }
+}
+#ifdef LB_FUSED
+struct spam_released_sparse_lanes {
+  using Stage = spam_released_sparse<LB_SPACE::Lanes>;
+  static constexpr int READS = 4, WRITES = 3, MOMENTS = 2;
+  static constexpr int GRADIENT = 1;
+  static constexpr char ROLES[] = "pgmm";
+  static constexpr bool UNSIGNED[] = {false, false, false, true};
+  static constexpr int PLACES[] = {0, 2, 3};
+  typename Stage::C c;
+  explicit spam_released_sparse_lanes([[maybe_unused]] const lb_frame *frame) : c{frame->c[frame->ci[0]], frame->c[frame->ci[1]], frame->c[frame->ci[2]], frame->c[frame->ci[3]]} {}
+  LB_FN void run(LB_SPACE::Lanes *x, [[maybe_unused]] const spam_released_sparse_lanes &stage) {
+    Stage::apply(x[0], x[1], x[2], x[3], stage.c);
+  }
+};
+LB_FUSED(spam_released_sparse)
 #endif
 
 LB_KERNEL(stabilizers_peak)(const lb_frame *frame) {
@@ -199,21 +1213,6 @@ LB_KERNEL(stabilizers_clip_spikes)(const lb_frame *frame) {
     *found++ = (uint32_t)peaks[1];
   }
 }
-#ifdef LB_FUSED
-struct stabilizers_clip_spikes_lanes {
-  using Stage = stabilizers_clip_spikes<LB_SPACE::Lanes>;
-  static constexpr int READS = 1, WRITES = 1, MOMENTS = 0;
-  static constexpr int GRADIENT = 0;
-  static constexpr char ROLES[] = "g";
-  static constexpr int PLACES[] = {0};
-  typename Stage::S s;
-  explicit stabilizers_clip_spikes_lanes([[maybe_unused]] const lb_frame *frame) : s{frame->s[frame->si[0]], frame->s[frame->si[1]]} {}
-  LB_FN void run(LB_SPACE::Lanes *x, [[maybe_unused]] const stabilizers_clip_spikes_lanes &stage) {
-    Stage::apply(x[0], stage.s);
-  }
-};
-LB_FUSED(stabilizers_clip_spikes)
-#endif
 
 LB_KERNEL(stabilizers_energy)(const lb_frame *frame) {
   const stabilizers_energy<float>::S s = {frame->s[frame->si[0]]};
@@ -280,21 +1279,6 @@ LB_KERNEL(stabilizers_normalize)(const lb_frame *frame) {
     *found++ = (uint32_t)peaks[1];
   }
 }
-#ifdef LB_FUSED
-struct stabilizers_normalize_lanes {
-  using Stage = stabilizers_normalize<LB_SPACE::Lanes>;
-  static constexpr int READS = 1, WRITES = 1, MOMENTS = 0;
-  static constexpr int GRADIENT = 0;
-  static constexpr char ROLES[] = "g";
-  static constexpr int PLACES[] = {0};
-  typename Stage::S s;
-  explicit stabilizers_normalize_lanes([[maybe_unused]] const lb_frame *frame) : s{frame->s[frame->si[0]], frame->s[frame->si[1]]} {}
-  LB_FN void run(LB_SPACE::Lanes *x, [[maybe_unused]] const stabilizers_normalize_lanes &stage) {
-    Stage::apply(x[0], stage.s);
-  }
-};
-LB_FUSED(stabilizers_normalize)
-#endif
 
 LB_KERNEL(stabilizers_clip_to_moment)(const lb_frame *frame) {
   const stabilizers_clip_to_moment<float>::C c = {frame->c[frame->ci[0]]};
@@ -316,21 +1300,27 @@ LB_KERNEL(stabilizers_clip_to_moment)(const lb_frame *frame) {
     *found++ = (uint32_t)peaks[1];
   }
 }
-#ifdef LB_FUSED
-struct stabilizers_clip_to_moment_lanes {
-  using Stage = stabilizers_clip_to_moment<LB_SPACE::Lanes>;
-  static constexpr int READS = 2, WRITES = 1, MOMENTS = 0;
-  static constexpr int GRADIENT = 0;
-  static constexpr char ROLES[] = "gv";
-  static constexpr int PLACES[] = {0};
-  typename Stage::C c;
-  explicit stabilizers_clip_to_moment_lanes([[maybe_unused]] const lb_frame *frame) : c{frame->c[frame->ci[0]]} {}
-  LB_FN void run(LB_SPACE::Lanes *x, [[maybe_unused]] const stabilizers_clip_to_moment_lanes &stage) {
-    Stage::apply(x[0], x[1], stage.c);
+
+LB_KERNEL(stabilizers_clip_and_freeze)(const lb_frame *frame) {
+  const stabilizers_clip_and_freeze<float>::C c = {frame->c[frame->ci[0]]};
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[2] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      float g = frame->in[0][at];
+      const float v = frame->in[1][at];
+      peaks[1] = lb::peak_of(peaks[1], g);
+      stabilizers_clip_and_freeze<float>::apply(g, v, c);
+      frame->out[0][at] = g;
+      peaks[0] = lb::peak_of(peaks[0], g);
+    }
+    *found++ = (uint32_t)peaks[0];
+    *found++ = (uint32_t)peaks[1];
   }
-};
-LB_FUSED(stabilizers_clip_to_moment)
-#endif
+}
 
 LB_KERNEL(stabilizers_energy_of_all)(const lb_frame *frame) {
   const int64_t end = frame->n & ~INT64_C(15);
@@ -378,21 +1368,6 @@ LB_KERNEL(stabilizers_scale_all)(const lb_frame *frame) {
     *found++ = (uint32_t)peaks[1];
   }
 }
-#ifdef LB_FUSED
-struct stabilizers_scale_all_lanes {
-  using Stage = stabilizers_scale_all<LB_SPACE::Lanes>;
-  static constexpr int READS = 1, WRITES = 1, MOMENTS = 0;
-  static constexpr int GRADIENT = 0;
-  static constexpr char ROLES[] = "g";
-  static constexpr int PLACES[] = {0};
-  typename Stage::S s;
-  explicit stabilizers_scale_all_lanes([[maybe_unused]] const lb_frame *frame) : s{frame->s[frame->si[0]]} {}
-  LB_FN void run(LB_SPACE::Lanes *x, [[maybe_unused]] const stabilizers_scale_all_lanes &stage) {
-    Stage::apply(x[0], stage.s);
-  }
-};
-LB_FUSED(stabilizers_scale_all)
-#endif
 
 LB_KERNEL(stable_spam_closed_form)(const lb_frame *frame) {
   stable_spam_closed_form<float>::S s = {frame->s[frame->si[0]], frame->s[frame->si[1]]};

@@ -390,7 +390,7 @@ def print_stage(stage: Stage, letters: Collection[str]) -> Printed:
         symbol=f.symbol,
         helpers={helper.symbol: helper.text() for helper in helpers.values()},
         functor=_functor(stage, f, reads),
-        kernel=_kernel(stage, f, reads, roots) + _lanes(stage, f, reads) * (stage.kind == "update"),
+        kernel=_kernel(stage, f, reads, roots) + _lanes(stage, f, reads, letters) * ("p" in stage.writes),
         reads=reads,
         writes=stage.writes,
         scalars=tuple(f.fields.get("s", ())),
@@ -437,8 +437,8 @@ def _kernel(stage: Stage, f: _Function, reads: tuple[str, ...], roots: int) -> s
     return "\n".join([run, *_in(lines), "}", head, *_in(switch), "}"])
 
 
-def _lanes(stage: Stage, f: _Function, reads: tuple[str, ...]) -> str:
-    """How fused.h calls an update: with an array of operands, those it reads first."""
+def _lanes(stage: Stage, f: _Function, reads: tuple[str, ...], letters: Collection[str]) -> str:
+    """How fused.h calls an update that writes p: with an array of operands, those it reads first."""
     order = [*reads, *(name for name in stage.writes if name not in reads)]
     roles = ["p" if n == "p" else "g" if n == "g" else "m" if n in stage.writes else "v" for n in reads]
     name, operands = f"{f.symbol}_lanes", [f"x[{k}]" for k in range(len(order))]
@@ -451,6 +451,7 @@ def _lanes(stage: Stage, f: _Function, reads: tuple[str, ...]) -> str:
         f"static constexpr int READS = {len(reads)}, WRITES = {len(stage.writes)}, MOMENTS = {roles.count('m')};",
         f"static constexpr int GRADIENT = {reads.index('g') if 'g' in reads else -1};",
         f'static constexpr char ROLES[] = "{"".join(roles)}";',
+        f"static constexpr bool UNSIGNED[] = {{{', '.join(str(name in letters).lower() for name in reads)}}};",
         f"static constexpr int PLACES[] = {{{', '.join(str(order.index(name)) for name in stage.writes)}}};",
         *(f"typename Stage::{room.upper()} {room};" for room in f.fields),
         f"explicit {name}([[maybe_unused]] const lb_frame *frame)" + " : " * bool(makes) + ", ".join(makes) + " {}",

@@ -11,6 +11,229 @@
 #endif
 
 template <class F>
+struct adafactor_weigh {  // fold, lowbit.optim.adafactor
+  struct S { lb::constant<F> exp_avg_sq_weight; };
+  struct C { lb::constant<F> rate2; };
+  LB_FN void apply(S &s, const C &c) {
+    s.exp_avg_sq_weight = lb::lerp(s.exp_avg_sq_weight, 1.0f, c.rate2);
+  }
+};
+
+template <class F>
+struct adafactor_rows_square {  // measure, lowbit.optim.adafactor
+  struct C { lb::constant<F> eps; };
+  LB_FN F apply(F g, const C &c) {
+    return g * g + c.eps;
+  }
+};
+
+template <class F>
+struct adafactor_average_rows {  // fold, lowbit.optim.adafactor
+  struct S { lb::constant<F> exp_avg_sq_weight; };
+  struct C { lb::constant<F> rate2; };
+  LB_FN void apply(F &r, F &a, F x, const S &s, const C &c) {
+    r = lb::lerp(r, x, c.rate2);
+    const F kept1_ = lb::reciprocal(lb::sqrt(r / s.exp_avg_sq_weight));
+    a = kept1_;
+  }
+};
+
+template <class F>
+struct adafactor_centre {  // measure, lowbit.optim.adafactor
+  LB_FN F apply(F r) {
+    return r;
+  }
+};
+
+template <class F>
+struct adafactor_keep_centre {  // fold, lowbit.optim.adafactor
+  struct S { lb::constant<F> centre; };
+  LB_FN void apply(F x, S &s) {
+    s.centre = x;
+  }
+};
+
+template <class F>
+struct adafactor_columns_square {  // measure, lowbit.optim.adafactor
+  struct C { lb::constant<F> eps; };
+  LB_FN F apply(F g, const C &c) {
+    return g * g + c.eps;
+  }
+};
+
+template <class F>
+struct adafactor_average_columns {  // fold, lowbit.optim.adafactor
+  struct S { lb::constant<F> centre; };
+  struct C { lb::constant<F> rate2; };
+  LB_FN void apply(F &k, F &b, F x, const S &s, const C &c) {
+    k = lb::lerp(k, x, c.rate2);
+    const F kept1_ = lb::sqrt(s.centre / k);
+    b = kept1_;
+  }
+};
+
+template <class F>
+struct adafactor_factored {  // update, lowbit.optim.adafactor
+  LB_FN void apply(F &g, F a, F b) {
+    g = g * a * b;
+  }
+};
+
+template <class F>
+struct adafactor_full {  // update, lowbit.optim.adafactor
+  struct S { lb::constant<F> exp_avg_sq_weight; };
+  struct C { lb::constant<F> eps, rate2; };
+  LB_FN void apply(F &g, F &v, const S &s, const C &c) {
+    v = lb::lerp(v, g * g + c.eps, c.rate2);
+    g = g / lb::sqrt(v / s.exp_avg_sq_weight);
+  }
+};
+
+template <class F>
+struct adafactor_size {  // measure, lowbit.optim.adafactor
+  LB_FN F apply(F p) {
+    return p * p;
+  }
+};
+
+template <class F>
+struct adafactor_scale {  // fold, lowbit.optim.adafactor
+  struct S { lb::constant<F> scale; };
+  struct C { lb::constant<F> min_scale; };
+  LB_FN void apply(F x, S &s, const C &c) {
+    s.scale = lb::maximum(lb::sqrt(x), c.min_scale);
+  }
+};
+
+template <class F>
+struct adafactor_energy {  // measure, lowbit.optim.adafactor
+  LB_FN F apply(F g) {
+    return g * g;
+  }
+};
+
+template <class F>
+struct adafactor_clip {  // fold, lowbit.optim.adafactor
+  struct S { lb::constant<F> shrink, scale, rate; };
+  struct C { lb::constant<F> decay, lr, one, d; };
+  LB_FN void apply(F x, S &s, const C &c) {
+    s.shrink = c.decay * s.scale;
+    s.rate = c.lr * s.scale / lb::maximum(c.one, lb::sqrt(x) / c.d);
+  }
+};
+
+template <class F>
+struct adafactor_descend {  // update, lowbit.optim.adafactor
+  struct S { lb::constant<F> shrink, rate; };
+  LB_FN void apply(F &p, F g, const S &s) {
+    p = p - s.shrink * p - s.rate * g;
+  }
+};
+
+template <class F>
+struct adafactor_descend_average {  // update, lowbit.optim.adafactor
+  struct S { lb::constant<F> rate, shrink; };
+  struct C { lb::constant<F> rate1; };
+  LB_FN void apply(F &p, F g, F &m, const S &s, const C &c) {
+    m = lb::lerp(m, s.rate * g, c.rate1);
+    p = p - s.shrink * p - m;
+  }
+};
+
+template <class F>
+struct adam_mini_mean_square {  // measure, lowbit.optim.adam_mini
+  LB_FN F apply(F g) {
+    return g * g;
+  }
+};
+
+template <class F>
+struct adam_mini_mean_square_of_columns {  // measure, lowbit.optim.adam_mini
+  LB_FN F apply(F g) {
+    return g * g;
+  }
+};
+
+template <class F>
+struct adam_mini_average_square {  // fold, lowbit.optim.adam_mini
+  struct C { lb::constant<F> rate2; };
+  LB_FN void apply(F &v, F x, const C &c) {
+    v = lb::lerp(v, x, c.rate2);
+  }
+};
+
+template <class F, class S, class C>
+LB_FN F adamw_descend(F p, F m, F v, const C &c, const S &s) {
+  return p - s.step_size * (m / (lb::sqrt(v) * s.root + c.eps));
+}
+
+template <class F>
+struct adam_mini_mini {  // update, lowbit.optim.adam_mini
+  struct S { lb::constant<F> step_size, root; };
+  struct C { lb::constant<F> rate1, keep, eps; };
+  LB_FN void apply(F &p, F g, F &m, F v, const S &s, const C &c) {
+    m = lb::lerp(m, g, c.rate1);
+    p = adamw_descend<F>(c.keep * p, m, v, c, s);
+  }
+};
+
+template <class F>
+struct adam_mini_mini_undecayed {  // update, lowbit.optim.adam_mini
+  struct S { lb::constant<F> step_size, root; };
+  struct C { lb::constant<F> rate1, eps; };
+  LB_FN void apply(F &p, F g, F &m, F v, const S &s, const C &c) {
+    m = lb::lerp(m, g, c.rate1);
+    p = adamw_descend<F>(p, m, v, c, s);
+  }
+};
+
+template <class F, class C>
+LB_FN void adamw_average(F m, F v, F g, const C &c, F &out0_, F &out1_) {
+  out0_ = lb::lerp(m, g, c.rate1);
+  out1_ = lb::lerp(v, g * g, c.rate2);
+}
+
+template <class F>
+struct adam_mini_adam {  // update, lowbit.optim.adam_mini
+  struct S { lb::constant<F> step_size, root; };
+  struct C { lb::constant<F> rate1, rate2, eps; };
+  LB_FN void apply(F &p, F g, F &m, F &v, const S &s, const C &c) {
+    adamw_average<F>(m, v, g, c, m, v);
+    p = adamw_descend<F>(p, m, v, c, s);
+  }
+};
+
+template <class F>
+struct adams_weigh {  // fold, lowbit.optim.adams
+  struct S { lb::constant<F> exp_avg_weight; };
+  struct C { lb::constant<F> rate1; };
+  LB_FN void apply(S &s, const C &c) {
+    s.exp_avg_weight = lb::lerp(s.exp_avg_weight, 1.0f, c.rate1);
+  }
+};
+
+template <class F>
+struct adams_unweighted {  // fold, lowbit.optim.adams
+  struct S { lb::constant<F> exp_avg_weight; };
+  struct C { lb::constant<F> one; };
+  LB_FN void apply(S &s, const C &c) {
+    s.exp_avg_weight = c.one;
+  }
+};
+
+template <class F>
+struct adams_adams {  // update, lowbit.optim.adams
+  struct S { lb::constant<F> exp_avg_weight; };
+  struct C { lb::constant<F> beta2, rate2, rate1, keep, lr, eps; };
+  LB_FN void apply(F &p, F g, F &m, const S &s, const C &c) {
+    const F before = m / s.exp_avg_weight;
+    const F nu = c.beta2 * (before * before) + c.rate2 * (g * g);
+    m = lb::lerp(m, g, c.rate1);
+    p = c.keep * p - c.lr * (m / s.exp_avg_weight / (lb::sqrt(nu) + c.eps));
+  }
+};
+
+template <class F>
 struct adamw_weigh {  // fold, lowbit.optim.adamw
   struct S { lb::constant<F> exp_avg_weight, exp_avg_sq_weight; };
   struct C { lb::constant<F> rate1, rate2; };
@@ -30,24 +253,13 @@ struct adamw_debias {  // fold, lowbit.optim.adamw
   }
 };
 
-template <class F, class C>
-LB_FN void adamw_average(F m, F v, F g, const C &c, F &out0_, F &out1_) {
-  out0_ = lb::lerp(m, g, c.rate1);
-  out1_ = lb::lerp(v, g * g, c.rate2);
-}
-
-template <class F, class S, class C>
-LB_FN F adamw_descend(F p, F m, F v, const C &c, const S &s) {
-  return c.keep * p - s.step_size * (m / (lb::sqrt(v) * s.root + c.eps));
-}
-
 template <class F>
 struct adamw_adamw {  // update, lowbit.optim.adamw
   struct S { lb::constant<F> step_size, root; };
   struct C { lb::constant<F> rate1, rate2, keep, eps; };
   LB_FN void apply(F &p, F g, F &m, F &v, const S &s, const C &c) {
     adamw_average<F>(m, v, g, c, m, v);
-    p = adamw_descend<F>(p, m, v, c, s);
+    p = adamw_descend<F>(c.keep * p, m, v, c, s);
   }
 };
 
@@ -58,7 +270,147 @@ struct adamw_amsgrad {  // update, lowbit.optim.adamw
   LB_FN void apply(F &p, F g, F &m, F &v, F &h, const S &s, const C &c) {
     adamw_average<F>(m, v, g, c, m, v);
     h = lb::maximum(h, v);
-    p = adamw_descend<F>(p, m, h, c, s);
+    p = adamw_descend<F>(c.keep * p, m, h, c, s);
+  }
+};
+
+template <class F>
+struct lion_lion {  // update, lowbit.optim.lion
+  struct C { lb::constant<F> rate1, keep, lr, rate2; };
+  LB_FN void apply(F &p, F g, F &m, const C &c) {
+    const F u = lb::sign(lb::lerp(m, g, c.rate1));
+    p = c.keep * p - c.lr * u;
+    m = lb::lerp(m, g, c.rate2);
+  }
+};
+
+template <class F>
+struct scale_mean_of_rows {  // measure, lowbit.optim.scale
+  LB_FN F apply(F g) {
+    return g * g;
+  }
+};
+
+template <class F>
+struct scale_sum_of_rows {  // measure, lowbit.optim.scale
+  LB_FN F apply(F g) {
+    return g * g;
+  }
+};
+
+template <class F>
+struct scale_mean_of_columns {  // measure, lowbit.optim.scale
+  LB_FN F apply(F g) {
+    return g * g;
+  }
+};
+
+template <class F>
+struct scale_sum_of_columns {  // measure, lowbit.optim.scale
+  LB_FN F apply(F g) {
+    return g * g;
+  }
+};
+
+template <class F>
+struct scale_norm {  // fold, lowbit.optim.scale
+  struct C { lb::constant<F> floor; };
+  LB_FN void apply(F &n, F x, const C &c) {
+    n = lb::maximum(lb::sqrt(x), c.floor);
+  }
+};
+
+template <class F>
+struct scale_follow {  // update, lowbit.optim.scale
+  struct C { lb::constant<F> rate; };
+  LB_FN void apply(F &m, F &g, const C &c) {
+    m = lb::lerp(m, g, c.rate);
+    const F kept1_ = m;
+    g = kept1_;
+  }
+};
+
+template <class F>
+struct scale_descend {  // update, lowbit.optim.scale
+  struct C { lb::constant<F> keep, lr; };
+  LB_FN void apply(F &p, F g, F n, const C &c) {
+    p = c.keep * p - c.lr * (g / n);
+  }
+};
+
+template <class F>
+struct scale_scalar_size {  // fold, lowbit.optim.scale
+  struct S { lb::constant<F> scalar_size, exp_avg_weight; };
+  struct C { lb::constant<F> scalar_lr; };
+  LB_FN void apply(S &s, const C &c) {
+    s.scalar_size = c.scalar_lr / s.exp_avg_weight;
+  }
+};
+
+template <class F>
+struct scale_scalar_adam {  // update, lowbit.optim.scale
+  struct S { lb::constant<F> scalar_size, root; };
+  struct C { lb::constant<F> rate1, rate2, scalar_keep, eps; };
+  LB_FN void apply(F &p, F g, F &m, F &v, const S &s, const C &c) {
+    adamw_average<F>(m, v, g, c, m, v);
+    p = c.scalar_keep * p - s.scalar_size * (m / ((lb::sqrt(v) + c.eps) * s.root));
+  }
+};
+
+template <class F, class C>
+LB_FN F sgd_decayed(F g, F p, const C &c) {
+  return g + c.weight_decay * p;
+}
+
+template <class F>
+struct sgd_plain {  // update, lowbit.optim.sgd
+  struct C { lb::constant<F> lr, weight_decay; };
+  LB_FN void apply(F &p, F g, const C &c) {
+    p = p - c.lr * sgd_decayed<F>(g, p, c);
+  }
+};
+
+template <class F>
+struct sgd_momentum {  // update, lowbit.optim.sgd
+  struct C { lb::constant<F> momentum, share, weight_decay, lr; };
+  LB_FN void apply(F &p, F g, F &b, const C &c) {
+    b = c.momentum * b + c.share * sgd_decayed<F>(g, p, c);
+    p = p - c.lr * b;
+  }
+};
+
+template <class F>
+struct sgd_nesterov {  // update, lowbit.optim.sgd
+  struct C { lb::constant<F> weight_decay, momentum, share, lr; };
+  LB_FN void apply(F &p, F g, F &b, const C &c) {
+    const F d = sgd_decayed<F>(g, p, c);
+    b = c.momentum * b + c.share * d;
+    p = p - c.lr * (d + c.momentum * b);
+  }
+};
+
+template <class F, class C>
+LB_FN void spam_undecayed(F p, F g, F m, F v, const C &c, F &out0_, F &out1_, F &out2_) {
+  adamw_average<F>(m, v, g, c, m, v);
+  out0_ = p - c.step_size * (m / (lb::sqrt(v) + c.eps));
+  out1_ = m;
+  out2_ = v;
+}
+
+template <class F>
+struct spam_released {  // update, lowbit.optim.spam
+  struct C { lb::constant<F> rate1, rate2, step_size, eps, decay; };
+  LB_FN void apply(F &p, F g, F &m, F &v, const C &c) {
+    spam_undecayed<F>(p, g, m, v, c, p, m, v);
+    p = p - c.decay * p;
+  }
+};
+
+template <class F>
+struct spam_released_sparse {  // update, lowbit.optim.spam
+  struct C { lb::constant<F> rate1, rate2, step_size, eps; };
+  LB_FN void apply(F &p, F g, F &m, F &v, const C &c) {
+    spam_undecayed<F>(p, g, m, v, c, p, m, v);
   }
 };
 
@@ -158,12 +510,25 @@ struct stabilizers_normalize {  // update, lowbit.optim.stabilizers
   }
 };
 
+template <class F, class C>
+LB_FN F stabilizers_brought_down(F g, F v, const C &c) {
+  const F limit = c.spike_threshold * v;
+  return lb::where(g * g > limit, lb::sign(g) * lb::sqrt(limit), g);
+}
+
 template <class F>
 struct stabilizers_clip_to_moment {  // update, lowbit.optim.stabilizers
   struct C { lb::constant<F> spike_threshold; };
   LB_FN void apply(F &g, F v, const C &c) {
-    const F limit = c.spike_threshold * v;
-    g = lb::where((v > 0.0f) & (g * g > limit), lb::sign(g) * lb::sqrt(limit), g);
+    g = lb::where(v > 0.0f, stabilizers_brought_down<F>(g, v, c), g);
+  }
+};
+
+template <class F>
+struct stabilizers_clip_and_freeze {  // update, lowbit.optim.stabilizers
+  struct C { lb::constant<F> spike_threshold; };
+  LB_FN void apply(F &g, F v, const C &c) {
+    g = stabilizers_brought_down<F>(g, v, c);
   }
 };
 
