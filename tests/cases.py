@@ -3,10 +3,13 @@
 A new optimizer is one row. All tests of optimizers draw from here.
 """
 
-from collections.abc import Callable
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import oracles_matrix
 import oracles_optim
 import pytest
 import torch
@@ -15,7 +18,8 @@ from torch.nn import Parameter
 
 import lowbit
 from lowbit import backends, layout
-from lowbit.optim import AdamW, Rule, StableSPAM
+from lowbit.optim import AdamW, Muon, Rule, StableSPAM
+from lowbit.stages import Stage
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,8 @@ class Case:
     unit: str = "block"
     signed: dict[str, bool] = field(default_factory=lambda: {"exp_avg": True, "exp_avg_sq": False})
     options: dict[str, Any] = field(default_factory=dict)  # what the oracle need not know
+    sweeps: int = 0  # of its longest program; 0: one for a unit of blocks, else Stable-SPAM's three
+    clips: bool = True  # has a second moment for SpikeClip to go by
 
     def __str__(self) -> str:
         return self.name
@@ -50,6 +56,11 @@ CASES = [
     Case(
         "stablespam-official", StableSPAM, SPAM, oracles_optim.stablespam_official, "none",
         options={"variant": "official"},
+    ),
+    Case(
+        "muon", Muon, {"lr": 1e-3, "weight_decay": 0.1, "aux_lr": 1e-3}, oracles_matrix.muon, "tensor",
+        {"momentum_buffer": True, "exp_avg": True, "exp_avg_sq": False}, {"precision": "fp32"},
+        sweeps=2, clips=False,
     ),
 ]  # fmt: skip
 
@@ -102,6 +113,33 @@ def train(opt: Rule, named: list[tuple[str, Parameter]], steps: range, seed: int
         for name, p in named:
             p.grad = gradient(tuple(p.shape), t, seed + int(name.strip("p")), p.dtype)
         opt.step()
+
+
+@contextlib.contextmanager
+def injected(tape: list[Any], replay: bool) -> Iterator[None]:
+    """While it lasts, matrix stages are recorded; or, once what they are given has the same bits, not run again.
+
+    A matmul has no bits of its own: they change with the number of threads.
+    """
+    own, rest = Stage.written, iter(tape)
+
+    def written(self: Stage, operands: dict[str, Any]) -> dict[str, Any]:
+        if self.kind != "matrix":
+            return own(self, operands)
+        given = {k: x.clone() if isinstance(x, Tensor) else copy.copy(x) for k, x in operands.items()}
+        if not replay:
+            result = own(self, operands)
+            kept = {k: None if x is operands.get(k) else x.clone() for k, x in result.items()}
+            tape.append((given, dict(operands["host"]), kept))
+            return result
+        expected, host, result = next(rest)
+        assert_same(given, expected)
+        operands["host"].update(host)
+        return {k: operands[k] if x is None else x.clone() for k, x in result.items()}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Stage, "written", written)
+        yield
 
 
 def everything(opt: Rule) -> dict[str, Any]:

@@ -18,7 +18,12 @@ def fresh(p: Array) -> State:
     zero = np.zeros_like(p)
     scalars = ("step", "m_max_t", "m_norm_t", "v_norm_t", "exp_avg_weight", "exp_avg_sq_weight")
     weights = ("m_max_weight", "m_norm_weight", "v_norm_weight")
-    moments = {"exp_avg": zero, "exp_avg_sq": zero.copy(), "max_exp_avg_sq": zero.copy()}
+    moments = {
+        "momentum_buffer": zero.copy(),
+        "exp_avg": zero,
+        "exp_avg_sq": zero.copy(),
+        "max_exp_avg_sq": zero.copy(),
+    }
     return {**moments, **dict.fromkeys((*scalars, *weights), 0.0)}
 
 

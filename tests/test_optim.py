@@ -338,7 +338,7 @@ def as_reference(opt: Rule, p: Parameter, case: Case) -> dict:
     state = opt.state[p]
     s = oracles_optim.fresh(p.detach().double().numpy())
     for name in s:
-        if name in case.signed:
+        if name in case.signed and name in state:
             s[name] = dequantized(opt, p, name).double().numpy()
         elif name in state:
             s[name] = float(state[name])

@@ -104,6 +104,119 @@ LB_KERNEL(adamw_amsgrad)(const lb_frame *frame) {
   }
 }
 
+template <uint32_t ROOTS>
+static void matrices_carry_run(const lb_frame *frame) {
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[2] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      const float g = frame->in[0][at];
+      float carried;
+      peaks[1] = lb::peak_of(peaks[1], g);
+      matrices_carry::apply(g, carried);
+      if (ROOTS & 1) carried = lb::sqrt(carried);
+      frame->out[0][at] = carried;
+      peaks[0] = lb::peak_of(peaks[0], carried);
+    }
+    *found++ = (uint32_t)peaks[0];
+    *found++ = (uint32_t)peaks[1];
+  }
+}
+LB_KERNEL(matrices_carry)(const lb_frame *frame) {
+  switch (frame->roots) {
+    case 1: return matrices_carry_run<1>(frame);
+    default: return matrices_carry_run<0>(frame);
+  }
+}
+
+template <uint32_t ROOTS>
+static void muon_average_run(const lb_frame *frame) {
+  const muon_average::C c = {frame->c[frame->ci[0]]};
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[3] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      const float g = frame->in[0][at];
+      float m = frame->in[1][at];
+      float u;
+      peaks[2] = lb::peak_of(peaks[2], g);
+      muon_average::apply(g, m, u, c);
+      frame->out[0][at] = m;
+      peaks[0] = lb::peak_of(peaks[0], m);
+      if (ROOTS & 2) u = lb::sqrt(u);
+      frame->out[1][at] = u;
+      peaks[1] = lb::peak_of(peaks[1], u);
+    }
+    *found++ = (uint32_t)peaks[0];
+    *found++ = (uint32_t)peaks[1];
+    *found++ = (uint32_t)peaks[2];
+  }
+}
+LB_KERNEL(muon_average)(const lb_frame *frame) {
+  switch (frame->roots) {
+    case 2: return muon_average_run<2>(frame);
+    default: return muon_average_run<0>(frame);
+  }
+}
+
+template <uint32_t ROOTS>
+static void muon_nesterov_run(const lb_frame *frame) {
+  const muon_nesterov::C c = {frame->c[frame->ci[0]], frame->c[frame->ci[1]]};
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[3] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      const float g = frame->in[0][at];
+      float m = frame->in[1][at];
+      float u;
+      peaks[2] = lb::peak_of(peaks[2], g);
+      muon_nesterov::apply(g, m, u, c);
+      frame->out[0][at] = m;
+      peaks[0] = lb::peak_of(peaks[0], m);
+      if (ROOTS & 2) u = lb::sqrt(u);
+      frame->out[1][at] = u;
+      peaks[1] = lb::peak_of(peaks[1], u);
+    }
+    *found++ = (uint32_t)peaks[0];
+    *found++ = (uint32_t)peaks[1];
+    *found++ = (uint32_t)peaks[2];
+  }
+}
+LB_KERNEL(muon_nesterov)(const lb_frame *frame) {
+  switch (frame->roots) {
+    case 2: return muon_nesterov_run<2>(frame);
+    default: return muon_nesterov_run<0>(frame);
+  }
+}
+
+LB_KERNEL(muon_descend)(const lb_frame *frame) {
+  const muon_descend::C c = {frame->c[frame->ci[0]], frame->c[frame->ci[1]]};
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[1] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      float p = frame->in[0][at];
+      const float u = frame->in[1][at];
+      muon_descend::apply(p, u, c);
+      frame->out[0][at] = p;
+      peaks[0] = lb::peak_of(peaks[0], p);
+    }
+    *found++ = (uint32_t)peaks[0];
+  }
+}
+
 LB_KERNEL(stabilizers_peak)(const lb_frame *frame) {
   const int64_t end = frame->n & ~INT64_C(15);
   uint32_t *found = frame->peaks;

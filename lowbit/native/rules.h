@@ -58,6 +58,37 @@ struct adamw_amsgrad {  // update, lowbit.optim.adamw
   }
 };
 
+struct matrices_carry {  // update, lowbit.optim.matrices
+  LB_FN void apply(float g, float &carried) {
+    carried = g;
+  }
+};
+
+struct muon_average {  // update, lowbit.optim.muon
+  struct C { float rate; };
+  LB_FN void apply(float g, float &m, float &u, const C &c) {
+    m = lb::lerp(m, g, c.rate);
+    const float kept1_ = m;
+    u = kept1_;
+  }
+};
+
+struct muon_nesterov {  // update, lowbit.optim.muon
+  struct C { float rate, momentum; };
+  LB_FN void apply(float g, float &m, float &u, const C &c) {
+    m = lb::lerp(m, g, c.rate);
+    const float kept1_ = lb::lerp(g, m, c.momentum);
+    u = kept1_;
+  }
+};
+
+struct muon_descend {  // update, lowbit.optim.muon
+  struct C { float keep, lr; };
+  LB_FN void apply(float &p, float u, const C &c) {
+    p = c.keep * p - c.lr * u;
+  }
+};
+
 struct stabilizers_peak {  // measure, lowbit.optim.stabilizers
   LB_FN float apply(float g) {
     return lb::abs(g);

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from .matrices import temporary_bytes
+
 if TYPE_CHECKING:
     from .base import Rule
 
@@ -24,6 +26,7 @@ class Row:
     formats: dict[str, str]
     why: str
     state_bytes: int
+    temporary_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,11 @@ class Explanation:
     def state_bytes(self) -> int:
         """Bytes of all states."""
         return sum(row.state_bytes for row in self.rows)
+
+    @property
+    def temporary_bytes(self) -> int:
+        """The most that whole matrices between a tensor's stages take; one tensor's are freed before the next's."""
+        return max((row.temporary_bytes for row in self.rows), default=0)
 
     @property
     def parameters(self) -> int:
@@ -75,6 +83,10 @@ class Explanation:
             f"A step reads the gradient {self.sweeps} time{'s' if self.sweeps > 1 else ''}: "
             + " or, for other tensors, ".join(self.stages)
         )
+        if self.temporary_bytes:
+            console.print(
+                f"Between the stages of one tensor at a time, whole matrices take up to {self.temporary_bytes:,} bytes."
+            )
         return out.getvalue()
 
 
@@ -96,6 +108,7 @@ def explain(rule: Rule) -> Explanation:
                     formats={moments[letter].name: fmt.name for letter, fmt in slot.formats.items()} if state else {},
                     why="; ".join(dict.fromkeys(d.why for d in slot.decisions.values())) if state else "frozen",
                     state_bytes=sum(v.nbytes for v in state.values() if isinstance(v, Tensor)),
+                    temporary_bytes=temporary_bytes(slot) if state else 0,
                 )
             )
     programs = list({id(slot.program): slot.program for slot in rule._slots.values()}.values())
