@@ -18,7 +18,7 @@ from torch.nn import Parameter
 
 import lowbit
 from lowbit import backends, layout
-from lowbit.optim import AdamW, Muon, Rule, StableSPAM
+from lowbit.optim import APOLLO, AdamW, Fira, GaLore, Muon, Rule, StableSPAM
 from lowbit.stages import Stage
 
 
@@ -34,6 +34,7 @@ class Case:
     signed: dict[str, bool] = field(default_factory=lambda: {"exp_avg": True, "exp_avg_sq": False})
     options: dict[str, Any] = field(default_factory=dict)  # what the oracle need not know
     sweeps: int = 0  # of its longest program; 0: one for a unit of blocks, else Stable-SPAM's three
+    low_rank: bool = False  # has states of other shapes than the parameter's
     clips: bool = True  # has a second moment for SpikeClip to go by
 
     def __str__(self) -> str:
@@ -45,6 +46,9 @@ class Case:
 
 AMSGRAD = {"exp_avg": True, "exp_avg_sq": False, "max_exp_avg_sq": False}
 SPAM = {"lr": 1e-3, "reset_interval": 7, "total_steps": 9, "weight_decay": 0.1}
+# One projector for as long as the tests take: another's signs would be arbitrary beside the old moments.
+LOW_RANK = {"lr": 1e-3, "rank": 3, "update_interval": 1000, "scale": 0.25, "weight_decay": 0.1}
+PROJECTED = {"exp_avg": True, "exp_avg_sq": False, "projector": True}
 
 CASES = [
     Case("adamw", AdamW, {"lr": 1e-3, "weight_decay": 0.1}, oracles_optim.adamw),
@@ -61,6 +65,12 @@ CASES = [
         "muon", Muon, {"lr": 1e-3, "weight_decay": 0.1, "aux_lr": 1e-3}, oracles_matrix.muon, "tensor",
         {"momentum_buffer": True, "exp_avg": True, "exp_avg_sq": False}, {"precision": "fp32"},
         sweeps=2, clips=False,
+    ),
+    Case("galore", GaLore, LOW_RANK, oracles_matrix.galore, "tensor", PROJECTED, sweeps=2, clips=False, low_rank=True),
+    Case("fira", Fira, LOW_RANK, oracles_matrix.fira, "tensor", PROJECTED, sweeps=3, clips=False, low_rank=True),
+    Case(
+        "apollo", APOLLO, LOW_RANK, oracles_matrix.apollo, "tensor", PROJECTED, {"proj": "svd"},
+        sweeps=3, clips=False, low_rank=True,
     ),
 ]  # fmt: skip
 
@@ -190,5 +200,5 @@ def dequantized(opt: Rule, p: Parameter, name: str) -> Tensor:
     state, fmt = opt.state[p], opt._slots[p].formats
     letter = {m.name: letter for letter, m in opt._slots[p].program.moments.items()}[name]
     parts = {part: state[name if part == "codes" else f"{name}_{part}"] for part in fmt[letter].parts}
-    cols = layout.rows_of(p.shape)[1]
-    return backends.decode(fmt[letter], parts, cols).reshape(p.shape)
+    shape = opt._slots[p].shape_of(letter)
+    return backends.decode(fmt[letter], parts, layout.rows_of(shape)[1]).reshape(shape)

@@ -32,3 +32,64 @@ def muon(p, g, s, t, *, lr, momentum=0.95, nesterov=True, weight_decay=0.0, aux_
     rows, cols = u.shape
     o = quintic(u) * np.sqrt(max(1, rows / cols))
     return p * (1 - lr * weight_decay) - lr * o.reshape(p.shape)
+
+
+def hf_adam(g, s, betas, eps):
+    """Adam's direction before debiasing, and what debiases it, as Hugging Face's AdamW had it."""
+    b1, b2 = betas
+    s["exp_avg"] = b1 * s["exp_avg"] + (1 - b1) * g
+    s["exp_avg_sq"] = b2 * s["exp_avg_sq"] + (1 - b2) * g * g
+    s["exp_avg_weight"] = b1 * s["exp_avg_weight"] + (1 - b1)
+    s["exp_avg_sq_weight"] = b2 * s["exp_avg_sq_weight"] + (1 - b2)
+    return s["exp_avg"] / (np.sqrt(s["exp_avg_sq"]) + eps), np.sqrt(s["exp_avg_sq_weight"]) / s["exp_avg_weight"]
+
+
+def limited(e, s):
+    """Growth of the norm by 1 % at most."""
+    norm = np.sqrt(np.sum(e * e))
+    if s["limited_norm"] > 0:
+        by = max(norm / (s["limited_norm"] + 1e-8), 1.01) / 1.01
+        e, norm = e / by, norm / by
+    s["limited_norm"] = norm
+    return e
+
+
+def projected(name):
+    """GaLore, Fira and APOLLO, in the coordinates of a matrix that is wide (a tall one is transposed)."""
+
+    def step(
+        p, g, s, t, *, lr, rank, update_interval, scale, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0,
+        official=True, whole=False, front=False,
+    ):  # fmt: skip
+        if not is_matrix(p) or rank >= min(flat(p).shape):
+            n, debias = hf_adam(g, s, betas, eps)
+            p = p - lr * debias * n
+            return p - lr * weight_decay * p
+        if not np.isfinite(g).all():
+            return p
+        tall = flat(g).shape[0] >= flat(g).shape[1]
+        turn = (lambda x: flat(x).T) if tall else flat
+        g = turn(g)
+        if "projector" not in s or (t - 1) % update_interval == 0:
+            s["projector"] = np.linalg.svd(g, full_matrices=False)[0][:, :rank].T
+        q = s["projector"]
+        r = q @ g
+        if t == 1:
+            s["exp_avg"] = s["exp_avg_sq"] = np.zeros_like(r)
+            s["limited_norm"] = 0.0
+        n, debias = hf_adam(r, s, betas, eps)
+        channel = np.linalg.norm(n, axis=0) / (np.linalg.norm(r, axis=0) + 1e-8)
+        if name == "galore":
+            u = scale * q.T @ n
+        elif name == "fira":
+            u = scale * q.T @ n + limited((g - (scale if official else 1) * q.T @ r) * channel, s)
+        else:
+            share = np.linalg.norm(n) / (np.linalg.norm(r) + 1e-8) if whole else channel
+            u = limited(g * share * (scale**0.5 if front else 1), s) * (1 if front else scale**0.5)
+        p = p - lr * debias * (u.T if tall else u).reshape(p.shape)
+        return p - lr * weight_decay * p
+
+    return step
+
+
+galore, fira, apollo = map(projected, ("galore", "fira", "apollo"))

@@ -303,7 +303,8 @@ def test_hooks_of_the_user_see_plain_tensors(case: Case):
     opt.register_load_state_dict_post_hook(lambda o: look("after", o.state[named[0][1]]))
     for _ in range(2):
         opt.load_state_dict(opt.state_dict())
-    assert seen == [("before", torch.uint8), ("after", torch.uint8)] * 2
+    dtype = torch.float32 if case.low_rank else torch.uint8  # 3 columns are too narrow for a scale
+    assert seen == [("before", dtype), ("after", dtype)] * 2
     assert len(opt._optimizer_load_state_dict_pre_hooks) == 1
 
 

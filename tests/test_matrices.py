@@ -194,9 +194,9 @@ def test_a_gradient_that_is_not_finite_leaves_the_whole_tensor(
     """Wherever it is, in the first step too: p, moments, scalars, projector and the host's numbers; counted once."""
     monkeypatch.setenv("LOWBIT_BACKEND", backend)
     named = parameters([(128, 96), (300, 65)], dtype)
-    opt = optimizer(named, states=states, state_rounding="stochastic", weight_decay=0.1) if optimizer is Muon else Small(
-        named, states=states, master="split8" if dtype != torch.float32 else "none"
-    )  # fmt: skip
+    muon = {"state_rounding": "stochastic", "weight_decay": 0.1}
+    companion = {"master": "none" if dtype == torch.float32 else "split8"}
+    opt = optimizer(named, states=states, **(muon if optimizer is Muon else companion))
     for t in range(1, 6):
         kept = everything(opt)
         for i, (_, p) in enumerate(named):

@@ -13,7 +13,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
-from cases import STATE_FORMATS
+from cases import STATE_FORMATS, injected
 from cases import one_thread as one_thread
 from native_cases import OPTIMIZERS, ROUNDINGS, SHAPES, SIGNED, Setting, differences, libraries, run
 

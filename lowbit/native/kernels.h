@@ -104,6 +104,176 @@ LB_KERNEL(adamw_amsgrad)(const lb_frame *frame) {
   }
 }
 
+LB_KERNEL(apollo_descend)(const lb_frame *frame) {
+  const apollo_descend::S s = {frame->s[frame->si[0]], frame->s[frame->si[1]]};
+  const apollo_descend::C c = {frame->c[frame->ci[0]], frame->c[frame->ci[1]]};
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[1] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      float p = frame->in[0][at];
+      const float e = frame->in[1][at];
+      apollo_descend::apply(p, e, s, c);
+      frame->out[0][at] = p;
+      peaks[0] = lb::peak_of(peaks[0], p);
+    }
+    *found++ = (uint32_t)peaks[0];
+  }
+}
+
+LB_KERNEL(fira_energy)(const lb_frame *frame) {
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[1] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      const float e = frame->in[0][at];
+      const float measured_ = fira_energy::apply(e);
+      frame->out[0][at] = measured_;
+      peaks[0] = lb::peak_of(peaks[0], measured_);
+    }
+    *found++ = (uint32_t)peaks[0];
+  }
+}
+
+LB_KERNEL(fira_limit)(const lb_frame *frame) {
+  fira_limit::S s = {frame->s[frame->si[0]], frame->s[frame->si[1]]};
+  const fira_limit::C c = {frame->c[frame->ci[0]], frame->c[frame->ci[1]], frame->c[frame->ci[2]]};
+  const float x = frame->x[0];
+  fira_limit::apply(x, s, c);
+  frame->s[frame->si[1]] = s.limiter;
+  frame->s[frame->si[0]] = s.limited_norm;
+}
+
+LB_KERNEL(fira_descend)(const lb_frame *frame) {
+  const fira_descend::S s = {frame->s[frame->si[0]], frame->s[frame->si[1]]};
+  const fira_descend::C c = {frame->c[frame->ci[0]]};
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[1] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      float p = frame->in[0][at];
+      const float u = frame->in[1][at];
+      const float e = frame->in[2][at];
+      fira_descend::apply(p, u, e, s, c);
+      frame->out[0][at] = p;
+      peaks[0] = lb::peak_of(peaks[0], p);
+    }
+    *found++ = (uint32_t)peaks[0];
+  }
+}
+
+template <uint32_t ROOTS>
+static void galore_adam_run(const lb_frame *frame) {
+  const galore_adam::C c = {frame->c[frame->ci[0]], frame->c[frame->ci[1]], frame->c[frame->ci[2]]};
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[3] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      const float r = frame->in[0][at];
+      float m = frame->in[1][at];
+      float v = frame->in[2][at];
+      float n;
+      galore_adam::apply(r, m, v, n, c);
+      if (ROOTS & 1) n = lb::sqrt(n);
+      frame->out[0][at] = n;
+      peaks[0] = lb::peak_of(peaks[0], n);
+      frame->out[1][at] = m;
+      peaks[1] = lb::peak_of(peaks[1], m);
+      if (ROOTS & 4) v = lb::sqrt(v);
+      frame->out[2][at] = v;
+      peaks[2] = lb::peak_of(peaks[2], v);
+    }
+    *found++ = (uint32_t)peaks[0];
+    *found++ = (uint32_t)peaks[1];
+    *found++ = (uint32_t)peaks[2];
+  }
+}
+LB_KERNEL(galore_adam)(const lb_frame *frame) {
+  switch (frame->roots) {
+    case 1: return galore_adam_run<1>(frame);
+    case 4: return galore_adam_run<4>(frame);
+    case 5: return galore_adam_run<5>(frame);
+    default: return galore_adam_run<0>(frame);
+  }
+}
+
+LB_KERNEL(galore_stride)(const lb_frame *frame) {
+  galore_stride::S s = {frame->s[frame->si[0]], frame->s[frame->si[1]], frame->s[frame->si[2]]};
+  const galore_stride::C c = {frame->c[frame->ci[0]]};
+  galore_stride::apply(s, c);
+  frame->s[frame->si[0]] = s.step_size;
+}
+
+LB_KERNEL(galore_descend)(const lb_frame *frame) {
+  const galore_descend::S s = {frame->s[frame->si[0]]};
+  const galore_descend::C c = {frame->c[frame->ci[0]]};
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[1] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      float p = frame->in[0][at];
+      const float u = frame->in[1][at];
+      galore_descend::apply(p, u, s, c);
+      frame->out[0][at] = p;
+      peaks[0] = lb::peak_of(peaks[0], p);
+    }
+    *found++ = (uint32_t)peaks[0];
+  }
+}
+
+template <uint32_t ROOTS>
+static void galore_adam_full_run(const lb_frame *frame) {
+  const galore_adam_full::S s = {frame->s[frame->si[0]]};
+  const galore_adam_full::C c = {frame->c[frame->ci[0]], frame->c[frame->ci[1]], frame->c[frame->ci[2]], frame->c[frame->ci[3]]};
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[4] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      float p = frame->in[0][at];
+      const float g = frame->in[1][at];
+      float m = frame->in[2][at];
+      float v = frame->in[3][at];
+      peaks[3] = lb::peak_of(peaks[3], g);
+      galore_adam_full::apply(p, g, m, v, s, c);
+      frame->out[0][at] = p;
+      peaks[0] = lb::peak_of(peaks[0], p);
+      frame->out[1][at] = m;
+      peaks[1] = lb::peak_of(peaks[1], m);
+      if (ROOTS & 4) v = lb::sqrt(v);
+      frame->out[2][at] = v;
+      peaks[2] = lb::peak_of(peaks[2], v);
+    }
+    *found++ = (uint32_t)peaks[0];
+    *found++ = (uint32_t)peaks[1];
+    *found++ = (uint32_t)peaks[2];
+    *found++ = (uint32_t)peaks[3];
+  }
+}
+LB_KERNEL(galore_adam_full)(const lb_frame *frame) {
+  switch (frame->roots) {
+    case 4: return galore_adam_full_run<4>(frame);
+    default: return galore_adam_full_run<0>(frame);
+  }
+}
+
 template <uint32_t ROOTS>
 static void matrices_carry_run(const lb_frame *frame) {
   const int64_t end = frame->n & ~INT64_C(15);

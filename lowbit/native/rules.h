@@ -58,6 +58,76 @@ struct adamw_amsgrad {  // update, lowbit.optim.adamw
   }
 };
 
+struct apollo_descend {  // update, lowbit.optim.apollo
+  struct S { float step_size, limiter; };
+  struct C { float behind, decay; };
+  LB_FN void apply(float &p, float e, const S &s, const C &c) {
+    p = p - s.step_size * (c.behind * (e / s.limiter));
+    p = p - c.decay * p;
+  }
+};
+
+struct fira_energy {  // measure, lowbit.optim.fira
+  LB_FN float apply(float e) {
+    return e * e;
+  }
+};
+
+struct fira_limit {  // fold, lowbit.optim.fira
+  struct S { float limited_norm, limiter; };
+  struct C { float norm_eps, growth, one; };
+  LB_FN void apply(float x, S &s, const C &c) {
+    const float norm = lb::sqrt(x);
+    const float growth = lb::maximum(norm / (s.limited_norm + c.norm_eps), c.growth) / c.growth;
+    s.limiter = lb::where(s.limited_norm > 0.0f, growth, c.one);
+    s.limited_norm = norm / s.limiter;
+  }
+};
+
+struct fira_descend {  // update, lowbit.optim.fira
+  struct S { float step_size, limiter; };
+  struct C { float decay; };
+  LB_FN void apply(float &p, float u, float e, const S &s, const C &c) {
+    p = p - s.step_size * (u + e / s.limiter);
+    p = p - c.decay * p;
+  }
+};
+
+struct galore_adam {  // update, lowbit.optim.galore
+  struct C { float rate1, rate2, eps; };
+  LB_FN void apply(float r, float &m, float &v, float &n, const C &c) {
+    adamw_average(m, v, r, c, m, v);
+    n = m / (lb::sqrt(v) + c.eps);
+  }
+};
+
+struct galore_stride {  // fold, lowbit.optim.galore
+  struct S { float step_size, exp_avg_sq_weight, exp_avg_weight; };
+  struct C { float lr; };
+  LB_FN void apply(S &s, const C &c) {
+    s.step_size = c.lr * lb::sqrt(s.exp_avg_sq_weight) / s.exp_avg_weight;
+  }
+};
+
+struct galore_descend {  // update, lowbit.optim.galore
+  struct S { float step_size; };
+  struct C { float decay; };
+  LB_FN void apply(float &p, float u, const S &s, const C &c) {
+    p = p - s.step_size * u;
+    p = p - c.decay * p;
+  }
+};
+
+struct galore_adam_full {  // update, lowbit.optim.galore
+  struct S { float step_size; };
+  struct C { float rate1, rate2, eps, decay; };
+  LB_FN void apply(float &p, float g, float &m, float &v, const S &s, const C &c) {
+    adamw_average(m, v, g, c, m, v);
+    p = p - s.step_size * (m / (lb::sqrt(v) + c.eps));
+    p = p - c.decay * p;
+  }
+};
+
 struct matrices_carry {  // update, lowbit.optim.matrices
   LB_FN void apply(float g, float &carried) {
     carried = g;

@@ -2,16 +2,23 @@
 
 from ..stages import Moment, fold, matrix, measure, update
 from .adamw import AdamW
+from .apollo import APOLLO, APOLLOMini
 from .base import Part, Rule, Stabilizer
 from .checkpoint import load_optimizer, save_optimizer
+from .fira import Fira
+from .galore import GaLore
 from .muon import Muon
 from .stabilizers import AdaClip, AdaGN, GlobalClip, MomentumReset, SpikeClip
 from .stable_spam import StableSPAM
 
 __all__ = [
+    "APOLLO",
+    "APOLLOMini",
     "AdaClip",
     "AdaGN",
     "AdamW",
+    "Fira",
+    "GaLore",
     "GlobalClip",
     "Moment",
     "MomentumReset",

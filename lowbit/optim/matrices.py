@@ -201,7 +201,7 @@ class Chain:
             return backends.decode(self.slot.formats[letter], self.slot.parts(letter, self.state), cols)
         if letter != "g":
             return self.whole[letter]
-        g = self.gradient.resolve_neg().reshape(rows, cols).float()
+        g = self.gradient.resolve_neg().reshape(rows, cols).float().contiguous()  # a matmul goes by the layout
         return torch.where(self.ok, g, 0.0) if self.program.guarded else g
 
     def _checked(self, stage: Stage, letter: str, x: Tensor) -> Tensor:

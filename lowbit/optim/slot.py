@@ -126,7 +126,10 @@ class Slot:
         return ({"row": self.rows, "column": self.cols, "group": -(-self.rows // self.group_rows)}[moment.over],)
 
     def job(self, group: Mapping[str, Any], state: dict[str, Any], constants: dict[str, float]) -> Job | Chain:
-        """Its job, or chain of them, in this step: the last one, unless a tensor was replaced or moved or the rounding changed since."""
+        """Its job, or chain of them, in this step.
+
+        The last one, unless a tensor was replaced or moved or the rounding changed since.
+        """
         p = self.param
         addresses = [p.data_ptr(), *map(Tensor.data_ptr, self._of_state(state))]
         job, made_of = self._job, (addresses, p.is_contiguous(), group["rounding"], group["state_rounding"])
