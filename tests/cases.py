@@ -18,7 +18,7 @@ from torch.nn import Parameter
 
 import lowbit
 from lowbit import backends, layout
-from lowbit.optim import APOLLO, AdamW, Fira, GaLore, Muon, Rule, StableSPAM
+from lowbit.optim import APOLLO, SWAN, AdamW, Fira, GaLore, Muon, Rule, StableSPAM
 from lowbit.stages import Stage
 
 
@@ -72,6 +72,7 @@ CASES = [
         "apollo", APOLLO, LOW_RANK, oracles_matrix.apollo, "tensor", PROJECTED, {"proj": "svd"},
         sweeps=3, clips=False, low_rank=True,
     ),
+    Case("swan", SWAN, {"lr": 1e-3, "weight_decay": 0.1}, oracles_matrix.swan, "tensor", sweeps=1, clips=False),
 ]  # fmt: skip
 
 

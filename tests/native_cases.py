@@ -25,7 +25,7 @@ import lowbit
 from lowbit.backends import native
 from lowbit.native.build import BuildError
 from lowbit.native.library import ISAS, Library, load
-from lowbit.optim import AdaClip, AdaGN, AdamW, GlobalClip, MomentumReset, Rule, SpikeClip, StableSPAM
+from lowbit.optim import AdaClip, AdaGN, AdamW, AdaPM, GlobalClip, MomentumReset, Rule, SpikeClip, StableSPAM
 from lowbit.policy import Policy
 
 # ---- the library, once for each instruction set
@@ -151,6 +151,8 @@ OPTIMIZERS = {
         AdamW,
         {**ADAM, "stabilize": (GlobalClip(0.5), SpikeClip(2.0), AdaClip(), AdaGN(gamma1=-1), MomentumReset(3))},
     ),
+    "adapm": Optimizer(AdaPM, {"lr": 0.01, "rank": 3}),
+    "adapm-mini": Optimizer(AdaPM, {"lr": 0.01, "rank": 3, "second_moment": "mini", "stabilize": (AdaGN(),)}),
     "two-programs": Optimizer(AdamW, {**ADAM, "stabilize": (GlobalClip(0.5),)}, True, True),
     "vectors": Optimizer(_own(Vectors), {}),
     "loose": Optimizer(_own(Loose), {}),

@@ -93,3 +93,40 @@ def projected(name):
 
 
 galore, fira, apollo = map(projected, ("galore", "fira", "apollo"))
+
+
+def swan(p, g, s, t, *, lr, weight_decay=0.0, ns_steps=10, betas=(0.9, 0.999), eps=1e-8):
+    """Normalized rows, whitened by the iteration's polynomial on the singular values, as long as before."""
+    if not is_matrix(p):
+        return adamw(p, g, s, t, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+    if not np.isfinite(g).all():
+        return p
+    x = flat(g) / max(np.abs(g).max(), 1e-300)
+    x = x - x.mean(1, keepdims=True)
+    x = x / np.maximum(x.std(1, keepdims=True), 1e-6)
+    u, values, vt = np.linalg.svd(x, full_matrices=False)
+    values = values / np.linalg.norm(x)
+    for _ in range(ns_steps):
+        values = (15 * values - 10 * values**3 + 3 * values**5) / 8
+    o = (u * values) @ vt
+    o = o * np.linalg.norm(x) / np.linalg.norm(o)
+    return p * (1 - lr * weight_decay) - lr * o.reshape(p.shape)
+
+
+def adapm(p, g, s, t, *, lr, rank, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2):
+    """The reconstruction, with factors found by SVD of M itself where the library takes one step towards it."""
+    if not is_matrix(p) or rank >= min(flat(p).shape):
+        return adamw(p, g, s, t, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+    b1, b2 = betas
+    whole = b1 * (s["exp_avg_left"].T @ s["exp_avg_right"] if t > 1 else 0) + (1 - b1) * flat(g)
+    q = np.linalg.svd(whole, full_matrices=False)[0][:, :rank]
+    if t > 1:
+        q = np.linalg.qr(whole @ s["exp_avg_right"].T)[0]
+    s["exp_avg_left"], s["exp_avg_right"] = q.T, q.T @ whole
+    kept = q @ q.T @ whole
+    s["exp_avg_weight"] = b1 * s["exp_avg_weight"] + (1 - b1)
+    s["exp_avg_sq_weight"] = b2 * s["exp_avg_sq_weight"] + (1 - b2)
+    s["exp_avg_sq"] = b2 * s["exp_avg_sq"] + (1 - b2) * g * g
+    m = (kept / s["exp_avg_weight"] + (whole - kept) / (1 - b1)).reshape(p.shape)
+    v = s["exp_avg_sq"] / s["exp_avg_sq_weight"]
+    return p * (1 - lr * weight_decay) - lr * m / (np.sqrt(v) + eps)

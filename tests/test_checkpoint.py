@@ -297,14 +297,14 @@ def test_hooks_of_the_user_see_plain_tensors(case: Case):
 
     def look(where: str, values: dict) -> None:
         assert all(type(v) in (Tensor, int, float) for v in values.values()), values
-        seen.append((where, values[next(iter(case.signed))].dtype))
+        seen.extend((where, values[name].dtype) for name in list(case.signed)[:1] if name in values)
 
     opt.register_load_state_dict_pre_hook(lambda o, d: look("before", d["state"][0]))
     opt.register_load_state_dict_post_hook(lambda o: look("after", o.state[named[0][1]]))
     for _ in range(2):
         opt.load_state_dict(opt.state_dict())
     dtype = torch.float32 if case.low_rank else torch.uint8  # 3 columns are too narrow for a scale
-    assert seen == [("before", dtype), ("after", dtype)] * 2
+    assert seen == [("before", dtype), ("after", dtype)] * (0 if case.name == "swan" else 2)  # no state at all
     assert len(opt._optimizer_load_state_dict_pre_hooks) == 1
 
 

@@ -104,6 +104,144 @@ LB_KERNEL(adamw_amsgrad)(const lb_frame *frame) {
   }
 }
 
+LB_KERNEL(adapm_square)(const lb_frame *frame) {
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[2] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      const float g = frame->in[0][at];
+      peaks[1] = lb::peak_of(peaks[1], g);
+      const float measured_ = adapm_square::apply(g);
+      frame->out[0][at] = measured_;
+      peaks[0] = lb::peak_of(peaks[0], measured_);
+    }
+    *found++ = (uint32_t)peaks[0];
+    *found++ = (uint32_t)peaks[1];
+  }
+}
+
+LB_KERNEL(adapm_average_square)(const lb_frame *frame) {
+  const adapm_average_square::C c = {frame->c[frame->ci[0]]};
+  LB_IVDEP
+  for (int64_t at = 0; at < frame->n; ++at) {
+    float v = frame->in[0][at];
+    const float x = frame->x[at];
+    adapm_average_square::apply(v, x, c);
+    frame->out[0][at] = v;
+  }
+}
+
+template <uint32_t ROOTS>
+static void adapm_second_run(const lb_frame *frame) {
+  const adapm_second::C c = {frame->c[frame->ci[0]]};
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[2] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      float v = frame->in[0][at];
+      const float g = frame->in[1][at];
+      peaks[1] = lb::peak_of(peaks[1], g);
+      adapm_second::apply(v, g, c);
+      if (ROOTS & 1) v = lb::sqrt(v);
+      frame->out[0][at] = v;
+      peaks[0] = lb::peak_of(peaks[0], v);
+    }
+    *found++ = (uint32_t)peaks[0];
+    *found++ = (uint32_t)peaks[1];
+  }
+}
+LB_KERNEL(adapm_second)(const lb_frame *frame) {
+  switch (frame->roots) {
+    case 1: return adapm_second_run<1>(frame);
+    default: return adapm_second_run<0>(frame);
+  }
+}
+
+LB_KERNEL(adapm_share)(const lb_frame *frame) {
+  adapm_share::S s = {frame->s[frame->si[0]], frame->s[frame->si[1]]};
+  const adapm_share::C c = {frame->c[frame->ci[0]]};
+  adapm_share::apply(s, c);
+  frame->s[frame->si[0]] = s.accumulated;
+}
+
+LB_KERNEL(adapm_descend_low)(const lb_frame *frame) {
+  const adapm_descend_low::S s = {frame->s[frame->si[0]], frame->s[frame->si[1]]};
+  const adapm_descend_low::C c = {frame->c[frame->ci[0]], frame->c[frame->ci[1]], frame->c[frame->ci[2]], frame->c[frame->ci[3]], frame->c[frame->ci[4]], frame->c[frame->ci[5]]};
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[1] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      float p = frame->in[0][at];
+      const float v = frame->in[1][at];
+      const float a = frame->in[2][at];
+      const float w = frame->in[3][at];
+      adapm_descend_low::apply(p, v, a, w, s, c);
+      frame->out[0][at] = p;
+      peaks[0] = lb::peak_of(peaks[0], p);
+    }
+    *found++ = (uint32_t)peaks[0];
+  }
+}
+
+LB_KERNEL(adapm_descend_full)(const lb_frame *frame) {
+  const adapm_descend_full::S s = {frame->s[frame->si[0]], frame->s[frame->si[1]]};
+  const adapm_descend_full::C c = {frame->c[frame->ci[0]], frame->c[frame->ci[1]], frame->c[frame->ci[2]]};
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[3] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      float p = frame->in[0][at];
+      const float g = frame->in[1][at];
+      float m = frame->in[2][at];
+      const float v = frame->in[3][at];
+      peaks[2] = lb::peak_of(peaks[2], g);
+      adapm_descend_full::apply(p, g, m, v, s, c);
+      frame->out[0][at] = p;
+      peaks[0] = lb::peak_of(peaks[0], p);
+      frame->out[1][at] = m;
+      peaks[1] = lb::peak_of(peaks[1], m);
+    }
+    *found++ = (uint32_t)peaks[0];
+    *found++ = (uint32_t)peaks[1];
+    *found++ = (uint32_t)peaks[2];
+  }
+}
+
+LB_KERNEL(adapm_descend_bare)(const lb_frame *frame) {
+  const adapm_descend_bare::S s = {frame->s[frame->si[0]]};
+  const adapm_descend_bare::C c = {frame->c[frame->ci[0]], frame->c[frame->ci[1]], frame->c[frame->ci[2]]};
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[2] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      float p = frame->in[0][at];
+      const float g = frame->in[1][at];
+      const float v = frame->in[2][at];
+      peaks[1] = lb::peak_of(peaks[1], g);
+      adapm_descend_bare::apply(p, g, v, s, c);
+      frame->out[0][at] = p;
+      peaks[0] = lb::peak_of(peaks[0], p);
+    }
+    *found++ = (uint32_t)peaks[0];
+    *found++ = (uint32_t)peaks[1];
+  }
+}
+
 LB_KERNEL(apollo_descend)(const lb_frame *frame) {
   const apollo_descend::S s = {frame->s[frame->si[0]], frame->s[frame->si[1]]};
   const apollo_descend::C c = {frame->c[frame->ci[0]], frame->c[frame->ci[1]]};
@@ -591,4 +729,23 @@ LB_KERNEL(stable_spam_closed_form)(const lb_frame *frame) {
   stable_spam_closed_form::apply(s, c);
   frame->s[frame->si[0]] = s.exp_avg_weight;
   frame->s[frame->si[1]] = s.exp_avg_sq_weight;
+}
+
+LB_KERNEL(swan_descend)(const lb_frame *frame) {
+  const swan_descend::C c = {frame->c[frame->ci[0]], frame->c[frame->ci[1]]};
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[1] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      float p = frame->in[0][at];
+      const float u = frame->in[1][at];
+      swan_descend::apply(p, u, c);
+      frame->out[0][at] = p;
+      peaks[0] = lb::peak_of(peaks[0], p);
+    }
+    *found++ = (uint32_t)peaks[0];
+  }
 }

@@ -58,6 +58,61 @@ struct adamw_amsgrad {  // update, lowbit.optim.adamw
   }
 };
 
+struct adapm_square {  // measure, lowbit.optim.adapm
+  LB_FN float apply(float g) {
+    return g * g;
+  }
+};
+
+struct adapm_average_square {  // fold, lowbit.optim.adapm
+  struct C { float rate2; };
+  LB_FN void apply(float &v, float x, const C &c) {
+    v = lb::lerp(v, x, c.rate2);
+  }
+};
+
+struct adapm_second {  // update, lowbit.optim.adapm
+  struct C { float rate2; };
+  LB_FN void apply(float &v, float g, const C &c) {
+    v = lb::lerp(v, g * g, c.rate2);
+  }
+};
+
+struct adapm_share {  // fold, lowbit.optim.adapm
+  struct S { float accumulated, exp_avg_weight; };
+  struct C { float residual_scale; };
+  LB_FN void apply(S &s, const C &c) {
+    s.accumulated = lb::reciprocal(s.exp_avg_weight) - c.residual_scale;
+  }
+};
+
+struct adapm_descend_low {  // update, lowbit.optim.adapm
+  struct S { float accumulated, root; };
+  struct C { float residual_scale, eps, update_clip, keep, lr, zero; };
+  LB_FN void apply(float &p, float v, float a, float w, const S &s, const C &c) {
+    const float m = c.residual_scale * w + s.accumulated * a;
+    const float u = lb::clip(m / (lb::sqrt(v) * s.root + c.eps), -c.update_clip, c.update_clip);
+    p = c.keep * p - c.lr * lb::where(v > 0.0f, u, c.zero);
+  }
+};
+
+struct adapm_descend_full {  // update, lowbit.optim.adapm
+  struct S { float step_size, root; };
+  struct C { float rate1, keep, eps; };
+  LB_FN void apply(float &p, float g, float &m, float v, const S &s, const C &c) {
+    m = lb::lerp(m, g, c.rate1);
+    p = adamw_descend(p, m, v, c, s);
+  }
+};
+
+struct adapm_descend_bare {  // update, lowbit.optim.adapm
+  struct S { float root; };
+  struct C { float keep, lr, eps; };
+  LB_FN void apply(float &p, float g, float v, const S &s, const C &c) {
+    p = c.keep * p - c.lr * (g / (lb::sqrt(v) * s.root + c.eps));
+  }
+};
+
 struct apollo_descend {  // update, lowbit.optim.apollo
   struct S { float step_size, limiter; };
   struct C { float behind, decay; };
@@ -280,6 +335,13 @@ struct stable_spam_closed_form {  // fold, lowbit.optim.stable_spam
   LB_FN void apply(S &s, const C &c) {
     s.exp_avg_weight = c.weight1;
     s.exp_avg_sq_weight = c.weight2;
+  }
+};
+
+struct swan_descend {  // update, lowbit.optim.swan
+  struct C { float keep, lr; };
+  LB_FN void apply(float &p, float u, const C &c) {
+    p = c.keep * p - c.lr * u;
   }
 };
 

@@ -2,6 +2,7 @@
 
 from ..stages import Moment, fold, matrix, measure, update
 from .adamw import AdamW
+from .adapm import AdaPM
 from .apollo import APOLLO, APOLLOMini
 from .base import Part, Rule, Stabilizer
 from .checkpoint import load_optimizer, save_optimizer
@@ -10,12 +11,15 @@ from .galore import GaLore
 from .muon import Muon
 from .stabilizers import AdaClip, AdaGN, GlobalClip, MomentumReset, SpikeClip
 from .stable_spam import StableSPAM
+from .swan import SWAN
 
 __all__ = [
     "APOLLO",
+    "SWAN",
     "APOLLOMini",
     "AdaClip",
     "AdaGN",
+    "AdaPM",
     "AdamW",
     "Fira",
     "GaLore",

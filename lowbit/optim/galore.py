@@ -49,7 +49,7 @@ def is_tall(shape: tuple[int, ...]) -> bool:
 def leading(g: Tensor, rank: int) -> Tensor:
     """The leading singular vectors of the short side, as rows."""
     tall = g if is_tall(g.shape) else g.mT
-    tall = tall / tall.abs().amax()  # of any magnitude
+    tall = tall / tall.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)  # of any magnitude
     try:
         return torch.linalg.svd(tall, full_matrices=False).Vh[:rank]
     except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
