@@ -35,6 +35,7 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)  # what the oracle need not know
     sweeps: int = 0  # of its longest program; 0: one for a unit of blocks, else Stable-SPAM's three
     low_rank: bool = False  # has states of other shapes than the parameter's
+    mixes: bool = False  # what one value does depends on all of its matrix
     clips: bool = True  # has a second moment for SpikeClip to go by
 
     def __str__(self) -> str:
@@ -64,15 +65,24 @@ CASES = [
     Case(
         "muon", Muon, {"lr": 1e-3, "weight_decay": 0.1, "aux_lr": 1e-3}, oracles_matrix.muon, "tensor",
         {"momentum_buffer": True, "exp_avg": True, "exp_avg_sq": False}, {"precision": "fp32"},
-        sweeps=2, clips=False,
+        sweeps=2, clips=False, mixes=True,
     ),
-    Case("galore", GaLore, LOW_RANK, oracles_matrix.galore, "tensor", PROJECTED, sweeps=2, clips=False, low_rank=True),
-    Case("fira", Fira, LOW_RANK, oracles_matrix.fira, "tensor", PROJECTED, sweeps=3, clips=False, low_rank=True),
+    Case(
+        "galore", GaLore, LOW_RANK, oracles_matrix.galore, "tensor", PROJECTED,
+        sweeps=2, clips=False, low_rank=True, mixes=True,
+    ),
+    Case(
+        "fira", Fira, LOW_RANK, oracles_matrix.fira, "tensor", PROJECTED,
+        sweeps=3, clips=False, low_rank=True, mixes=True,
+    ),
     Case(
         "apollo", APOLLO, LOW_RANK, oracles_matrix.apollo, "tensor", PROJECTED, {"proj": "svd"},
         sweeps=3, clips=False, low_rank=True,
     ),
-    Case("swan", SWAN, {"lr": 1e-3, "weight_decay": 0.1}, oracles_matrix.swan, "tensor", sweeps=1, clips=False),
+    Case(
+        "swan", SWAN, {"lr": 1e-3, "weight_decay": 0.1}, oracles_matrix.swan, "tensor",
+        sweeps=1, clips=False, mixes=True,
+    ),
 ]  # fmt: skip
 
 

@@ -312,7 +312,9 @@ def library(request, tmp_path_factory) -> ctypes.CDLL:
     (folder / "kernels.h").write_text(kernels_header(EVERY))
     target = f'#pragma GCC target("{TARGETS[request.param]}")\n' if TARGETS[request.param] else ""
     name = '#define LB_KERNEL(symbol) extern "C" void lb_##symbol##_here\n'
-    path = compiled(f'{target}{name}#include "kernels.h"\n', folder, "-fopt-info-vec-optimized")
+    # Without -fno-ipa-icf, kernels of the same text would be one, and only that one be reported.
+    flags = ("-fopt-info-vec-optimized", "-fno-ipa-icf")
+    path = compiled(f'{target}{name}#include "kernels.h"\n', folder, *flags)
     loaded = ctypes.CDLL(str(path))
     loaded.folder, loaded.target = folder, request.param  # type: ignore[attr-defined]
     return loaded

@@ -730,22 +730,3 @@ LB_KERNEL(stable_spam_closed_form)(const lb_frame *frame) {
   frame->s[frame->si[0]] = s.exp_avg_weight;
   frame->s[frame->si[1]] = s.exp_avg_sq_weight;
 }
-
-LB_KERNEL(swan_descend)(const lb_frame *frame) {
-  const swan_descend::C c = {frame->c[frame->ci[0]], frame->c[frame->ci[1]]};
-  const int64_t end = frame->n & ~INT64_C(15);
-  uint32_t *found = frame->peaks;
-  for (int64_t start = 0; start < end; start += frame->piece) {
-    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
-    int32_t peaks[1] = {};
-    LB_IVDEP
-    for (int64_t at = start; at < stop; ++at) {
-      float p = frame->in[0][at];
-      const float u = frame->in[1][at];
-      swan_descend::apply(p, u, c);
-      frame->out[0][at] = p;
-      peaks[0] = lb::peak_of(peaks[0], p);
-    }
-    *found++ = (uint32_t)peaks[0];
-  }
-}

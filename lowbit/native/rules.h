@@ -338,13 +338,6 @@ struct stable_spam_closed_form {  // fold, lowbit.optim.stable_spam
   }
 };
 
-struct swan_descend {  // update, lowbit.optim.swan
-  struct C { float keep, lr; };
-  LB_FN void apply(float &p, float u, const C &c) {
-    p = c.keep * p - c.lr * u;
-  }
-};
-
 #ifdef __GNUC__
 #pragma GCC diagnostic pop
 #endif

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..stages import Moment, Stage, matrix, update
+from ..stages import Moment, Stage, matrix
 from . import adamw
 from .adamw import AdamW
 from .base import Options, Params, Rule
 from .galore import check_whole
 from .matrices import is_matrix
+from .muon import descend
 
 
 def normalized(g: Tensor) -> Tensor:
@@ -51,12 +52,6 @@ def whiten(g, c):
     u = whitened(rows, int(c.ns_steps))
     length = torch.linalg.matrix_norm(u)
     return u * (torch.linalg.matrix_norm(rows) / length.clamp(min=torch.finfo(torch.float32).tiny))
-
-
-@update("p")
-def descend(p, u, c):
-    """Decay, then down."""
-    return c.keep * p - c.lr * u
 
 
 class SWAN(Rule):
