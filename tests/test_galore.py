@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lowbit import backends, layout
-from lowbit.optim import APOLLO, AdaClip, AdaGN, APOLLOMini, Fira, GaLore, Rule
+from lowbit.optim import APOLLO, AdaClip, AdaGN, APOLLOMini, Fira, GaLore, Rule, SpikeClip
 from lowbit.optim.galore import leading
 from lowbit.policy import resolve
 
@@ -463,6 +463,7 @@ def test_bad_arguments(name: str, options: dict, message: str):
     [
         (GaLore, {"cos_threshold": 1.0}, "cos_threshold must be in"),
         (GaLore, {"cos_threshold": -0.1}, "cos_threshold must be in"),
+        (GaLore, {"rank": 2, "stabilize": (SpikeClip(),)}, "'clip_to_moment' and what follows .* of different shapes"),
         (GaLore, {"gamma_proj": 0.5}, "gamma_proj must be a finite number >= 1"),
         (Fira, {"variant": "papr"}, "unknown variant 'papr' .did you mean 'paper'"),
         (APOLLO, {"scale_type": "row"}, "unknown scale_type 'row'"),

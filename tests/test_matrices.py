@@ -213,6 +213,23 @@ def test_a_gradient_that_is_not_finite_leaves_the_whole_tensor(
     assert not torch.equal(kept["0.0 p"], everything(opt)["0.0 p"]) and opt.counters()["skipped_tensors"] == 5
 
 
+class Loose(Small):
+    """Lets through what is not finite, as released code does."""
+
+    guarded = False
+
+
+def test_a_rule_without_the_guard_lets_everything_through():
+    one, two = parameters(SHAPES), parameters(SHAPES)
+    opt, ref = Loose(one, states="8bit"), Small(two, states="8bit")
+    train(opt, one, range(1, 5))
+    train(ref, two, range(1, 5))
+    assert_same(everything(opt), everything(ref))
+    one[0][1].grad.view(-1)[5] = NAN
+    opt.step()
+    assert not one[0][1].isfinite().all() and opt.counters()["skipped_tensors"] == 0
+
+
 @matrix("u")
 def explode(u):
     """A result that is not finite."""
@@ -449,6 +466,9 @@ def test_explain_tells_of_temporary_bytes():
     rows = Muon([("a", small), ("b", large), ("v", Parameter(torch.zeros(9)))]).explain()
     assert [row.temporary_bytes for row in rows.rows] == [10 * 64 * 64, 10 * 256 * 128, 0]
     assert rows.temporary_bytes == 10 * 256 * 128 and "up to 327,680 bytes" in str(rows) and rows.sweeps == 2
+    pair = [("a", small), ("b", large)]
+    waiting = Muon(pair, stabilize=(GlobalClip(),)).explain()  # u of all tensors, and what stands in beside it
+    assert waiting.temporary_bytes == 10 * (64 * 64 + 256 * 128) and "stages of all tensors" in str(waiting)
     assert AdamW([small]).explain().temporary_bytes == 0 and "whole matrices" not in str(AdamW([small]).explain())
 
 

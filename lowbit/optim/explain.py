@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from .matrices import temporary_bytes
+from .matrices import temporary_bytes, together
 
 if TYPE_CHECKING:
     from .base import Rule
@@ -37,6 +37,7 @@ class Explanation:
     rows: tuple[Row, ...]
     sweeps: int
     stages: tuple[str, ...]
+    together: bool = False  # matrix stages wait for what is measured over all tensors
 
     @property
     def state_bytes(self) -> int:
@@ -45,8 +46,9 @@ class Explanation:
 
     @property
     def temporary_bytes(self) -> int:
-        """The most that whole matrices between a tensor's stages take; one tensor's are freed before the next's."""
-        return max((row.temporary_bytes for row in self.rows), default=0)
+        """The most that whole matrices between stages take, of one tensor at a time or of all together."""
+        each = [row.temporary_bytes for row in self.rows]
+        return sum(each) if self.together else max(each, default=0)
 
     @property
     def parameters(self) -> int:
@@ -84,9 +86,8 @@ class Explanation:
             + " or, for other tensors, ".join(self.stages)
         )
         if self.temporary_bytes:
-            console.print(
-                f"Between the stages of one tensor at a time, whole matrices take up to {self.temporary_bytes:,} bytes."
-            )
+            whose = "all tensors" if self.together else "one tensor at a time"
+            console.print(f"Between the stages of {whose}, whole matrices take up to {self.temporary_bytes:,} bytes.")
         return out.getvalue()
 
 
@@ -116,5 +117,9 @@ def explain(rule: Rule) -> Explanation:
     programs = list({id(slot.program): slot.program for slot in rule._slots.values()}.values())
     stages = tuple(" → ".join(stage.function.__name__ for stage in program.stages) for program in programs)
     return Explanation(
-        type(rule).__name__, tuple(rows), max((program.sweeps for program in programs), default=1), stages
+        optimizer=type(rule).__name__,
+        rows=tuple(rows),
+        sweeps=max((program.sweeps for program in programs), default=1),
+        stages=stages,
+        together=any(together(program) for program in programs),
     )

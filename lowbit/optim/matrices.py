@@ -56,8 +56,7 @@ class Chain:
         self.noise = slot.noise(group, self.program.values)
         self.constants: dict[str, float] = {}
         self.stream: tuple[int, int, int] = 0, 0, 0
-        first = self.program.parts[0]
-        self.together = isinstance(first, Program) and any(stage.over == "all" for stage in first.stages)
+        self.together = together(self.program)
         self._begun = False
 
     # ---- once through
@@ -235,6 +234,11 @@ def over(slot: Slot, segment: Program) -> tuple[int, int]:
             f"matrices of different shapes: {shapes}"
         )
     return next(iter(shapes.values()), (slot.rows, slot.cols))
+
+
+def together(program: Program) -> bool:
+    """Whether the first segments of all tensors are run in one call, since they measure over all."""
+    return bool(program.parts) and any(stage.over == "all" for stage in program.measures)
 
 
 def temporary_bytes(slot: Slot) -> int:
