@@ -259,6 +259,40 @@ class Explosive(Rule):
         return {"lr": group["lr"], "rate": 0.5}
 
 
+@update("m u")
+def first(g, m, c):
+    """A momentum, and the gradient to pass on."""
+    return lerp(m, g, c.rate), g
+
+
+@update("p n")
+def last(p, u, n, c):
+    """The same momentum."""
+    return p - c.lr * u, lerp(n, u, c.rate)
+
+
+@matrix("u")
+def through(u):
+    """As it was."""
+    return u
+
+
+class Twice(Explosive):
+    """Two momenta of the same numbers, in two segments."""
+
+    moments: ClassVar = {"m": Moment("avg"), "n": Moment("avg_again")}
+    stages = (first, through, last)
+
+
+def test_segments_draw_random_bits_of_their_own():
+    named = parameters([(128, 96)])
+    for rounding, alike in (("nearest", True), ("stochastic", False)):
+        opt = Twice(named, {"lr": 0.1}, states="4bit", state_rounding=rounding)
+        train(opt, named, range(1, 3))
+        state = opt.state[named[0][1]]
+        assert torch.equal(state["avg"], state["avg_again"]) == alike
+
+
 def test_a_matrix_that_is_not_finite_leaves_the_parameter():
     named = parameters([(20, 30), (20, 30)])
     opt = Explosive(named, {"lr": 0.1}, states="fp32")

@@ -48,7 +48,7 @@ def is_matrix(shape: tuple[int, ...], role: str) -> bool:
 
 
 class Chain:
-    """The segments and matrix stages of one tensor; like a `Job` it lasts, and each step fills in what is its own."""
+    """The segments and matrix stages of one tensor; it lasts like a `Job`, but for `constants`, `stream`, `state`."""
 
     def __init__(self, slot: Slot, group: Mapping[str, Any], state: dict[str, Any]):
         self.slot, self.state = slot, state
@@ -157,7 +157,7 @@ class Chain:
             master=slot.master if own_p and "master" in self.state else "none",
             companion=self.state.get("master") if own_p else None,
             noise=self.noise & (moments.keys() | ({"p"} if own_p else set())),
-            stream=(seed, step, tensor + (index << 32)),
+            stream=(seed, step + (index << 32), tensor),  # a moment's number is one of its segment only
             vectors=vectors,
             group_rows=slot.group_rows,
             gradient=gradient,
@@ -257,10 +257,9 @@ def temporary_bytes(slot: Slot) -> int:
         else:
             whole |= part.values.keys() - slot.program.moments.keys()
             rows, cols = over(slot, part)
-            beside = STAND_IN.itemsize * (not {"p", "g"} <= part.named) + slot.param.dtype.itemsize * (
-                "g" in part.named
-            )
-            most = max(most, 4 * size(whole) + beside * rows * cols)
+            stand_in = 0 if {"p", "g"} <= part.named else STAND_IN.itemsize
+            copy = slot.param.dtype.itemsize if "g" in part.named else 0
+            most = max(most, 4 * size(whole) + (stand_in + copy) * rows * cols)
         wanted = {letter for later in slot.program.parts[index + 1 :] for letter in _reads(later)}
         whole &= wanted | ({CARRIED} if "g" in wanted else set())
     return most

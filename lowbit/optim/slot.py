@@ -138,6 +138,8 @@ class Slot:
             job = self._job = Chain(self, group, state) if self.program.parts else self._made(group, state)
             self._job_of = made_of
         job.constants, job.stream = constants, (group["seed"], group["steps"], self.id)
+        if isinstance(job, Chain):
+            job.state = state
         return job
 
     def _check_state(self, state: dict[str, Any]) -> None:
