@@ -10,6 +10,7 @@ from .nn import Operand, Recipe, Report, quantize_, recipes, to_dense_
 from .optim import load_optimizer, save_optimizer
 from .packed import Packed, quantize
 from .policy import Policy
+from .roles import Roles, roles
 
 __all__ = [
     "Format",
@@ -18,6 +19,7 @@ __all__ = [
     "Policy",
     "Recipe",
     "Report",
+    "Roles",
     "format",
     "formats",
     "load_optimizer",
@@ -26,6 +28,7 @@ __all__ = [
     "quantize",
     "quantize_",
     "recipes",
+    "roles",
     "save_optimizer",
     "to_dense_",
 ]

@@ -15,6 +15,7 @@ from typing import Any
 from .formats import Format, formats, nearest
 from .formats import format as find_format
 from .layout import STEP_BLOCK, rows_of
+from .roles import check_role
 
 # What a name of `states=` means: (signed moments, non-negative moments). Chosen by measurement, not by guess:
 # docs/state-formats.md; changing a row means raising the version, which checkpoints carry.
@@ -30,32 +31,6 @@ SMALL, NARROW = 4096, 64  # below so many values, or columns, a scale costs more
 
 Storage = str | Format | Mapping[str, "str | Format"]
 Match = str | Callable[[str, tuple[int, ...]], bool]
-
-# Words of a dotted name that mean an embedding, besides those that hold "embed", as model families spell them.
-EMBEDDING_NAMES = ("wte", "wpe", "emb", "tok_emb", "pos_emb", "shared")
-
-
-def role_of(name: str, roles: Mapping[str, str] | None = None) -> str:
-    """`embedding` or ``; the user's {pattern: role} first, then the dotted name.
-
-    >>> role_of("model.embed_tokens.weight"), role_of("h.0.attn.weight"), role_of("table", {"tab*": "embedding"})
-    ('embedding', '', 'embedding')
-    """
-    for pattern, role in (roles or {}).items():
-        if fnmatchcase(name, pattern):
-            return role
-    words = name.split(".")
-    return "embedding" if any("embed" in word or word in EMBEDDING_NAMES for word in words) else ""
-
-
-def clean_name(name: str) -> str:
-    """A parameter's name without what wrappers put in front of it, so that wrapping changes no seed and no policy.
-
-    >>> clean_name("module.layers.0._orig_mod.weight")
-    'layers.0.weight'
-    """
-    wrappers = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-    return ".".join(w for w in name.split(".") if w not in wrappers).removeprefix("module.")
 
 
 @dataclass(frozen=True)
@@ -74,7 +49,7 @@ class Policy:
             (name, shape) -> bool. `storage` is anything `states=` takes.
 
     Raises:
-        ValueError: a storage names no format or preset.
+        ValueError: a storage names no format or preset, or a match no role.
 
     >>> Policy([("*.norm.*", "fp32"), ("@embedding", "bf16")])
     Policy([('*.norm.*', 'fp32'), ('@embedding', 'bf16')])
@@ -82,8 +57,10 @@ class Policy:
 
     def __init__(self, rules: Sequence[tuple[Match, Storage]] = ()):
         self.rules = tuple((match, storage) for match, storage in rules)
-        for _, storage in self.rules:
+        for match, storage in self.rules:
             check_storage(storage, "Policy")
+            if isinstance(match, str) and match.startswith("@"):
+                check_role(match[1:], f"Policy {match!r}")
 
     def __repr__(self) -> str:
         return f"Policy({list(self.rules)!r})"

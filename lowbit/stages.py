@@ -307,7 +307,7 @@ class Job:
     stream: tuple[int, int, int] = (0, 0, 0)  # of random bits: seed, step, tensor id
     vectors: dict[str, Tensor] = field(default_factory=dict)
     group_rows: int = 1
-    gradient: Tensor | None = None  # where it is not the parameter's own
+    gathered: Tensor | None = None  # the gradient, where it is not the parameter's own
     prepared: Any = None  # a backend's own
     kind: tuple[Program, torch.device] = field(init=False)
 
@@ -317,6 +317,6 @@ class Job:
     @property
     def grad(self) -> Tensor:
         """The gradient: the parameter's, unless another is given."""
-        grad = self.param.grad if self.gradient is None else self.gradient
+        grad = self.param.grad if self.gathered is None else self.gathered
         assert grad is not None
         return grad

@@ -5,10 +5,11 @@ A new optimizer is one row. All tests of optimizers draw from here.
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import oracles_blocks
 import oracles_matrix
 import oracles_optim
 import pytest
@@ -18,13 +19,33 @@ from torch.nn import Parameter
 
 import lowbit
 from lowbit import backends, layout
-from lowbit.optim import APOLLO, SWAN, AdamW, Fira, GaLore, Muon, Rule, StableSPAM
+from lowbit.optim import (
+    APOLLO,
+    SCALE,
+    SGD,
+    SPAM,
+    SWAN,
+    Adafactor,
+    AdamMini,
+    AdamS,
+    AdamW,
+    Fira,
+    GaLore,
+    Lion,
+    Muon,
+    Rule,
+    SlimAdam,
+    StableSPAM,
+)
 from lowbit.stages import Stage
 
 
 @dataclass(frozen=True)
 class Case:
-    """`unit`: what a non-finite gradient leaves alone: the 256-value block, the tensor, or nothing (released code)."""
+    """`unit`: what a non-finite gradient leaves alone: the 256-value block, the tensor, or nothing (released code).
+
+    `signed`: the states that a reference reads, and those with one number per value may be stored in any format.
+    """
 
     name: str
     optimizer: type[Rule]
@@ -33,10 +54,9 @@ class Case:
     unit: str = "block"
     signed: dict[str, bool] = field(default_factory=lambda: {"exp_avg": True, "exp_avg_sq": False})
     options: dict[str, Any] = field(default_factory=dict)  # what the oracle need not know
-    sweeps: int = 0  # of its longest program; 0: one for a unit of blocks, else Stable-SPAM's three
+    sweeps: int = 1
     low_rank: bool = False  # has states of other shapes than the parameter's
     mixes: bool = False  # what one value does depends on all of its matrix
-    clips: bool = True  # has a second moment for SpikeClip to go by
 
     def __str__(self) -> str:
         return self.name
@@ -45,8 +65,20 @@ class Case:
         return self.optimizer(params, **{**self.hyper, **self.options, **changes})
 
 
+class LastLayers(SCALE):
+    """SCALE that takes every matrix for the head."""
+
+    def kind(self, group: Mapping[str, Any], name: str, shape: tuple[int, ...], role: str) -> str:
+        return "row with momentum" if len(shape) > 1 else "Adam"
+
+
 AMSGRAD = {"exp_avg": True, "exp_avg_sq": False, "max_exp_avg_sq": False}
-SPAM = {"lr": 1e-3, "reset_interval": 7, "total_steps": 9, "weight_decay": 0.1}
+SPIKY = {"lr": 1e-3, "reset_interval": 7, "warmup_steps": 3, "grace_steps": 2, "threshold": 437.0, "weight_decay": 0.1}
+MOMENTUM = {"exp_avg": True}
+STABLE = {"lr": 1e-3, "reset_interval": 7, "total_steps": 9, "weight_decay": 0.1}
+ADAM = {"lr": 1e-3, "weight_decay": 0.1}
+FACTORED = {"exp_avg_sq": False, "exp_avg_sq_row": False, "exp_avg_sq_col": False}
+RELATIVE = {"lr": 1e-2, "scale_parameter": True, "relative_step": True}
 # One projector for as long as the tests take: another's signs would be arbitrary beside the old moments.
 LOW_RANK = {"lr": 1e-3, "rank": 3, "update_interval": 1000, "scale": 0.25, "weight_decay": 0.1}
 PROJECTED = {"exp_avg": True, "exp_avg_sq": False, "projector": True}
@@ -54,34 +86,55 @@ PROJECTED = {"exp_avg": True, "exp_avg_sq": False, "projector": True}
 CASES = [
     Case("adamw", AdamW, {"lr": 1e-3, "weight_decay": 0.1}, oracles_optim.adamw),
     Case("adamw-amsgrad", AdamW, {"lr": 1e-3, "amsgrad": True}, oracles_optim.adamw, signed=AMSGRAD),
-    Case("stablespam", StableSPAM, SPAM, oracles_optim.stablespam_paper, "tensor"),
+    Case("stablespam", StableSPAM, STABLE, oracles_optim.stablespam_paper, "tensor", sweeps=3),
     Case(
-        "stablespam-amsgrad", StableSPAM, {**SPAM, "amsgrad": True}, oracles_optim.stablespam_paper, "tensor", AMSGRAD
+        "stablespam-amsgrad", StableSPAM, {**STABLE, "amsgrad": True}, oracles_optim.stablespam_paper, "tensor",
+        AMSGRAD, sweeps=3,
     ),
     Case(
-        "stablespam-official", StableSPAM, SPAM, oracles_optim.stablespam_official, "none",
+        "stablespam-official", StableSPAM, STABLE, oracles_optim.stablespam_official, "none", sweeps=3,
         options={"variant": "official"},
     ),
+    Case("spam", SPAM, SPIKY, oracles_optim.spam_paper),
+    Case("spam-official", SPAM, SPIKY, oracles_optim.spam_official, "none", options={"variant": "official"}),
+    Case(
+        "sgd", SGD, {"lr": 1e-4, "momentum": 0.9, "dampening": 0.2, "weight_decay": 0.1}, oracles_optim.sgd,
+        signed={"momentum_buffer": True},
+    ),
+    Case("lion", Lion, {"lr": 1e-4, "weight_decay": 0.1}, oracles_optim.lion, signed=MOMENTUM),
+    Case("adams", AdamS, {"lr": 1e-3, "weight_decay": 0.1}, oracles_optim.adams, signed=MOMENTUM),
+    Case("adammini", AdamMini, ADAM, oracles_blocks.adam_mini, "tensor", sweeps=2),
+    Case("adammini-tensor", AdamMini, ADAM, oracles_blocks.adam_mini_tensor, "tensor",
+         options={"partition": {"*": "tensor"}}, sweeps=2),
+    Case("slimadam-column", SlimAdam, ADAM, oracles_blocks.slim_adam_column, "tensor",
+         options={"dims": {"*": "column"}}, sweeps=2),
+    Case("adafactor", Adafactor, {"lr": 1e-3, "weight_decay": 0.1}, oracles_blocks.adafactor, "tensor", FACTORED,
+         sweeps=5),
+    Case("adafactor-relative", Adafactor, {**RELATIVE, "beta1": 0.9}, oracles_blocks.adafactor, "tensor",
+         {"exp_avg": True, **FACTORED}, sweeps=6),
+    Case("scale", SCALE, {"lr": 1e-3, "scalar_lr": 2e-3, "weight_decay": 0.1}, oracles_blocks.scale, "tensor",
+         sweeps=2),
+    Case("scale-head-l2", LastLayers, {"lr": 1e-3, "norm": "l2"}, oracles_blocks.scale_head, "tensor", sweeps=2),
     Case(
         "muon", Muon, {"lr": 1e-3, "weight_decay": 0.1, "aux_lr": 1e-3}, oracles_matrix.muon, "tensor",
         {"momentum_buffer": True, "exp_avg": True, "exp_avg_sq": False}, {"precision": "fp32"},
-        sweeps=2, clips=False, mixes=True,
+        sweeps=2, mixes=True,
     ),
     Case(
         "galore", GaLore, LOW_RANK, oracles_matrix.galore, "tensor", PROJECTED,
-        sweeps=2, clips=False, low_rank=True, mixes=True,
+        sweeps=2, low_rank=True, mixes=True,
     ),
     Case(
         "fira", Fira, LOW_RANK, oracles_matrix.fira, "tensor", PROJECTED,
-        sweeps=3, clips=False, low_rank=True, mixes=True,
+        sweeps=3, low_rank=True, mixes=True,
     ),
     Case(
         "apollo", APOLLO, LOW_RANK, oracles_matrix.apollo, "tensor", PROJECTED, {"proj": "svd"},
-        sweeps=3, clips=False, low_rank=True,
+        sweeps=3, low_rank=True,
     ),
     Case(
         "swan", SWAN, {"lr": 1e-3, "weight_decay": 0.1}, oracles_matrix.swan, "tensor",
-        sweeps=1, clips=False, mixes=True,
+        sweeps=1, mixes=True,
     ),
 ]  # fmt: skip
 
@@ -208,8 +261,14 @@ def assert_close(a: list[Parameter], b: list[Parameter], atol: float = 1e-6) -> 
 
 
 def dequantized(opt: Rule, p: Parameter, name: str) -> Tensor:
-    state, fmt = opt.state[p], opt._slots[p].formats
-    letter = {m.name: letter for letter, m in opt._slots[p].program.moments.items()}[name]
-    parts = {part: state[name if part == "codes" else f"{name}_{part}"] for part in fmt[letter].parts}
-    shape = opt._slots[p].shape_of(letter)
-    return backends.decode(fmt[letter], parts, layout.rows_of(shape)[1]).reshape(shape)
+    """A state's values; a vector's number stands at every value that it is for."""
+    slot, state = opt._slots[p], opt.state[p]
+    letter = {m.name: letter for letter, m in slot.program.moments.items()}[name]
+    over = slot.program.moments[letter].over
+    if over != "value":
+        each = {"row": 1, "group": slot.group_rows}
+        vector = state[name] if over == "column" else state[name].repeat_interleave(each[over])[: slot.rows, None]
+        return vector.expand(slot.rows, slot.cols).reshape(p.shape)
+    fmt, shape = slot.formats[letter], slot.shape_of(letter)
+    parts = {part: state[name if part == "codes" else f"{name}_{part}"] for part in fmt.parts}
+    return backends.decode(fmt, parts, layout.rows_of(shape)[1]).reshape(shape)

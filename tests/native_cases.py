@@ -25,7 +25,20 @@ import lowbit
 from lowbit.backends import native
 from lowbit.native.build import BuildError
 from lowbit.native.library import ISAS, Library, load
-from lowbit.optim import AdaClip, AdaGN, AdamW, AdaPM, GlobalClip, MomentumReset, Rule, SpikeClip, StableSPAM
+from lowbit.optim import (
+    SGD,
+    SPAM,
+    AdaClip,
+    AdaGN,
+    AdamS,
+    AdamW,
+    AdaPM,
+    GlobalClip,
+    MomentumReset,
+    Rule,
+    SpikeClip,
+    StableSPAM,
+)
 from lowbit.policy import Policy
 
 # ---- the library, once for each instruction set
@@ -111,13 +124,17 @@ def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
     return found
 
 
-# ---- optimizers: (class, hyper-parameters, whether it has a third moment)
+# ---- optimizers: (class, hyper-parameters, moments)
+
+
+TWO = {"exp_avg": True, "exp_avg_sq": False}
+THREE = {**TWO, "max_exp_avg_sq": False}
 
 
 class Optimizer(NamedTuple):
     rule: Callable[..., Rule]
     hyper: dict[str, Any]
-    third: bool = False  # max_exp_avg_sq
+    moments: dict[str, bool] = TWO  # whether each is signed; a third has a format of its own
     split: bool = False  # every second parameter in a group with amsgrad: two programs
 
 
@@ -125,7 +142,8 @@ def _own(rule: type[Rule]) -> Callable[..., Rule]:
     return lambda params, **options: rule(params, {"lr": 0.01}, **options)
 
 
-ADAM, SPAM = {"lr": 0.01, "weight_decay": 0.1}, {"lr": 0.01, "reset_interval": 3, "total_steps": 3}
+ADAM, STABLE = {"lr": 0.01, "weight_decay": 0.1}, {"lr": 0.01, "reset_interval": 3, "total_steps": 3}
+SPIKY = {"lr": 0.01, "weight_decay": 0.1, "threshold": 50.0, "reset_interval": 3, "warmup_steps": 2, "grace_steps": 1}
 OPTIMIZERS = {
     # Resets and the end of the schedule fall into the four steps.
     **{
@@ -137,12 +155,12 @@ OPTIMIZERS = {
                 "lr": 0.01,
                 **({"reset_interval": 3} if "reset_interval" in case.hyper else {}),
             },
-            "max_exp_avg_sq" in case.signed,
+            case.signed,
         )
         for case in CASES
     },
-    "official-amsgrad": Optimizer(StableSPAM, {**SPAM, "variant": "official", "amsgrad": True}, True),
-    "stablespam-global": Optimizer(StableSPAM, {**SPAM, "stabilize": (GlobalClip(0.5),)}),
+    "official-amsgrad": Optimizer(StableSPAM, {**STABLE, "variant": "official", "amsgrad": True}, THREE),
+    "stablespam-global": Optimizer(StableSPAM, {**STABLE, "stabilize": (GlobalClip(0.5),)}),
     "global": Optimizer(AdamW, {**ADAM, "stabilize": (GlobalClip(0.5),)}),
     "spike-ada": Optimizer(AdamW, {**ADAM, "stabilize": (SpikeClip(2.0), AdaClip(0.9))}),
     "gn": Optimizer(AdamW, {**ADAM, "stabilize": (AdaGN(),)}),
@@ -151,9 +169,14 @@ OPTIMIZERS = {
         AdamW,
         {**ADAM, "stabilize": (GlobalClip(0.5), SpikeClip(2.0), AdaClip(), AdaGN(gamma1=-1), MomentumReset(3))},
     ),
+    "two-programs": Optimizer(AdamW, {**ADAM, "stabilize": (GlobalClip(0.5),)}, THREE, True),
+    "sgd-plain": Optimizer(SGD, {"lr": 0.01, "weight_decay": 0.1, "stabilize": (AdaClip(), AdaGN())}, {}),
+    "sgd-nesterov": Optimizer(SGD, {"lr": 0.01, "momentum": 0.9, "nesterov": True}, {"momentum_buffer": True}),
+    "adams-paper": Optimizer(AdamS, {"lr": 0.01, "bias_correction": False}, {"exp_avg": True}),
+    "spam-sparse": Optimizer(SPAM, {**SPIKY, "density": 0.3}),
+    "spam-sparse-official": Optimizer(SPAM, {**SPIKY, "density": 0.6, "variant": "official"}),
     "adapm": Optimizer(AdaPM, {"lr": 0.01, "rank": 3}),
     "adapm-mini": Optimizer(AdaPM, {"lr": 0.01, "rank": 3, "second_moment": "mini", "stabilize": (AdaGN(),)}),
-    "two-programs": Optimizer(AdamW, {**ADAM, "stabilize": (GlobalClip(0.5),)}, True, True),
     "vectors": Optimizer(_own(Vectors), {}),
     "loose": Optimizer(_own(Loose), {}),
 }
@@ -276,13 +299,15 @@ def build(s: Setting) -> tuple[Rule, list[tuple[str, Parameter]]]:
         if s.wrong == "broken" and k % 2 == 0 and x.numel():
             x.view(-1)[x.numel() // 2] = (torch.nan, torch.inf, 7e4)[k // 2 % 3]
         named.append((f"p{k}", Parameter(lay(x.to(DTYPES[s.p]), how))))
-    states = {"exp_avg": stored(s.m, s.block), "exp_avg_sq": stored(s.v, s.block)}
-    more = {"max_exp_avg_sq": stored(STATE_FORMATS[seed % len(STATE_FORMATS)], s.block)}
+    third = STATE_FORMATS[seed % len(STATE_FORMATS)]
+    every = {
+        name: stored(third if name == "max_exp_avg_sq" else s.m if signed else s.v, s.block)
+        for name, signed in of.moments.items()
+    }
+    states = {name: fmt for name, fmt in every.items() if not (of.split and name == "max_exp_avg_sq")}
     params: Any = named
     if of.split:
-        params = [{"params": named[::2]}, {"params": named[1::2], "amsgrad": True, "states": {**states, **more}}]
-    elif of.third:
-        states |= more
+        params = [{"params": named[::2]}, {"params": named[1::2], "amsgrad": True, "states": every}]
     options = {**ROUNDINGS[s.rounding], "state_rounding": s.state_rounding, "seed": seed, "states": states}
     return of.rule(params, **of.hyper, **options, policy=AsAsked()), named
 

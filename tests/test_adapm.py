@@ -139,8 +139,8 @@ def test_a_fused_projection_is_queries_and_keys_beside_values(tall: bool):
     """Two thirds of a Linear's rows, or of a Conv1D's columns, as if they were alone; the rest as AdamW has it."""
     whole = Parameter(torch.zeros((60, 20) if tall else (20, 60)))
     low, value = Parameter(torch.zeros((40, 20) if tall else (20, 40))), Parameter(torch.zeros(20, 20))
-    opt = AdaPM([("a.qkv", whole)], rank=4, roles=ROLES, states="fp32", lr=0.01)
-    apart = AdaPM([("a.q", low)], rank=4, roles=ROLES, states="fp32", lr=0.01)
+    opt = AdaPM([("a.qkv", whole)], rank=4, roles={"*.qkv": "qkv"}, states="fp32", lr=0.01)
+    apart = AdaPM([("a.q", low)], rank=4, roles={"*.q": "q"}, states="fp32", lr=0.01)
     ref = AdamW([("v", value)], states="fp32", lr=0.01)
     for t in range(1, 6):
         whole.grad = gradient(tuple(whole.shape), t)
@@ -159,7 +159,9 @@ def test_mini_has_one_second_moment_per_row_or_head():
         ("a.up", Parameter(torch.zeros(20, 30))),
         ("n", Parameter(torch.zeros(9))),
     ]
-    opt = AdaPM(named, rank=2, second_moment="mini", head_dim=5, roles=ROLES, lr=0.01, betas=(0.9, 0.99))
+    opt = AdaPM(
+        named, rank=2, second_moment="mini", head_dim=5, roles={"a.q": "q", "a.up": "up"}, lr=0.01, betas=(0.9, 0.99)
+    )
     (q, up, n) = (p for _, p in named)
     for t in range(1, 4):
         for _, p in named:

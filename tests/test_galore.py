@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import oracles_matrix
+import oracles_optim
 import pytest
 import torch
 from cases import (
@@ -338,6 +339,23 @@ def test_states_load_into_another_format_and_another_rank_is_refused():
     opt.param_groups[0]["rank"] = 65
     with pytest.raises(RuntimeError, match="rank of its group changed since the state was made"):
         train(opt, named, range(4, 5))
+
+
+@every_optimizer
+@pytest.mark.parametrize("rank", [4, 100])
+def test_beta1_may_follow_a_cosine(name: str, rank: int):
+    """Debiased by accumulated weights, so exactly; in full rank too."""
+    hyper = {"lr": 0.01, "rank": rank, "update_interval": 200, "scale": 0.25}
+    [(_, p)] = named = parameters([(20, 30)])
+    x, s = p.detach().double().numpy(), oracles_optim.fresh(p.detach().double().numpy())
+    own = {"proj": "svd"} if name == "apollo" else {}
+    opt: Rule = OPTIMIZERS[name](named, states="fp32", betas=(0.8, 0.9), beta1_annealing=6, eta_min=0.1, **hyper, **own)
+    for t in range(1, 10):
+        p.grad = torch.randn(20, 30, generator=torch.Generator().manual_seed(t))
+        opt.step()
+        beta1 = 0.8 * (0.1 + 0.9 * (1 + math.cos(math.pi * min(t / 7, 1.0))) / 2)
+        x = getattr(oracles_matrix, name)(x, p.grad.double().numpy(), s, t, betas=(beta1, 0.9), **hyper)
+        np.testing.assert_allclose(p.detach(), x, atol=1e-5, err_msg=str(t))
 
 
 # --- growth, scales ------------------------------------------------------------------------------------------------

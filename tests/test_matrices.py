@@ -172,7 +172,7 @@ def test_a_segment_leaves_what_it_does_not_name_alone(monkeypatch: pytest.Monkey
     real = native.step
 
     def step(jobs):
-        seen.extend((tuple(job.moments), job.param is p, job.gradient is not None, job.rows, job.cols) for job in jobs)
+        seen.extend((tuple(job.moments), job.param is p, job.gathered is not None, job.rows, job.cols) for job in jobs)
         real(jobs)
 
     monkeypatch.setenv("LOWBIT_BACKEND", "native")

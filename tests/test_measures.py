@@ -369,7 +369,7 @@ def test_vectors_are_plain_fp32_and_listed():
     assert {opt.state[p]["exp_avg_sq"].dtype for _, p in named} == {torch.float32}
     assert opt.state[named[0][1]]["exp_avg"].dtype == torch.uint8
     row = opt.explain().rows[0]
-    assert row.formats == {"exp_avg": "nf4:128", "exp_avg_sq": "fp32"} and "one per group: fp32" in row.why
+    assert row.formats == {"exp_avg": "nf4:128", "exp_avg_sq": "fp32"} and "one per 4 rows: fp32" in row.why
     tensors = [v for p in opt.state.values() for v in p.values() if isinstance(v, torch.Tensor)]
     assert opt.state_bytes() == sum(v.nbytes for v in tensors)
     train(opt, named, range(1, 3))

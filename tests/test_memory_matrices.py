@@ -49,7 +49,7 @@ def test_scales_table(name: str, size: str):
     low_rank = name in ("GaLore", "Fira", "APOLLO")
     options: dict[str, Any] = {"rank": RANKS[size]} if low_rank else {}
     if name == "Muon":
-        options["roles"] = {"*": "matrix"}
+        options["roles"] = {"*": "mlp"}
     opt = built(name, size, **options)
     weights, states = gigabytes(opt)
     assert opt.explain().state_bytes == opt.state_bytes()

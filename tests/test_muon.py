@@ -125,7 +125,8 @@ def test_the_auxiliary_learning_rates_are_arguments(which: str):
     p, q = Parameter(torch.ones(shape)), Parameter(torch.ones(shape))
     own = {"embedding_lr": 0.03, "head_lr": 0.02, "scalar_lr": 0.01}
     wanted = {"embed": 0.03, "head": 0.02, "vector": 0.01}[which]
-    opt = Muon([(which, p)], lr=0.1, aux_lr=0.5, roles=AUX, weight_decay=0.1, states="fp32", **own)
+    roles = {which: AUX[which]} if which in AUX else None
+    opt = Muon([(which, p)], lr=0.1, aux_lr=0.5, roles=roles, weight_decay=0.1, states="fp32", **own)
     ref = AdamW([q], lr=wanted, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.1, states="fp32")
     for t in range(1, 11):
         p.grad = q.grad = gradient(shape, t)
@@ -134,7 +135,7 @@ def test_the_auxiliary_learning_rates_are_arguments(which: str):
         for group, lr in ((opt.param_groups[0], 0.1), (ref.param_groups[0], wanted)):
             group["lr"] = lr * (1 - t / 11)
     assert_close([p], [q])
-    rest = Muon([(which, Parameter(torch.ones(shape)))], lr=0.1, aux_lr=0.5, roles=AUX)
+    rest = Muon([(which, Parameter(torch.ones(shape)))], lr=0.1, aux_lr=0.5, roles=roles)
     constants = rest.kind_constants(rest.param_groups[0], 1, rest.explain().rows[0].kind)
     assert constants["lr"] == 0.5
 

@@ -10,7 +10,7 @@ from cases import one_thread as one_thread
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from lowbit.optim import AdaClip, AdamW, GlobalClip, SpikeClip, StableSPAM
+from lowbit.optim import SCALE, AdaClip, AdamMini, AdamW, GlobalClip, SlimAdam, SpikeClip, StableSPAM
 
 INF, NAN = math.inf, math.nan
 
@@ -32,7 +32,7 @@ OUT_OF_RANGE = [
 
 
 @pytest.mark.parametrize("options, message", OUT_OF_RANGE, ids=str)
-@pytest.mark.parametrize("optimizer", [AdamW, StableSPAM])
+@pytest.mark.parametrize("optimizer", [AdamW, StableSPAM, AdamMini, SlimAdam, SCALE])
 def test_options_out_of_range(optimizer, options: dict, message: str):
     """As an argument, for a group of the first list, and for a group added later."""
     p, q = Parameter(torch.ones(4)), Parameter(torch.ones(4))
@@ -52,8 +52,8 @@ def test_options_out_of_range(optimizer, options: dict, message: str):
     "part, message",
     [
         (lambda: AdaClip(1.0), "gamma3 must be in"),
-        (lambda: SpikeClip(0.0), "threshold must be above 0"),
-        (lambda: SpikeClip(NAN), "threshold must be above 0"),
+        (lambda: SpikeClip(-1.0), "threshold must be at least 0"),
+        (lambda: SpikeClip(NAN), "threshold must be at least 0"),
         (lambda: GlobalClip(-1.0), "max_norm must be above 0"),
     ],
 )

@@ -210,8 +210,8 @@ def test_tensors_of_one_group_may_be_of_different_kinds():
     assert "total" not in opt.state[a] and opt.state[b]["total"].tolist() == [1] * 3
     told = opt.explain()
     assert [row.kind for row in told.rows] == ["matrix", "other"] and "down or, for other tensors, climb" in str(told)
-    with pytest.raises(ValueError, match="a: TwoKinds has no kind 'vector'; it has: matrix, other"):
-        TwoKinds([("a", a)], {"lr": 1.0}, roles={"a": "vector"})
+    with pytest.raises(ValueError, match="a: TwoKinds has no kind 'norm'; it has: matrix, other"):
+        TwoKinds([("a", a)], {"lr": 1.0}, roles={"a": "norm"})
 
 
 def test_a_stabilizer_that_needs_a_moment_the_rule_has_not_is_refused():

@@ -22,11 +22,16 @@ from torch import nn
 from torch.nn import Parameter
 
 from lowbit.optim import (
+    SGD,
     AdaClip,
     AdaGN,
+    AdamS,
     AdamW,
     GlobalClip,
+    GradientStabilizer,
+    Lion,
     MomentumReset,
+    Rule,
     SpikeClip,
     StableSPAM,
 )  # fmt: skip
@@ -124,6 +129,32 @@ def test_ada_gn_alone_gives_gradients_the_norm_of_their_history():
         n, wn = 0.99 * n + 0.01 * norm**2, 0.99 * wn + 0.01
         expected = 0.5 * expected + 0.5 * p.grad.double().numpy() / norm * (m / wm) / math.sqrt(n / wn)
         np.testing.assert_allclose(opt.state[p]["exp_avg"], expected, rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize("rule", [AdamW, AdamS, Lion, SGD], ids=lambda rule: rule.__name__)
+def test_gradient_stabilizer_is_ada_gn_alone_with_its_own_defaults(rule: type[Rule]):
+    """The wrapper's statement, whatever the optimizer behind it; its eps is its own and acts even when theirs is 1."""
+    p, q = (Parameter(parameters([(6, 40)])[0][1].detach()) for _ in range(2))
+    eps = {} if rule in (Lion, SGD) else {"eps": 1.0}
+    opt, plain = rule([p], lr=0.1, states="fp32", stabilize=(GradientStabilizer(),), **eps), rule([q], lr=0.1, **eps)
+    m = n = 0.0
+    for t in range(1, 10):
+        p.grad = gradient((6, 40), t)
+        g = p.grad.double()
+        norm = float(g.norm())
+        m, n = 0.6 * m + 0.4 * norm, 0.999 * n + 0.001 * norm**2
+        q.grad = (g * (m / (1 - 0.6**t)) / (math.sqrt(n / (1 - 0.999**t)) + 1e-12) / norm).float()
+        opt.step()
+        plain.step()
+        torch.testing.assert_close(p.detach(), q.detach(), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("bad", [-1.0, NAN, INF])
+def test_gradient_stabilizer_out_of_range(bad: float):
+    with pytest.raises(ValueError, match="norm_eps must be a finite number"):
+        AdamW([Parameter(torch.ones(2))], stabilize=(GradientStabilizer(norm_eps=bad),))
+    with pytest.raises(ValueError, match="gamma1 must be in"):
+        AdamW([Parameter(torch.ones(2))], stabilize=(GradientStabilizer(gamma1=bad + 0.5),))
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])

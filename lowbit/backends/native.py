@@ -45,7 +45,7 @@ class _Program:
         unsigned = frozenset(letter for letter, moment in program.values.items() if not moment.signed)
         self.stages = (abi.Stage * len(program.stages))()
         for target, stage in zip(self.stages, program.stages, strict=True):
-            target.kernel, printed = library.kernel(stage, unsigned)
+            target.kernel, target.fused, printed = library.kernel(stage, unsigned)
             target.kind, target.reduce = abi.STAGE[stage.kind], abi.REDUCE[stage.reduce]
             target.over, target.rootable = abi.OVER[stage.over], printed.roots
             target.reads, target.writes = len(printed.reads), len(printed.writes)

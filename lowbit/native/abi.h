@@ -43,6 +43,27 @@ typedef struct lb_frame {
 
 typedef void (*lb_kernel)(const lb_frame *);
 
+// How an operand of a fused update is stored: fp32; bf16; signed bytes; bytes of roots; codes of 4 bits.
+enum lb_source_kind { LB_FLOATS, LB_BF16, LB_BYTES, LB_ROOT_BYTES, LB_NIBBLES };
+// An update on a block of 256 values which decodes what it reads, and stores the block before in the same loop. Its
+// frame's `in` points to operands as they are stored, `out` to the block's draft. For each half it reports the peak of
+// each write that is stored in fewer bits, 0 for others, and then 0 if all of those and the gradient are finite.
+typedef struct lb_fused {
+  lb_frame frame;
+  const float *table[LB_ARRAYS];  // of operands with codes of 4 bits
+  float scale[2][LB_ARRAYS];      // of operands, in each half
+  // By write, of the block before:
+  const float *draft[LB_ARRAYS];
+  void *to[LB_ARRAYS];
+  float inverse[2][LB_ARRAYS];             // of its scales
+  const struct lb_format *format[LB_ARRAYS];
+  int32_t least[LB_ARRAYS];  // 4 bits: the smallest code of what is above 0
+  const uint16_t *draws;     // for p in bf16; null: to nearest
+} lb_fused;
+typedef void (*lb_fused_kernel)(const lb_fused *);
+// The kernel for operands of these kinds, 4 bits each, in the order of the stage's arguments, and these roots, or null.
+typedef lb_fused_kernel (*lb_choose_fused)(uint64_t kinds, uint32_t roots);
+
 // How numbers are stored: lowbit/formats.py, with what encoding needs made ready.
 typedef struct lb_format {
   int32_t kind, bits, is_signed, square, sign_magnitude, dtype;
@@ -60,6 +81,13 @@ typedef struct lb_format {
   // Up to 16 rungs: the thresholds as a search tree, level after level: 1, 2, 4 and 8 of them. The one to look
   // at when rung r of a level has been reached is number (-r mod 8) of its eight.
   float tree[32];
+  // The same as 32 bins with at most one threshold each, where there is such a cut. A bin's number is the whole part of
+  // u * bin_times + bin_plus (rounded once), or with bin_low the leading 11 bits of u, from bin_low on.
+  int32_t bins;               // 0: there are none
+  int32_t bin_low;            // 0: by multiplication
+  float bin_times, bin_plus;
+  float bin_threshold[32];    // infinite for none
+  int32_t bin_rung[32];       // of what is not beyond the threshold
   // More: cells by the leading bits of the magnitude, each with at most one threshold. An entry is the rung of the
   // cell's small magnitudes, shifted by 24, and the low bits from which on the next rung begins.
   const uint32_t *cells;
@@ -82,6 +110,7 @@ typedef struct lb_operand {
 // One stage of a program. Arrays have slots: 0 is p, 1 is g, then the moments, then the vectors.
 typedef struct lb_stage {
   lb_kernel kernel;
+  lb_choose_fused fused;  // of an update, where there is one for this instruction set
   int32_t kind, reduce, over;
   int32_t reads, writes;
   int32_t reads_g;    // whether g is among them

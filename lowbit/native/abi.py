@@ -25,6 +25,10 @@ class Format(Structure):
         ("thresholds", c_float * 256),
         ("codes", c_uint8 * 256),
         ("tree", c_float * 32),
+        *((name, c_int32) for name in ("bins", "bin_low")),
+        *((name, c_float) for name in ("bin_times", "bin_plus")),
+        ("bin_threshold", c_float * 32),
+        ("bin_rung", c_int32 * 32),
         ("cells", c_void_p),
         ("cell_shift", c_int32),
         ("cell_half", c_int32),
@@ -50,6 +54,7 @@ class Stage(Structure):
 
     _fields_ = (
         ("kernel", c_void_p),
+        ("fused", c_void_p),
         *((name, c_int32) for name in ("kind", "reduce", "over", "reads", "writes", "reads_g")),
         ("rootable", c_uint32),
         ("read", c_int32 * ARRAYS),

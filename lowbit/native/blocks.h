@@ -7,9 +7,7 @@
 #include <string.h>
 
 #include "arithmetic.h"
-#ifdef LB_AVX2
-#include <immintrin.h>
-#endif
+#include "lanes.h"
 
 namespace LB_SPACE {
 using namespace lb;
@@ -163,12 +161,9 @@ static void log_levels(float base, int count, float *levels) {  // by repeated m
 template <class Byte, bool SQUARE> static void decode_bytes(const uint8_t *codes, int n, float scale, float *to) {
   int i = 0;
 #ifdef LB_AVX2
-  const __m256 by = _mm256_set1_ps(scale);
-  for (; i + 8 <= n; i += 8) {
-    const __m128i bytes = _mm_loadl_epi64((const __m128i *)(codes + i));
-    const __m256i wide = (Byte)-1 < 0 ? _mm256_cvtepi8_epi32(bytes) : _mm256_cvtepu8_epi32(bytes);
-    const __m256 x = _mm256_mul_ps(_mm256_cvtepi32_ps(wide), by);
-    _mm256_storeu_ps(to + i, SQUARE ? _mm256_mul_ps(x, x) : x);
+  for (; i + Lanes::COUNT <= n; i += Lanes::COUNT) {
+    const Lanes x = ((Byte)-1 < 0 ? Lanes::signed_bytes(codes + i) : Lanes::bytes(codes + i)) * scale;
+    (SQUARE ? x * x : x).store(to + i);
   }
 #endif
   for (; i < n; ++i) {
@@ -195,6 +190,21 @@ static void decode(const lb_format &f, const uint8_t *codes, int n, float scale,
     log_levels(*(const float *)extra, 1 << f.bits, levels);
     for (int i = 0; i < n; ++i) to[i] = levels[codes[i]] * scale;
   }
+}
+
+// Values of one block from its codes as they are stored. `codes` has room for n.
+static void decode_packed(const lb_format &f, const uint8_t *packed, int n, float scale, const void *extra, float *to,
+                          uint8_t *codes) {
+#ifdef LB_AVX2
+  if (f.bits == 4 && f.kind == LB_KIND_CODEBOOK && n % 16 == 0) {
+    const Table table(f.values);
+    for (int i = 0; i < n; i += Lanes::COUNT) (table.look_up(packed + i / 2) * scale).store(to + i);
+    return;
+  }
+#endif
+  if (f.bits == 8) return decode(f, packed, n, scale, extra, to);
+  unpack(packed, f.bits, n, codes);
+  decode(f, codes, n, scale, extra, to);
 }
 
 // ---- encoding: values of one block (roots for a square format) to codes, one per byte
@@ -403,7 +413,19 @@ static void encode_codebook(const lb_format &f, const float *x, int n, const Blo
 
 template <bool BOUNDED, bool LIVE>
 static void nearest_integer(const float *x, int n, float inverse, float least, float limit, int mask, uint8_t *to) {
-  LB_IVDEP for (int i = 0; i < n; ++i) {
+  int i = 0;
+#ifdef LB_AVX2
+  for (; BOUNDED && mask == 255 && i + 32 <= n; i += 32) {
+    Lanes u[32 / Lanes::COUNT];
+    for (int k = 0; k < 32 / Lanes::COUNT; ++k) {
+      const Lanes value = Lanes::load(x + i + k * Lanes::COUNT);
+      u[k] = value * inverse;
+      if (LIVE) u[k] = lb::maximum(u[k], where(value > 0.0f, 1.0f, least));
+    }
+    store_bytes(to + i, u, least < 0.0f);
+  }
+#endif
+  LB_IVDEP for (; i < n; ++i) {
     float u = x[i] * inverse;
     if (!BOUNDED) {
       float held = u > least ? u : least;
@@ -498,6 +520,25 @@ static void encode(const lb_format &f, const float *x, int n, const Block &b, co
     encode_codebook(f, x, n, b, draws, to);
     if (b.live || !f.is_signed) keep_alive(f, x, n, to);
   }
+}
+
+// Codes as they are stored. `codes` has room for n.
+static void encode_packed(const lb_format &f, const float *x, int n, const Block &b, const uint16_t *draws,
+                          uint8_t *packed, uint8_t *codes) {
+#ifdef LB_AVX2
+  if (!draws && b.bounded && f.bins && !(f.is_signed && b.live) && n % 32 == 0) {
+    const Ladder ladder(f);
+    const int least = !f.is_signed && f.has_zero ? f.least : 0;
+    for (int i = 0; i < n; i += 32) {
+      Lanes values[32 / Lanes::COUNT];
+      for (int k = 0; k < 32 / Lanes::COUNT; ++k) values[k] = Lanes::load(x + i + k * Lanes::COUNT);
+      ladder.store(packed + i / 2, values, b.inverse, least);
+    }
+    return;
+  }
+#endif
+  encode(f, x, n, b, draws, f.bits == 8 ? packed : codes);
+  if (f.bits != 8) pack(codes, f.bits, n, packed);
 }
 
 }  // namespace LB_SPACE

@@ -9,14 +9,9 @@
 #endif
 #endif
 #include "matrix.h"
-
-#define LB_PASTE_(a, b) a##b
-#define LB_PASTE(a, b) LB_PASTE_(a, b)
-#define LB_NAME(name) LB_PASTE(lb_##name##_, LB_SPACE)
-#define LB_EXPORT extern "C" __attribute__((visibility("default")))
+#include "exports.h"
 
 #include "rules.h"
-#define LB_KERNEL(name) LB_EXPORT void LB_NAME(name)
 #include "kernels.h"
 
 #include "threads.h"

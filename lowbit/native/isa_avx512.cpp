@@ -6,5 +6,6 @@
 #pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
 #define LB_SPACE avx512
 #define LB_AVX2
+#define LB_AVX512
 #include "clone.h"
 #endif

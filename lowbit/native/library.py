@@ -19,8 +19,8 @@ from .printer import Printed, print_stage
 # What each instruction set needs said before any code.
 ISAS = {
     "baseline": "",
-    "avx2": '#pragma GCC target("arch=x86-64-v3")',
-    "avx512": '#pragma GCC target("arch=x86-64-v4")',
+    "avx2": '#pragma GCC target("arch=x86-64-v3")\n#define LB_AVX2',
+    "avx512": '#pragma GCC target("arch=x86-64-v4")\n#define LB_AVX2\n#define LB_AVX512',
 }
 
 
@@ -30,7 +30,7 @@ class Library:
     def __init__(self, found: build.Found, isa: str, best: str):
         self.found, self.isa, self.best = found, isa, best
         self.handle = CDLL(str(found.path))
-        self._kernels: dict[tuple[Stage, frozenset[str]], tuple[int, Printed]] = {}
+        self._kernels: dict[tuple[Stage, frozenset[str]], tuple[int, int, Printed]] = {}
         self._extras: list[CDLL] = []
         self.step = self._function("step", [POINTER(abi.Job), c_int32, c_int32], c_int32)
         self.encode = self._function("encode", [POINTER(abi.Matrix), c_void_p, c_int32], c_int32)
@@ -41,8 +41,10 @@ class Library:
         function.argtypes, function.restype = arguments, result
         return function
 
-    def kernel(self, stage: Stage, letters: frozenset[str]) -> tuple[int, Printed]:
-        """The address of a stage's kernel: from the library where it is shipped, else printed, compiled and cached.
+    def kernel(self, stage: Stage, letters: frozenset[str]) -> tuple[int, int, Printed]:
+        """The addresses of a stage's kernel, and of what chooses an update's fused loops (0: nothing does).
+
+        From the library where it is shipped, else printed, compiled and cached.
 
         Raises `printer.Unprintable` for what cannot be printed and `build.BuildError` for what cannot be compiled.
         """
@@ -53,10 +55,16 @@ class Library:
             if not (_shipped(printed) and hasattr(handle, name)):
                 handle = CDLL(str(build.compile_extra(_source(printed, self.isa), printed.symbol)))
                 self._extras.append(handle)
-            address = cast(getattr(handle, name), c_void_p).value
-            assert address is not None
-            self._kernels[stage, letters] = address, printed
+            kernel = _address(handle, name)
+            fused = _address(handle, f"lb_{printed.symbol}_fused_{self.isa}")
+            assert kernel
+            self._kernels[stage, letters] = kernel, fused, printed
         return self._kernels[stage, letters]
+
+
+def _address(handle: CDLL, name: str) -> int:
+    """Of a function; 0 if there is none."""
+    return cast(getattr(handle, name), c_void_p).value or 0 if hasattr(handle, name) else 0
 
 
 @cache
@@ -75,8 +83,8 @@ def _source(printed: Printed, isa: str) -> str:
         [
             ISAS[isa],
             f'#define LB_KERNEL(name) extern "C" __attribute__((visibility("default"))) void lb_##name##_{isa}',
-            '#include "abi.h"',
-            '#include "words.h"',
+            f"#define LB_SPACE {isa}",
+            '#include "exports.h"',
             *printed.helpers.values(),
             printed.functor,
             printed.kernel,

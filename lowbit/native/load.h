@@ -42,38 +42,37 @@ static void load_parameter(const Run &run, const Span &s, Room &room) {
   }
 }
 
-static void load_gradient(const Run &run, const Span &s, Room &room) {
-  const lb_job &job = *run.job;
-  room.at[1] = room.array[1];
-  if (job.grad_dtype == LB_FLOAT32 && s.n % 16 == 0) room.at[1] = (const float *)job.grad + s.at;
-  else widen(job.grad, job.grad_dtype, s.at, s.n, room.array[1]);
+// A span of a tensor of floats: where it lies, or widened to `to`.
+static const float *read_floats(const void *from, int dtype, const Span &s, float *to) {
+  if (dtype == LB_FLOAT32 && s.n % 16 == 0) return (const float *)from + s.at;
+  widen(from, dtype, s.at, s.n, to);
+  return to;
 }
 
 // Values that share a scale inside a span.
 static int sub_block(const lb_format &f, const Cut &c) { return f.block < c.width ? f.block : c.width; }
 
-static void load_moment(const Run &run, const Span &s, int k, Room &room) {
+// A span of a moment: where it lies, or decoded to `to`.
+static const float *read_moment(const Run &run, const Span &s, int k, float *to, Room &room) {
   const lb_operand &o = run.job->moments[k];
   const lb_format &f = *o.format;
-  float *to = room.array[2 + k];
-  room.at[2 + k] = to;
-  if (f.kind == LB_KIND_FLOAT) {
-    if (f.dtype == LB_FLOAT32 && s.n % 16 == 0) room.at[2 + k] = (const float *)o.codes + s.at;
-    else widen(o.codes, f.dtype, s.at, s.n, to);
-    return;
-  }
+  if (f.kind == LB_KIND_FLOAT) return read_floats(o.codes, f.dtype, s, to);
   const uint8_t *codes = (const uint8_t *)o.codes + s.row * o.row_bytes + s.col * f.bits / 8;
-  if (f.bits != 8) {
+  const int each = sub_block(f, run.cut);
+  const bool apart = f.bits == 8 || each % 16;  // one code per byte, since blocks may begin inside one
+  if (f.bits != 8 && apart) {
     unpack(codes, f.bits, s.n, room.codes);
     codes = room.codes;
   }
-  const int each = sub_block(f, run.cut);
   int64_t scale = s.row * o.scales + s.col / f.block;
   for (int i = 0; i < s.n; i += each, ++scale) {
     const int n = s.n - i < each ? s.n - i : each;
     room.feed.some();
-    decode(f, codes + i, n, o.scale[scale], o.extra ? (const float *)o.extra + scale : nullptr, to + i);
+    const void *extra = o.extra ? (const float *)o.extra + scale : nullptr;
+    if (apart) decode(f, codes + i, n, o.scale[scale], extra, to + i);
+    else decode_packed(f, codes + i * f.bits / 8, n, o.scale[scale], extra, to + i, room.codes);
   }
+  return to;
 }
 
 static void load_vector(const Run &run, const Span &s, int slot, int over, const float *values, Room &room) {
@@ -102,9 +101,9 @@ static void load_vector(const Run &run, const Span &s, int slot, int over, const
 static void load(const Run &run, const Span &s, int wanted, Room &room) {
   const lb_program &program = *run.job->program;
   if (wanted & 1) load_parameter(run, s, room);
-  load_gradient(run, s, room);
+  room.at[1] = read_floats(run.job->grad, run.job->grad_dtype, s, room.array[1]);
   for (int k = 0; k < program.moments; ++k) {
-    if (wanted >> (2 + k) & 1) load_moment(run, s, k, room);
+    if (wanted >> (2 + k) & 1) room.at[2 + k] = read_moment(run, s, k, room.array[2 + k], room);
   }
   const int first = 2 + program.moments;
   for (int k = 0; k < program.vectors + program.temporaries; ++k) {

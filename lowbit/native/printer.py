@@ -37,6 +37,8 @@ from ..stages import Stage
 WORDS = {"lerp": "ssv", "where": "css", "maximum": "ss", "minimum": "ss", "clip": "vaa"}
 WORDS.update(dict.fromkeys(["sqrt", "reciprocal", "binade", "abs", "sign"], "v"))
 
+# What names are declared as: F is a number, float or several at once; a condition is whatever comparing them gives.
+TYPE = {"float": "F", "bool": "auto"}
 LOGIC, COMPARISON, SUM, PRODUCT, SIGN, ATOM = range(6)  # how tightly a printed expression binds
 ARITHMETIC: dict[type, tuple[str, int, Callable[[Any, Any], Any]]] = {
     ast.Add: ("+", SUM, operator.add),
@@ -65,7 +67,7 @@ TAKEN = re.compile(
     "delete|do|double|dynamic_cast|enum|explicit|export|extern|false|float|friend|goto|inline|int|long|mutable|namespace|"
     "new|noexcept|not_eq|nullptr|operator|or_eq|private|protected|public|register|reinterpret_cast|short|signed|sizeof|"
     "static|static_assert|static_cast|struct|switch|template|this|thread_local|throw|true|typedef|typeid|typename|typeof|"
-    "union|unsigned|using|virtual|void|volatile|wchar_t|xor|xor_eq|lb|S|C|ROOTS|apply|frame|at|end|peaks|.*_"
+    "union|unsigned|using|virtual|void|volatile|wchar_t|xor|xor_eq|lb|F|S|C|ROOTS|apply|frame|at|end|peaks|.*_"
 )
 
 
@@ -192,7 +194,7 @@ class _Function:
             raise self.refused(at, f"{self.count(value)} values for {len(places)} names")
         if isinstance(value, ast.Call) and len(places) > 1:
             if new := [place for place in places if place not in self.declared]:
-                self.lines.append(f"float {', '.join(new)};")
+                self.lines.append(f"F {', '.join(new)};")
             self.lines.append(f"{self.call(value, places).text};")
             self.declared.update(dict.fromkeys(new, "float"))
             for place in places:
@@ -204,7 +206,7 @@ class _Function:
             before = "|".join(map(re.escape, places[:k]))
             if k and isinstance(term, _Term) and re.search(rf"(?<![.\w])({before})\b", term.text):
                 kept = f"kept{len(self.lines)}_"
-                self.lines.append(f"const {term.kind} {kept} = {term.text};")
+                self.lines.append(f"const {TYPE[term.kind]} {kept} = {term.text};")
                 terms[k] = _Term(term.kind, kept)
         for place, term in zip(places, terms, strict=True):
             self.bind(place, term, at)
@@ -217,7 +219,7 @@ class _Function:
         if self.declared.setdefault(place, term.kind) != term.kind:
             raise self.refused(at, f"{place} is a value or a condition, not one after the other")
         if new:
-            self.lines.append(f"{'const ' * (self.stores[place] == 1)}{term.kind} {place} = {term.text};")
+            self.lines.append(f"{'const ' * (self.stores[place] == 1)}{TYPE[term.kind]} {place} = {term.text};")
         elif term.text != place:
             self.lines.append(f"{place} = {term.text};")
         self.names[place] = _Term(term.kind, place)
@@ -350,7 +352,7 @@ class _Function:
                 self.fields[param].update(helper.fields[param])
             else:
                 raise self.refused(argument, f"{name} takes {param} here", at=node)
-        return _Term("float", f"{helper.symbol}({', '.join([*texts, *outs])})")
+        return _Term("float", f"{helper.symbol}<F>({', '.join([*texts, *outs])})")
 
     # ---- text
 
@@ -358,12 +360,12 @@ class _Function:
         return [f"out{k}_" for k in range(self.returns)] if self.returns > 1 else []
 
     def text(self) -> str:
-        """As a helper: a template over the structs of whoever calls it."""
-        params = [f"const {p.upper()} &{p}" if p in self.fields else f"float {p}" for p in self.params]
-        params += [f"float &{name}" for name in self.outs()]
-        template = [f"template <{', '.join(f'class {room.upper()}' for room in self.fields)}>"] * bool(self.fields)
-        kind = "void" if self.outs() else "float"
-        return "\n".join([*template, f"LB_FN {kind} {self.symbol}({', '.join(params)}) {{", *_in(self.lines), "}"])
+        """As a helper: a template over the numbers, and the structs of whoever calls it."""
+        params = [f"const {p.upper()} &{p}" if p in self.fields else f"F {p}" for p in self.params]
+        params += [f"F &{name}" for name in self.outs()]
+        template = f"template <{', '.join(['class F', *(f'class {room.upper()}' for room in self.fields)])}>"
+        kind = "void" if self.outs() else "F"
+        return "\n".join([template, f"LB_FN {kind} {self.symbol}({', '.join(params)}) {{", *_in(self.lines), "}"])
 
 
 def symbol(function: Any) -> str:
@@ -388,7 +390,7 @@ def print_stage(stage: Stage, letters: Collection[str]) -> Printed:
         symbol=f.symbol,
         helpers={helper.symbol: helper.text() for helper in helpers.values()},
         functor=_functor(stage, f, reads),
-        kernel=_kernel(stage, f, reads, roots),
+        kernel=_kernel(stage, f, reads, roots) + _lanes(stage, f, reads, letters) * ("p" in stage.writes),
         reads=reads,
         writes=stage.writes,
         scalars=tuple(f.fields.get("s", ())),
@@ -400,15 +402,15 @@ def print_stage(stage: Stage, letters: Collection[str]) -> Printed:
 
 
 def _functor(stage: Stage, f: _Function, reads: tuple[str, ...]) -> str:
-    lines = [f"struct {f.symbol} {{  // {stage.kind}, {stage.function.__module__}"]
+    lines = ["template <class F>", f"struct {f.symbol} {{  // {stage.kind}, {stage.function.__module__}"]
     for room, names in f.fields.items():
-        fields = f" float {', '.join(names)}; " if names else ""
+        fields = f" lb::constant<F> {', '.join(names)}; " if names else ""
         lines.append(f"  struct {room.upper()} {{{fields}}};")
-    params = [f"float {'&' * (name in stage.writes)}{name}" for name in reads]
-    params += [f"float &{name}" for name in stage.writes if name not in reads]
-    params += ["float x"] * ("x" in f.params)
+    params = [f"F {'&' * (name in stage.writes)}{name}" for name in reads]
+    params += [f"F &{name}" for name in stage.writes if name not in reads]
+    params += ["F x"] * ("x" in f.params)
     params += [f"{_const(f, room)}{room.upper()} &{room}" for room in f.fields]
-    lines.append(f"  LB_FN {'float' if stage.kind == 'measure' else 'void'} apply({', '.join(params)}) {{")
+    lines.append(f"  LB_FN {'F' if stage.kind == 'measure' else 'void'} apply({', '.join(params)}) {{")
     return "\n".join([*lines, *_in(_in(f.lines)), "  }", "};"])
 
 
@@ -417,9 +419,9 @@ def _kernel(stage: Stage, f: _Function, reads: tuple[str, ...], roots: int) -> s
     lines = []
     for room, names in f.fields.items():
         loads = ", ".join(f"frame->{room}[frame->{room}i[{k}]]" for k in range(len(names)))
-        lines.append(f"{_const(f, room)}{f.symbol}::{room.upper()} {room} = {{{loads}}};")
+        lines.append(f"{_const(f, room)}{f.symbol}<float>::{room.upper()} {room} = {{{loads}}};")
     others = [name for name in stage.writes if name not in reads]
-    call = f"{f.symbol}::apply({', '.join([*reads, *others, *['x'] * ('x' in f.params), *f.fields])});"
+    call = f"{f.symbol}<float>::apply({', '.join([*reads, *others, *['x'] * ('x' in f.params), *f.fields])});"
     if stage.kind == "fold" and not stage.writes:
         lines += ["const float x = frame->x[0];"] * ("x" in f.params) + [call]
         order = list(f.fields.get("s", ()))
@@ -433,6 +435,31 @@ def _kernel(stage: Stage, f: _Function, reads: tuple[str, ...], roots: int) -> s
     cases = [f"case {k}: return {f.symbol}_run<{k}>(frame);" for k in range(1, roots + 1) if not k & ~roots]
     switch = ["switch (frame->roots) {", *_in([*cases, f"default: return {f.symbol}_run<0>(frame);"]), "}"]
     return "\n".join([run, *_in(lines), "}", head, *_in(switch), "}"])
+
+
+def _lanes(stage: Stage, f: _Function, reads: tuple[str, ...], letters: Collection[str]) -> str:
+    """How fused.h calls an update that writes p: with an array of operands, those it reads first."""
+    order = [*reads, *(name for name in stage.writes if name not in reads)]
+    roles = ["p" if n == "p" else "g" if n == "g" else "m" if n in stage.writes else "v" for n in reads]
+    name, operands = f"{f.symbol}_lanes", [f"x[{k}]" for k in range(len(order))]
+    makes = [
+        f"{room}{{{', '.join(f'frame->{room}[frame->{room}i[{k}]]' for k in range(len(names)))}}}"
+        for room, names in f.fields.items()
+    ]
+    lines = [
+        f"using Stage = {f.symbol}<LB_SPACE::Lanes>;",
+        f"static constexpr int READS = {len(reads)}, WRITES = {len(stage.writes)}, MOMENTS = {roles.count('m')};",
+        f"static constexpr int GRADIENT = {reads.index('g') if 'g' in reads else -1};",
+        f'static constexpr char ROLES[] = "{"".join(roles)}";',
+        f"static constexpr bool UNSIGNED[] = {{{', '.join(str(name in letters).lower() for name in reads)}}};",
+        f"static constexpr int PLACES[] = {{{', '.join(str(order.index(name)) for name in stage.writes)}}};",
+        *(f"typename Stage::{room.upper()} {room};" for room in f.fields),
+        f"explicit {name}([[maybe_unused]] const lb_frame *frame)" + " : " * bool(makes) + ", ".join(makes) + " {}",
+        f"LB_FN void run(LB_SPACE::Lanes *x, [[maybe_unused]] const {name} &stage) {{",
+        f"  Stage::apply({', '.join([*operands, *(f'stage.{room}' for room in f.fields)])});",
+        "}",
+    ]
+    return "\n".join(["", "#ifdef LB_FUSED", f"struct {name} {{", *_in(lines), "};", f"LB_FUSED({f.symbol})", "#endif"])
 
 
 def _loop(stage: Stage, reads: tuple[str, ...], others: list[str], call: str, roots: int) -> list[str]:

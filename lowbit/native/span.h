@@ -4,7 +4,7 @@
 
 namespace LB_SPACE {
 
-constexpr int TILE = 512, CHUNK = 16;  // rows of a tile of columns, spans of a chunk
+constexpr int TILE = 512, CHUNK = 64;  // rows of a tile of columns, spans of a chunk
 
 // How a tensor is cut. Blocks are left untouched together; spans, a few blocks that follow each other in memory, are
 // worked on together. Spans stay inside a row unless rows are made of whole blocks.
@@ -61,6 +61,12 @@ static Span span(const lb_job &job, const Cut &c, int64_t k) {
   s.at = s.row * job.cols + s.col;
   s.number = s.row * c.stride + s.col;
   return s;
+}
+
+// A span of one block.
+static Span one_block(const lb_job &job, const Cut &c, int64_t row, int64_t col, int64_t block) {
+  const int64_t left = job.cols - col;
+  return {row, col, row * job.cols + col, row * c.stride + col, block, (int)(left < c.width ? left : c.width), 1};
 }
 
 // Values of a span's block.

@@ -12,7 +12,7 @@
 #pragma once
 #include <stdlib.h>
 
-#include "update.h"
+#include "draft.h"
 
 namespace LB_SPACE {
 
@@ -169,7 +169,9 @@ static void plan(Step &step, bool start) {
 static void sweep(Step &step, Room &room) {
   int at = 0;  // units come in rising order, so the run is found by going on
   int prepared = -1, piece = 0;
+  bool drafting = false;
   uint32_t roots[LB_STAGES];
+  Drafts drafts;
   for (;;) {
     const int64_t unit = __atomic_fetch_add(&step.next_unit, 1, __ATOMIC_RELAXED);
     if (unit >= step.units) return;
@@ -186,8 +188,19 @@ static void sweep(Step &step, Room &room) {
       root_masks(copy, roots);
       piece = piece_of(run);
       prepared = at;
+#ifdef LB_AVX2
+      prepare_drafts(run, roots, drafts);
+      drafting = drafts.fused;
+#endif
     }
     int64_t lost = 0;
+    if (step.updating && drafting) {
+      const Span last_span = span(*run.job, run.cut, last - 1);
+      const int64_t first = span(*run.job, run.cut, local * CHUNK).block, end = last_span.block + last_span.blocks;
+      lost = update_blocks(drafts, first, end, piece, roots, room);
+      if (lost) __atomic_fetch_add(&run.lost, lost, __ATOMIC_RELAXED);
+      continue;
+    }
     for (int64_t k = local * CHUNK; k < last; ++k) {
       const Span s = span(*run.job, run.cut, k);
       const Span ahead = span(*run.job, run.cut, k + 1 < run.cut.spans ? k + 1 : k);

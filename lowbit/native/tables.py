@@ -51,12 +51,47 @@ def _codebook(made: abi.Format, fmt: Format) -> None:
             step = 16 >> level
             for rung, threshold in enumerate(made.thresholds[step // 2 - 1 : 15 : step]):
                 made.tree[8 * level + -rung % 8] = threshold
+        if made.same and not fmt.sign_magnitude:
+            _bins(made, fmt)
     else:
         _cells(made, fmt.thresholds)
 
 
+def _rounded(x: float) -> float:
+    """To fp32. What is rounded here is exact in float64 or far from a part's edge."""
+    return unpack("<f", pack("<f", x))[0]
+
+
 def _bits(x: float) -> int:
     return unpack("<I", pack("<f", x))[0]
+
+
+def _bins(made: abi.Format, fmt: Format) -> None:
+    """Cut the range of u, a codebook's scaled value, into 32 parts with at most one threshold each, if that can be.
+
+    A part's number never falls as u rises, so a threshold in another part than u's is below u where its part is.
+    """
+    top = max(map(abs, fmt.values))
+    times, plus = (15.5 / top, 16.0) if fmt.signed else (31.0 / top, 0.5)
+
+    def by_multiplication(t: float) -> int:
+        return int(_rounded(_rounded(times) * t + plus))
+
+    low = (_bits(top) >> 21) - 31
+
+    def by_bits(t: float) -> int:
+        return max(0, (_bits(t) >> 21) - low)
+
+    for number, first in ((by_multiplication, 0), *([] if fmt.signed else [(by_bits, low)])):
+        places = [number(t) for t in fmt.thresholds]
+        if len(set(places)) < len(places):
+            continue
+        made.bins, made.bin_low, made.bin_times, made.bin_plus = 32, first, times, plus
+        made.bin_threshold[:] = [INFINITE] * 32
+        for place, threshold in zip(places, fmt.thresholds, strict=True):
+            made.bin_threshold[place] = threshold
+        made.bin_rung[:] = [sum(place < at for place in places) for at in range(32)]
+        return
 
 
 def _cells(made: abi.Format, thresholds: tuple[float, ...]) -> None:

@@ -12,6 +12,13 @@ static uint32_t peak_of(const uint32_t *peaks, int piece, const float *x, int st
   return most;
 }
 
+// A moment kept in 16 bits.
+static void narrow_moment(const lb_operand &o, const float *x, int n, const uint16_t *draws, uint16_t *to) {
+  narrow(x, o.format->dtype, n, draws, to);
+  if (!o.live) return;
+  LB_IVDEP for (int i = 0; i < n; ++i) to[i] = x[i] > 0.0f && (to[i] & 0x7FFF) == 0 ? 1 : to[i];
+}
+
 // The scales that a moment is going to have. False, and `good` for blocks, where it cannot be stored.
 static bool prepare_moment(const Run &run, const Span &s, int k, int piece, bool *good, Room &room) {
   const lb_operand &o = run.job->moments[k];
@@ -27,12 +34,8 @@ static bool prepare_moment(const Run &run, const Span &s, int k, int piece, bool
   }
   if (f.kind == LB_KIND_FLOAT) {
     if (f.dtype != LB_FLOAT32) {
-      uint16_t *to = room.narrow[k];
       const uint16_t *draws = o.stochastic ? room.draws.fill(run.key[1 + k], s.number, s.n) : nullptr;
-      narrow(x, f.dtype, s.n, draws, to);
-      if (o.live) {
-        LB_IVDEP for (int i = 0; i < s.n; ++i) to[i] = x[i] > 0.0f && (to[i] & 0x7FFF) == 0 ? 1 : to[i];
-      }
+      narrow_moment(o, x, s.n, draws, room.narrow[k]);
     }
     for (int b = 0; b < s.blocks; ++b) {
       const int n = values_of(s, run.cut, b), start = b * width;

@@ -21,6 +21,12 @@
 
 namespace lb {
 
+// A number that is the same for all values: for one value at a time, a float like any other.
+template <class F> struct Same {
+  using type = F;
+};
+template <class F> using constant = typename Same<F>::type;
+
 #ifdef __CUDACC__
 LB_FN uint32_t bits_of(float a) { return __float_as_uint(a); }
 LB_FN float float_of(uint32_t bits) { return __uint_as_float(bits); }

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..policy import clean_name
+from ..roles import clean_name
 from ..rounding import key
 from .fake import fake_quantize
 from .recipe import FORWARD, Operand, Recipe, find_recipe

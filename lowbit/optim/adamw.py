@@ -18,7 +18,8 @@ from typing_extensions import Unpack
 
 from ..stages import Moment, Stage, fold, update
 from ..words import lerp, maximum, reciprocal, sqrt
-from .base import Options, Params, Rule
+from .annealing import AnnealedBetas
+from .base import Options, Params
 
 
 def average(m, v, g, c):
@@ -27,8 +28,8 @@ def average(m, v, g, c):
 
 
 def descend(p, m, v, c, s):
-    """The step both updates take: decay, then down the debiased average over its root mean square."""
-    return c.keep * p - s.step_size * (m / (sqrt(v) * s.root + c.eps))
+    """Down the debiased average over its root mean square."""
+    return p - s.step_size * (m / (sqrt(v) * s.root + c.eps))
 
 
 @fold
@@ -49,7 +50,7 @@ def debias(s, c):
 def adamw(p, g, m, v, c, s):
     """Algorithm 2 of the AdamW paper."""
     m, v = average(m, v, g, c)
-    p = descend(p, m, v, c, s)
+    p = descend(c.keep * p, m, v, c, s)
     return p, m, v
 
 
@@ -58,7 +59,7 @@ def amsgrad(p, g, m, v, h, c, s):
     """The same with the largest second moment so far."""
     m, v = average(m, v, g, c)
     h = maximum(h, v)
-    p = descend(p, m, h, c, s)
+    p = descend(c.keep * p, m, h, c, s)
     return p, m, v, h
 
 
@@ -68,7 +69,7 @@ def constants(lr: float, betas: tuple[float, float], eps: float, weight_decay: f
     return {"lr": lr, "keep": 1 - lr * weight_decay, "rate1": 1 - beta1, "rate2": 1 - beta2, "eps": eps}
 
 
-class AdamW(Rule):
+class AdamW(AnnealedBetas):
     """Adam with decoupled weight decay and states in any format.
 
     Args:
@@ -78,6 +79,9 @@ class AdamW(Rule):
         eps: added to the denominator.
         weight_decay: decoupled: p shrinks by lr * weight_decay each step, before the update.
         amsgrad: use the largest second moment so far.
+        beta1_annealing: length in steps of a cosine on beta1, from betas[0] down to eta_min * betas[0], where it stays;
+            None leaves beta1 constant.
+        eta_min: where that cosine ends, as a share.
         **options: states, seed, master, rounding, state_rounding, stabilize, policy, roles.
 
     >>> import torch
@@ -104,15 +108,13 @@ class AdamW(Rule):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         amsgrad: bool = False,
+        beta1_annealing: int | None = None,
+        eta_min: float = 0.5,
         **options: Unpack[Options],
     ):
         hyper = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad}
+        hyper.update(beta1_annealing=beta1_annealing, eta_min=eta_min)
         super().__init__(params, hyper, **options)
-
-    def check_group(self, group: Mapping[str, Any]) -> None:
-        """See `Rule.check_group`."""
-        if len(group["betas"]) != 2:
-            raise ValueError(f"betas must be two numbers, not {group['betas']!r}")
 
     def plan(self, group: Mapping[str, Any], kind: str = "") -> tuple[Mapping[str, Moment], tuple[Stage, ...]]:
         """See `Rule.plan`."""
@@ -120,10 +122,6 @@ class AdamW(Rule):
             return self.moments, (*self.folds, adamw)
         largest = {"h": Moment("max_exp_avg_sq", signed=False)}
         return {**self.moments, **largest}, (*self.folds, amsgrad)
-
-    def betas(self, group: Mapping[str, Any]) -> tuple[float, float]:
-        """Beta1 and beta2 of this step."""
-        return group["betas"]
 
     def constants(self, group: Mapping[str, Any], t: int) -> dict[str, float]:
         """See `Part.constants`."""

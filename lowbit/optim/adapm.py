@@ -37,7 +37,8 @@ from ..stages import Moment, Stage, fold, matrix, measure, update
 from ..words import clip, lerp, reciprocal, sqrt, where
 from . import adamw
 from .adamw import AdamW, debias, descend, weigh
-from .base import Options, Params, Rule
+from .annealing import AnnealedBetas
+from .base import Options, Params
 from .galore import check_whole, is_tall, leading
 from .matrices import is_matrix
 
@@ -113,7 +114,7 @@ def descend_low(p, v, a, w, c, s):
 def descend_full(p, g, m, v, c, s):
     """AdamW's step."""
     m = lerp(m, g, c.rate1)
-    return descend(p, m, v, c, s), m
+    return descend(c.keep * p, m, v, c, s), m
 
 
 @update("p")
@@ -122,7 +123,7 @@ def descend_bare(p, g, v, c, s):
     return c.keep * p - c.lr * (g / (sqrt(v) * s.root + c.eps))
 
 
-class AdaPM(Rule):
+class AdaPM(AnnealedBetas):
     """AdamW whose momentum is left out, low-rank or full, by the role of the tensor (see the module).
 
     Roles decide (`roles=` overrides them, `explain()` shows them): embeddings and attention outputs "no momentum";
@@ -141,6 +142,7 @@ class AdaPM(Rule):
         lm_head: momentum of the head: "full", "lowrank" or "none".
         second_moment: "full", or "mini": one number per row, as Adam-mini.
         head_dim: rows of a head; with "mini", those of queries and keys share a number. None: each has its own.
+        beta1_annealing, eta_min: a cosine on betas[0], as in `AdamW`.
         **options: states, seed, master, rounding, state_rounding, stabilize, policy, roles.
     """
 
@@ -167,17 +169,19 @@ class AdaPM(Rule):
         lm_head: str = "full",
         second_moment: str = "full",
         head_dim: int | None = None,
+        beta1_annealing: int | None = None,
+        eta_min: float = 0.5,
         **options: Unpack[Options],
     ):
         hyper = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "rank": rank}
         hyper.update(update_interval=update_interval, residual_scale=residual_scale, update_clip=update_clip)
         hyper.update(lm_head=lm_head, second_moment=second_moment, head_dim=head_dim)
+        hyper.update(beta1_annealing=beta1_annealing, eta_min=eta_min)
         super().__init__(params, hyper, **options)
 
     def check_group(self, group: Mapping[str, Any]) -> None:
         """See `Rule.check_group`."""
-        if len(group["betas"]) != 2:
-            raise ValueError(f"betas must be two numbers, not {group['betas']!r}")
+        super().check_group(group)
         check_whole(group, "rank", 0)
         check_whole(group, "update_interval", 1)
         if group["head_dim"] is not None:
@@ -239,9 +243,14 @@ class AdaPM(Rule):
             return max(1, rows_of(shape)[0])
         return group["head_dim"] or 1 if role in ("q", "k") else 1
 
+    def fixed(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        """See `Rule.fixed`."""
+        own = ("rank", "lm_head", "second_moment", "head_dim")
+        return {**super().fixed(group), **{name: group[name] for name in own}}
+
     def constants(self, group: Mapping[str, Any], t: int) -> dict[str, float]:
         """See `Part.constants`."""
-        beta1, beta2 = group["betas"]
+        beta1, beta2 = self.betas(group)
         scale, last = group["residual_scale"], {**group, "steps": group["steps"] - 1}
         cold = [part.resets(group) == "before" or part.resets(last) == "after" for part in self.stabilize]
         return {

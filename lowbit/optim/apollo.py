@@ -74,6 +74,7 @@ class APOLLO(GaLore):
         limit_growth: limit it at all.
         betas, eps: Adam's.
         weight_decay: decoupled, after the update.
+        beta1_annealing, eta_min: a cosine on betas[0], as in `AdamW`.
         **options: states, seed, master, rounding, state_rounding, stabilize, policy, roles.
     """
 
@@ -93,11 +94,14 @@ class APOLLO(GaLore):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-6,
         weight_decay: float = 0.0,
+        beta1_annealing: int | None = None,
+        eta_min: float = 0.5,
         **options: Unpack[Options],
     ):
         hyper = {"lr": lr, "rank": rank, "update_interval": update_interval, "scale": scale, "scale_type": scale_type}
         hyper.update(proj=proj, scale_front=scale_front, limit_growth=limit_growth, betas=betas, eps=eps)
         hyper.update(weight_decay=weight_decay)
+        hyper.update(beta1_annealing=beta1_annealing, eta_min=eta_min)
         super(GaLore, self).__init__(params, hyper, **options)
 
     def check_group(self, group: Mapping[str, Any]) -> None:

@@ -16,6 +16,7 @@ import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from types import ModuleType
 from typing import Any, ClassVar, Literal, TypedDict
 
@@ -24,14 +25,18 @@ from torch import Tensor
 
 from .. import backends, masters
 from ..formats import nearest
-from ..policy import PRESETS_VERSION, Policy, Storage, check_storage, clean_name
+from ..policy import PRESETS_VERSION, Policy, Storage, check_storage
+from ..roles import check_used, clean_name, role_map
 from ..stages import Job, Moment, Program, Stage
-from . import checkpoint
+from . import checkpoint, sparse
 from .explain import Explanation, explain
 from .matrices import Chain, carried
 from .slot import FLOATS, Slot, asked_of
 
 ROUNDINGS = ("auto", "nearest", "stochastic")
+
+Shares = list[tuple[ModuleType, list[Job]]]
+MakesPart = Callable[[], sparse.Part]
 
 # What a step does: each group with its tensors that have a gradient, and their states.
 Work = list[tuple[dict[str, Any], list[tuple[Slot, dict[str, Any]]]]]
@@ -103,10 +108,12 @@ class Rule(torch.optim.Optimizer, Part):
         state_rounding: how states are written: "nearest" or "stochastic".
         stabilize: stabilizers to put in front of the update, in order.
         policy: overrides of which tensor's state is stored how.
-        roles: {glob on names: role}, such as {"*.table": "embedding"}.
+        roles: {name or glob: role}, such as {"*.table": "embedding"}, or what `lowbit.roles(model)` found. Parameters
+            it does not name go by their own names and shapes.
 
     Raises:
-        ValueError: a hyper-parameter out of range, an unknown name, or a parameter given twice.
+        ValueError: a hyper-parameter out of range, an unknown name, a parameter given twice, or roles that name no
+            parameter.
         TypeError: a parameter that is not float32, bfloat16 or float16.
     """
 
@@ -143,7 +150,7 @@ class Rule(torch.optim.Optimizer, Part):
     ):
         self.stabilize = tuple(stabilize)
         self.policy = policy or Policy()
-        self.roles = dict(roles or {})
+        self.roles = role_map(roles)
         self._programs: dict[Any, Program] = {}
         self._slots: dict[Tensor, Slot] = {}
         self._warned = False
@@ -156,6 +163,8 @@ class Rule(torch.optim.Optimizer, Part):
                 defaults[name] = value
         storage = {"states": states, "seed": seed, "master": master, "rounding": rounding}
         super().__init__(_as_list(params), {**defaults, **storage, "state_rounding": state_rounding})
+        named = [pair for g in self.param_groups for pair in zip(g.get("param_names", ()), g["params"], strict=False)]
+        check_used(roles or {}, {name: p.shape for name, p in named})
 
     # ---- what a subclass may override
 
@@ -181,6 +190,17 @@ class Rule(torch.optim.Optimizer, Part):
     def kind_constants(self, group: Mapping[str, Any], t: int, kind: str) -> dict[str, float]:
         """The constants of tensors of one kind, where they differ."""
         return self.constants(group, t)
+
+    def fixed(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        """What a group's states and stages are made for, by name: it may not change afterwards."""
+        return {name: group.get(name) for name in ("states", "master", "amsgrad")}
+
+    def kept(self, group: Mapping[str, Any], name: str, shape: tuple[int, ...], role: str) -> int:
+        """How many values of each row of a tensor have moments and are stepped; 0 means all. Asked once.
+
+        Which they are is drawn at random, and drawn anew whenever moments are reset.
+        """
+        return 0
 
     def step_after(self, group: Mapping[str, Any], t: int) -> int:
         """What `state["step"]` becomes after step t of a tensor: t."""
@@ -217,7 +237,14 @@ class Rule(torch.optim.Optimizer, Part):
         others = self.param_groups[:-1]
         group.setdefault("steps", others[0]["steps"] if others else 0)
         group.setdefault("states_version", PRESETS_VERSION)
-        self.init_state()
+        try:
+            self.init_state()
+        except BaseException:  # a tensor that this optimizer cannot take
+            self.param_groups.pop()
+            for p in params:
+                self._slots.pop(p, None)
+                self.state.pop(p, None)
+            raise
 
     def _check(self, group: Mapping[str, Any]) -> None:
         check_common(group)
@@ -232,10 +259,14 @@ class Rule(torch.optim.Optimizer, Part):
         for part in self.stabilize:
             part.check(group)
             own = {"p", "g", "s", "c", "x", *(letter for stage in part.stages for letter in stage.writes)}
+            wanted = dict.fromkeys(r for stage in part.stages for r in stage.reads if len(r) == 1 and r not in own)
             for moments, _ in plans:
-                missing = [r for stage in part.stages for r in stage.reads if len(r) == 1 and r not in {*own, *moments}]
-                if missing:
-                    raise ValueError(f"stabilize: {part!r} reads {missing[0]!r}, which {type(self).__name__} has not")
+                for letter in wanted:
+                    asked = f"stabilize: {part!r} reads {letter!r}, which {type(self).__name__}"
+                    if letter not in moments:
+                        raise ValueError(f"{asked} has not")
+                    if moments[letter].over != "value":  # it is new before the update that would read it is repeated
+                        raise ValueError(f"{asked} has for each {moments[letter].over} only, not for each value")
         for kind in self.kinds:
             self.program(group, kind)  # raises for stages that do not fit together
         if group["master"] not in masters.MASTERS:
@@ -299,10 +330,9 @@ class Rule(torch.optim.Optimizer, Part):
         with torch.no_grad():
             work = self._work()
             self._warn_resolution(work)
-            shares, chains, counts, after = self._counted(work)
+            shares, parts, chains, counts, after = self._counted(work)
             self._reset("before")
-            for backend, jobs in shares:
-                backend.step(jobs)
+            self._run(shares, parts)
             for chain in chains:
                 chain.run()
             self._reset("after")
@@ -317,7 +347,7 @@ class Rule(torch.optim.Optimizer, Part):
         work: Work = []
         for group in self.param_groups:
             check_common(group)
-            asked, tensors = asked_of(group), []
+            asked, tensors = asked_of(self, group), []
             for p in group["params"]:
                 grad = p.grad
                 if grad is not None:
@@ -327,9 +357,19 @@ class Rule(torch.optim.Optimizer, Part):
             work.append((group, tensors))
         return work
 
-    def _counted(
-        self, work: Work
-    ) -> tuple[list[tuple[ModuleType, list[Job]]], list[Chain], list[Tensor], list[Tensor]]:
+    def _run(self, shares: Shares, parts: list[MakesPart]) -> None:
+        """Parts of tensors are copies, so one at a time; but what is measured over all tensors needs all at once."""
+        together = bool(parts) and any(stage.over == "all" for part in self.stabilize for stage in part.stages)
+        whole = [job for _, jobs in shares for job in jobs]
+        for makers in [parts] if together else [[], *([part] for part in parts)]:
+            made = [make() for make in makers]
+            jobs = [*(whole if together else ()), *(part.job for part in made)]
+            for backend, own in backends.share(jobs) if made else shares:
+                backend.step(own)
+            for part in made:
+                part.put_back()
+
+    def _counted(self, work: Work) -> tuple[Shares, list[MakesPart], list[Chain], list[Tensor], list[Tensor]]:
         """Count the step and make its jobs, by backend; if that fails, nothing has been counted.
 
         Also the chains of tensors that have matrix stages, whose first jobs are among the others if need be,
@@ -338,17 +378,17 @@ class Rule(torch.optim.Optimizer, Part):
         for group in self.param_groups:
             group["steps"] += 1
         try:
-            made, counts, after = self._jobs(work)
+            made, parts, counts, after = self._jobs(work)
             chains = [job for job in made if isinstance(job, Chain)]
             jobs = [job for job in made if isinstance(job, Job)]
-            return backends.share([*jobs, *(c.begin() for c in chains if c.together)]), chains, counts, after
+            return backends.share([*jobs, *(c.begin() for c in chains if c.together)]), parts, chains, counts, after
         except BaseException:
             for group in self.param_groups:
                 group["steps"] -= 1
             raise
 
-    def _jobs(self, work: Work) -> tuple[list[Job | Chain], list[Tensor], list[Tensor]]:
-        jobs, counts, after = [], [], []
+    def _jobs(self, work: Work) -> tuple[list[Job | Chain], list[MakesPart], list[Tensor], list[Tensor]]:
+        jobs, parts, counts, after = [], [], [], []
         for group, tensors in work:
             # By the tensors' own counts, nearly always one, and kinds.
             turns: dict[tuple[float, str], tuple[dict[str, float], Tensor]] = {}
@@ -360,11 +400,14 @@ class Rule(torch.optim.Optimizer, Part):
                     then = count.new_tensor(self.step_after(group, t))
                     turns[turn] = self._constants(group, t, slot.kind), then
                 constants, then = turns[turn]
-                if slot.numel:
+                if slot.kept:
+                    slot.fit(state)
+                    parts.append(partial(slot.part, group, state, constants))
+                elif slot.numel:
                     jobs.append(slot.job(group, state, constants))
                 counts.append(count)
                 after.append(then)
-        return jobs, counts, after
+        return jobs, parts, counts, after
 
     def _constants(self, group: Mapping[str, Any], t: int, kind: str) -> dict[str, float]:
         parts = [part.constants(group, t) for part in self.stabilize]
@@ -381,6 +424,8 @@ class Rule(torch.optim.Optimizer, Part):
                 for p in group["params"]:
                     if self.state.get(p) and (when == "before" or p.grad is not None):
                         self._slots[p].zero_moments(self.state[p], keep=when == "after")
+                        if self._slots[p].kept:
+                            self._slots[p].draw(self.state[p], group["seed"], group["steps"])
 
     def _warn_resolution(self, work: Work) -> None:
         """Once: a 16-bit parameter rounded to nearest does not move when an update is below half its ulp.

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from .. import backends, layout, masters, rows
 from ..formats import Format, catalogue
-from ..policy import PRESETS_VERSION, clean_name
+from ..policy import PRESETS_VERSION
+from ..roles import clean_name
 from .slot import Slot, state_key
 
 if TYPE_CHECKING:
@@ -154,7 +155,7 @@ class _Conversion:
 
     def __init__(self, slot: Any, group: Mapping[str, Any], saved_group: Mapping[str, Any]):
         self.slot, self.group, self.saved_group = slot, group, saved_group
-        self.shape = tuple(slot.param.shape)
+        self.shape: tuple[int, ...] = slot.shape
         self.device = slot.param.device
 
     def run(self, saved: Mapping[str, Any]) -> dict[str, Any]:
@@ -170,6 +171,8 @@ class _Conversion:
                 state[name] = self._tensor(saved, name, tuple(state[name].shape), torch.float32)
             if moment.weight and moment.weight not in saved:
                 state[moment.weight].fill_(self._weight(letter, int(state["step"])))
+        if self.slot.kept:
+            state["mask"] = self._tensor(saved, "mask", tuple(state["mask"].shape), torch.uint8)
         for name in (*self.slot.program.scalars, "skipped"):
             if name in saved:
                 state[name] = self._tensor(saved, name, tuple(state[name].shape), state[name].dtype)
@@ -186,7 +189,7 @@ class _Conversion:
         dtype = masters.companion_dtype(theirs, p.dtype)
         if dtype is None:
             return fresh
-        kept = self._tensor(saved, "master", self.shape, dtype)
+        kept = self._tensor(saved, "master", tuple(p.shape), dtype)
         if theirs == own:
             return kept
         rounded, converted = masters.store(own, masters.load(theirs, p, kept), p.dtype, None)

@@ -99,6 +99,7 @@ def explain(rule: Rule) -> Explanation:
             slot = rule._slots[p]
             state: dict[str, Any] = rule.state.get(p, {})
             moments = slot.program.moments
+            why = "; ".join(dict.fromkeys(d.why for d in slot.decisions.values())) or "no moments"
             rows.append(
                 Row(
                     name=label,
@@ -107,9 +108,7 @@ def explain(rule: Rule) -> Explanation:
                     role=slot.role,
                     kind=slot.kind,
                     formats={moments[letter].name: fmt.name for letter, fmt in slot.formats.items()} if state else {},
-                    why=("; ".join(dict.fromkeys(d.why for d in slot.decisions.values())) or "no state")
-                    if state
-                    else "frozen",
+                    why=why if state else "frozen",
                     state_bytes=sum(v.nbytes for v in state.values() if isinstance(v, Tensor)),
                     temporary_bytes=temporary_bytes(slot) if state else 0,
                 )

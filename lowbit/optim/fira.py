@@ -73,6 +73,7 @@ class Fira(GaLore):
         betas, eps: Adam's.
         weight_decay: decoupled, after the update.
         variant: "official" or "paper" (see the module).
+        beta1_annealing, eta_min: a cosine on betas[0], as in `AdamW`.
         **options: states, seed, master, rounding, state_rounding, stabilize, policy, roles.
     """
 
@@ -92,10 +93,13 @@ class Fira(GaLore):
         cos_threshold: float | None = None,
         gamma_proj: float = 2.0,
         variant: str = "official",
+        beta1_annealing: int | None = None,
+        eta_min: float = 0.5,
         **options: Unpack[Options],
     ):
         hyper = {"lr": lr, "rank": rank, "update_interval": update_interval, "scale": scale, "betas": betas, "eps": eps}
         hyper.update(weight_decay=weight_decay, cos_threshold=cos_threshold, gamma_proj=gamma_proj, variant=variant)
+        hyper.update(beta1_annealing=beta1_annealing, eta_min=eta_min)
         super(GaLore, self).__init__(params, hyper, **options)
 
     def check_group(self, group: Mapping[str, Any]) -> None:

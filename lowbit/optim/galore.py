@@ -33,7 +33,8 @@ from ..layout import rows_of
 from ..stages import Moment, Stage, fold, matrix, update
 from ..words import sqrt
 from .adamw import AdamW, average, weigh
-from .base import Options, Params, Rule
+from .annealing import AnnealedBetas
+from .base import Options, Params
 from .matrices import is_matrix
 
 QUEUE = 5  # similarities of subspaces that lazy refresh looks back on
@@ -125,7 +126,7 @@ def adam_full(p, g, m, v, s, c):
     return p - c.decay * p, m, v
 
 
-class GaLore(Rule):
+class GaLore(AnnealedBetas):
     """Adam in the leading subspace of each matrix's gradient.
 
     Q-GaLore's states are `states={"exp_avg": "8bit", "exp_avg_sq": "8bit", "projector": "int4"}` with
@@ -142,6 +143,7 @@ class GaLore(Rule):
         cos_threshold: lazy refresh: when the first singular vectors of the last refreshes are this similar on average,
             wait longer for the next. None: never. On a GPU a refresh waits for the device; other steps do not.
         gamma_proj: how many times longer.
+        beta1_annealing, eta_min: a cosine on betas[0], as in `AdamW`.
         **options: states, seed, master, rounding, state_rounding, stabilize, policy, roles.
 
     >>> import torch
@@ -174,16 +176,18 @@ class GaLore(Rule):
         weight_decay: float = 0.0,
         cos_threshold: float | None = None,
         gamma_proj: float = 2.0,
+        beta1_annealing: int | None = None,
+        eta_min: float = 0.5,
         **options: Unpack[Options],
     ):
         hyper = {"lr": lr, "rank": rank, "update_interval": update_interval, "scale": scale, "betas": betas, "eps": eps}
         hyper.update(weight_decay=weight_decay, cos_threshold=cos_threshold, gamma_proj=gamma_proj)
+        hyper.update(beta1_annealing=beta1_annealing, eta_min=eta_min)
         super().__init__(params, hyper, **options)
 
     def check_group(self, group: Mapping[str, Any]) -> None:
         """See `Rule.check_group`."""
-        if len(group["betas"]) != 2:
-            raise ValueError(f"betas must be two numbers, not {group['betas']!r}")
+        super().check_group(group)
         check_whole(group, "rank", 1)
         check_whole(group, "update_interval", 1)
         if not (math.isfinite(group["scale"]) and group["scale"] > 0):
@@ -210,9 +214,13 @@ class GaLore(Rule):
         low = (rows, rank) if is_tall(shape) else (rank, cols)
         return {**dict.fromkeys("rnmv", low), "q": (rank, min(rows, cols))}
 
+    def fixed(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        """See `Rule.fixed`."""
+        return {**super().fixed(group), "rank": group["rank"]}
+
     def constants(self, group: Mapping[str, Any], t: int) -> dict[str, float]:
         """See `Part.constants`."""
-        lr, (beta1, beta2) = float(group["lr"]), group["betas"]
+        lr, (beta1, beta2) = float(group["lr"]), self.betas(group)
         threshold = group.get("cos_threshold")
         return {
             "lr": lr,

@@ -160,7 +160,7 @@ class Chain:
             stream=(seed, step + (index << 32), tensor),  # a moment's number is one of its segment only
             vectors=vectors,
             group_rows=slot.group_rows,
-            gradient=gradient,
+            gathered=gradient,
         )
 
     # ---- matrix stages

@@ -11,15 +11,16 @@ from torch import Tensor
 
 from .. import layout, masters, rows
 from ..formats import format as find_format
-from ..policy import Decision, role_of
+from ..policy import Decision
+from ..roles import role_of
 from ..stages import Job, Program
+from . import sparse
 from .matrices import Chain, over
 
 if TYPE_CHECKING:
     from .base import Rule
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-FIXED = ("states", "master", "amsgrad", "rank")  # what a group's state is made for
 
 
 class Slot:
@@ -27,12 +28,13 @@ class Slot:
 
     def __init__(self, rule: Rule, group: Mapping[str, Any], p: Tensor, name: str, label: str, number: int):
         self.param, self.label, self.name = p, label, name
-        self.role = role_of(name, rule.roles) if name else ""
+        self.role = role_of(name, tuple(p.shape), rule.roles)
         self.rows, self.cols = layout.rows_of(p.shape)
+        self.shape = tuple(p.shape)  # of a moment that has one number per value
         self.made_for = (p.dtype, p.device, p.shape)
         self.numel = p.numel()
         self.id = number
-        self.asked = asked_of(group)
+        self.fixed, self.asked = tuple(rule.fixed(group)), asked_of(rule, group)
         self.kind = rule.kind(group, name, tuple(p.shape), self.role)
         if self.kind not in rule.kinds:
             known = ", ".join(rule.kinds)
@@ -43,10 +45,14 @@ class Slot:
         self.group_rows = rule.group_rows(group, name, tuple(p.shape), self.role)
         if not isinstance(self.group_rows, int) or self.group_rows < 1:
             raise ValueError(f"{label}: group_rows must be a whole number of at least 1, not {self.group_rows!r}")
+        self.seed: int = group["seed"]
+        self.kept = rule.kept(group, name, tuple(p.shape), self.role)
+        if self.kept:
+            self.shape = self.rows, self.kept
         self.decisions: dict[str, Decision] = {
             letter: rule.policy.decide(group["states"], m.name, m.signed, name, self.shape_of(letter), self.role)
             if m.over == "value"
-            else Decision(find_format("fp32"), f"one per {m.over}: fp32")
+            else Decision(find_format("fp32"), f"one per {self._each(m.over)}: fp32")
             for letter, m in self.program.moments.items()
         }
         self.formats = {letter: decision.format for letter, decision in self.decisions.items()}
@@ -72,8 +78,9 @@ class Slot:
         p = self.param
         if asked != self.asked:
             raise RuntimeError(
-                f"{self.label}: {', '.join(FIXED)} of its group changed since the state was made (from {self.asked} to "
-                f"{asked}); build a new optimizer with them and load this one's state_dict, which is converted"
+                f"{self.label}: {', '.join(self.fixed)} of its group changed since the state was made "
+                f"(from {self.asked} to {asked}); build "
+                "a new optimizer with them and load this one's state_dict, which is converted"
             )
         if (p.dtype, p.device, p.shape) != self.made_for:
             was, now = (f"{d}, {dev}, {tuple(s)}" for d, dev, s in (self.made_for, (p.dtype, p.device, p.shape)))
@@ -100,6 +107,8 @@ class Slot:
         }
         tensors.update(dict.fromkeys(self.program.scalars, ((), torch.float32)))
         tensors["skipped"] = (2,), torch.int64
+        if self.kept:
+            tensors["mask"] = sparse.mask_shape(self.rows, self.cols), torch.uint8
         kept = masters.companion_dtype(self.master, self.param.dtype)
         if kept is not None:
             tensors["master"] = tuple(self.param.shape), kept
@@ -113,17 +122,30 @@ class Slot:
         state.update({name: torch.zeros(s, dtype=d, device=p.device) for name, (s, d) in self.tensors.items()})
         for name, value in self.program.scalars.items():
             state[name].fill_(value)
+        if self.kept:
+            self.draw(state, self.seed, 0)
         if self.master == "fp32" and "master" in state:
             state["master"].copy_(p.detach())
         formats = {m.name: self.formats[letter] for letter, m in self.program.moments.items()}
         return {**state, **{f"{name}_format": fmt.tag for name, fmt in formats.items() if fmt.compressed}}
 
+    def _each(self, over: str) -> str:
+        """What a vector has one number for."""
+        if over != "group" or self.group_rows == 1:
+            return over.replace("group", "row")
+        return f"{self.group_rows} rows" if self.group_rows < self.rows else "tensor"
+
+    def draw(self, state: dict[str, Any], seed: int, steps: int) -> None:
+        """Choose anew which values of each row have moments, in the step of that number."""
+        state["mask"].copy_(sparse.draw(seed, steps, self.id, self.rows, self.cols, self.kept, self.param.device))
+
     def shape_of(self, letter: str) -> tuple[int, ...]:
         """Of a moment, or of a whole matrix between two stages; the parameter's, unless the rule says otherwise."""
         moment = self.program.moments.get(letter)
         if moment is None or moment.over == "value":
-            return self.shapes.get(letter, tuple(self.param.shape))
-        return ({"row": self.rows, "column": self.cols, "group": -(-self.rows // self.group_rows)}[moment.over],)
+            return self.shapes.get(letter, self.shape)
+        vectors = {"row": self.rows, "column": self.kept or self.cols, "group": -(-self.rows // self.group_rows)}
+        return (vectors[moment.over],)
 
     def job(self, group: Mapping[str, Any], state: dict[str, Any], constants: dict[str, float]) -> Job | Chain:
         """Its job, or chain of them, in this step.
@@ -134,7 +156,7 @@ class Slot:
         addresses = [p.data_ptr(), *map(Tensor.data_ptr, self._of_state(state))]
         job, made_of = self._job, (addresses, p.is_contiguous(), group["rounding"], group["state_rounding"])
         if job is None or made_of != self._job_of:
-            self._check_state(state)
+            self.fit(state)
             job = self._job = Chain(self, group, state) if self.program.parts else self._made(group, state)
             self._job_of = made_of
         job.constants, job.stream = constants, (group["seed"], group["steps"], self.id)
@@ -142,7 +164,17 @@ class Slot:
             job.state = state
         return job
 
-    def _check_state(self, state: dict[str, Any]) -> None:
+    def part(self, group: Mapping[str, Any], state: dict[str, Any], constants: dict[str, float]) -> sparse.Part:
+        """Its job in this step, on copies of the values that have moments; `Part.put_back` ends it."""
+        part = sparse.Part(self.param, state["mask"], self.kept, state.get("master"))
+        job = self._made(group, state)
+        job.param, job.gathered, job.companion, job.cols = part.param, part.grad, part.companion, self.kept
+        job.constants, job.stream = constants, (group["seed"], group["steps"], self.id)
+        part.job = job
+        return part
+
+    def fit(self, state: dict[str, Any]) -> None:
+        """Raise unless every tensor of a state is as it was made."""
         for name, (shape, dtype) in self.tensors.items():  # a backend may go by addresses
             x, device = state[name], self.param.device
             if (x.shape, x.dtype, x.device) != (shape, dtype, device) or not x.is_contiguous():
@@ -193,9 +225,9 @@ class Slot:
                 state[moment.weight].zero_()
 
 
-def asked_of(group: Mapping[str, Any]) -> tuple[str, ...]:
+def asked_of(rule: Rule, group: Mapping[str, Any]) -> tuple[str, ...]:
     """What a group asks of its states, comparable."""
-    return tuple(str(group.get(name)) for name in FIXED)
+    return tuple(str(value) for value in rule.fixed(group).values())
 
 
 def state_key(moment: str, part: str) -> str:

@@ -19,25 +19,20 @@ import torch
 
 from ..stages import fold, measure, update
 from ..words import abs, binade, lerp, minimum, reciprocal, sign, sqrt, where
+from .annealing import annealing
 from .base import Stabilizer
-
-
-def annealing(group: Mapping[str, Any]) -> float:
-    """Stable-SPAM's factor on beta1 and gamma1: a cosine from 1 to `eta_min` over `total_steps`, then constant.
-
-    The released code lets the cosine rise again after the end; `variant="official"` keeps that.
-    """
-    total = group.get("total_steps")
-    if total is None:
-        return 1.0
-    t = group["steps"] if group.get("variant") == "official" else min(group["steps"], total + 1)
-    return group["eta_min"] + (1 - group["eta_min"]) * (1 + math.cos(math.pi * t / (total + 1))) / 2
 
 
 def _fraction(group: Mapping[str, Any], *names: str) -> None:
     for name in names:
         if not 0 <= group[name] < 1:
             raise ValueError(f"{name} must be in [0, 1), not {group[name]}")
+
+
+def whole(group: Mapping[str, Any], name: str, zero: str = "") -> None:
+    """Raise unless a hyper-parameter is a whole number of at least 0."""
+    if not (group[name] >= 0 and float(group[name]).is_integer()):
+        raise ValueError(f"{name} must be a whole number >= 0{zero}, not {group[name]}")
 
 
 @measure("max")
@@ -173,6 +168,33 @@ class AdaGN(Stabilizer):
         }
 
 
+class GradientStabilizer(AdaGN):
+    """AdaGN alone, with the defaults of GradientStabilizer (https://arxiv.org/abs/2502.17055v4), for any optimizer.
+
+    As in its released code the averages are debiased; eps is the stabilizer's own. Released, a gradient of zeros leaves
+    the averages alone; here it counts, as a norm of 0. Non-finite gradients leave the tensor alone.
+
+    >>> import torch
+    >>> from lowbit.optim import Lion
+    >>> Lion([torch.nn.Parameter(torch.ones(8))], stabilize=(GradientStabilizer(),)).stabilize
+    (GradientStabilizer(gamma1=0.6, gamma2=0.999, norm_eps=1e-12),)
+    """
+
+    def __init__(self, gamma1: float = 0.6, gamma2: float = 0.999, norm_eps: float = 1e-12):
+        super().__init__(gamma1, gamma2)
+        self.hyper["norm_eps"] = norm_eps
+
+    def check(self, group: Mapping[str, Any]) -> None:
+        """See `Stabilizer.check`."""
+        super().check(group)
+        if not (math.isfinite(group["norm_eps"]) and group["norm_eps"] >= 0):
+            raise ValueError(f"norm_eps must be a finite number >= 0, not {group['norm_eps']}")
+
+    def constants(self, group: Mapping[str, Any], t: int) -> dict[str, float]:
+        """See `Part.constants`."""
+        return {**super().constants(group, t), "norm_eps": group["norm_eps"]}
+
+
 class MomentumReset(Stabilizer):
     """Set all moments to zero every `reset_interval` steps (0: never), before they are used; debiasing restarts.
 
@@ -187,9 +209,7 @@ class MomentumReset(Stabilizer):
 
     def check(self, group: Mapping[str, Any]) -> None:
         """See `Stabilizer.check`."""
-        interval = group["reset_interval"]
-        if not float(interval).is_integer() or interval < 0:
-            raise ValueError(f"reset_interval must be a whole number >= 0 (0: never), not {interval}")
+        whole(group, "reset_interval", " (0: never)")
 
     def resets(self, group: Mapping[str, Any]) -> Literal["", "before", "after"]:
         """See `Part.resets`."""
@@ -198,32 +218,48 @@ class MomentumReset(Stabilizer):
         return ("after" if self.late else "before") if due else ""
 
 
-@update("g")
-def clip_to_moment(g, v, c):
+def brought_down(g, v, c):
     """SPAM's clip at threshold times the second moment."""
     limit = c.spike_threshold * v
-    return where((v > 0) & (g * g > limit), sign(g) * sqrt(limit), g)
+    return where(g * g > limit, sign(g) * sqrt(limit), g)
+
+
+@update("g")
+def clip_to_moment(g, v, c):
+    """Where there is a second moment."""
+    return where(v > 0, brought_down(g, v, c), g)
+
+
+@update("g")
+def clip_and_freeze(g, v, c):
+    """As released: where there is none yet, the gradient becomes 0."""
+    return brought_down(g, v, c)
 
 
 class SpikeClip(Stabilizer):
     """SPAM's clip: a value whose square is over `threshold` times its second moment is brought down to that. No sweep.
 
-    Where the second moment is still 0 nothing is clipped: the released SPAM clips such values to 0, so that v stays 0
-    and the parameter is frozen.
+    A threshold of 0 never clips. Nothing is clipped in the first `grace_steps` steps, nor in as many from each momentum
+    reset, when the second moment is still small. Where it is still 0 nothing is clipped either: the released SPAM clips
+    such values to 0, so that v stays 0 and the parameter is frozen; `freeze` reproduces that.
     """
 
-    def __init__(self, threshold: float = 5000.0):
-        super().__init__(threshold=threshold)
-        self.stages = (clip_to_moment,)
+    def __init__(self, threshold: float = 5000.0, grace_steps: int = 0, freeze: bool = False):
+        super().__init__(threshold=threshold, grace_steps=grace_steps)
+        self.stages = (clip_and_freeze if freeze else clip_to_moment,)
 
     def check(self, group: Mapping[str, Any]) -> None:
         """See `Stabilizer.check`."""
-        if not group["threshold"] > 0:
-            raise ValueError(f"threshold must be above 0, not {group['threshold']}")
+        if not group["threshold"] >= 0:
+            raise ValueError(f"threshold must be at least 0 (0: never), not {group['threshold']}")
+        whole(group, "grace_steps")
 
     def constants(self, group: Mapping[str, Any], t: int) -> dict[str, float]:
         """See `Part.constants`."""
-        return {"spike_threshold": group["threshold"]}
+        interval = group.get("reset_interval", 0)
+        since = group["steps"] % interval if interval else group["steps"]
+        clips = group["threshold"] and since >= group["grace_steps"]
+        return {"spike_threshold": group["threshold"] if clips else math.inf}
 
 
 @measure("sum", over="all")

@@ -18,17 +18,15 @@ Paper and released code differ (measured: specs of this project, and docs/decisi
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from typing_extensions import Unpack
 
-from ..formats import nearest
 from ..stages import Stage, fold
 from .adamw import AdamW, debias
 from .base import Options, Params
-from .stabilizers import AdaClip, AdaGN, MomentumReset, annealing
-
-VARIANTS = ("paper", "official")
+from .stabilizers import AdaClip, AdaGN, MomentumReset
+from .variants import Variants
 
 
 @fold
@@ -38,7 +36,7 @@ def closed_form(s, c):
     s.exp_avg_sq_weight = c.weight2
 
 
-class StableSPAM(AdamW):
+class StableSPAM(Variants, AdamW):
     """AdamW that stays stable in 4 bits: spikes clipped, gradient norms tracked, momentum reset now and then.
 
     Args:
@@ -59,6 +57,8 @@ class StableSPAM(AdamW):
             which go first.
     """
 
+    length: ClassVar = "total_steps"
+
     def __init__(
         self,
         params: Params,
@@ -76,10 +76,7 @@ class StableSPAM(AdamW):
         variant: str = "paper",
         **options: Unpack[Options],
     ):
-        if variant not in VARIANTS:
-            raise ValueError(f"unknown variant {variant!r}{nearest(variant, VARIANTS)}; known: {', '.join(VARIANTS)}")
-        official = variant == "official"
-        self.guarded = not official
+        official = self.choose(variant)
         self.folds: tuple[Stage, ...] = (closed_form, debias) if official else AdamW.folds
         parts = (
             AdaClip(gamma3, closed_form=official),
@@ -90,24 +87,6 @@ class StableSPAM(AdamW):
         hyper.update(total_steps=total_steps, eta_min=eta_min, variant=variant)
         options["stabilize"] = (*options.get("stabilize", ()), *parts)
         super(AdamW, self).__init__(params, hyper, **options)
-
-    def check_group(self, group: Mapping[str, Any]) -> None:
-        """See `Rule.check_group`."""
-        super().check_group(group)
-        total = group["total_steps"]
-        if total is not None and total < 1:
-            raise ValueError(f"total_steps must be at least 1, or None, not {total}")
-        if not 0 <= group["eta_min"] <= 1:
-            raise ValueError(f"eta_min must be in [0, 1], not {group['eta_min']}")
-        if group["variant"] != ("paper" if self.guarded else "official"):
-            raise ValueError(
-                f"variant is one for the whole optimizer; a group (or checkpoint) asks {group['variant']!r}"
-            )
-
-    def betas(self, group: Mapping[str, Any]) -> tuple[float, float]:
-        """See `AdamW.betas`."""
-        beta1, beta2 = group["betas"]
-        return beta1 * annealing(group), beta2
 
     def _official_reset(self, group: Mapping[str, Any]) -> bool:
         return not self.guarded and any(part.resets(group) for part in self.stabilize)

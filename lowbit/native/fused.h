@@ -1,0 +1,178 @@
+// The loop of a step where it is fast: a block of 256 values decoded, updated and drafted while the one before is encoded
+// and stored. The encoding fills the time in which square roots and divisions are waited for, and memory is read and
+// written evenly, as the processor's look-ahead likes it.
+//
+// For each stage, kernels.h says what it is called with (`adamw_adamw_lanes`); this makes a loop for each way in which
+// the operands may be stored: p and g as fp32 or bf16, moments as fp32, bytes or codes of 4 bits. Other ways go through
+// fp32 in the first-level cache, where what is read is always LB_FLOATS.
+#pragma once
+#include "abi.h"
+#include "lanes.h"
+
+#ifdef LB_AVX2
+namespace LB_SPACE {
+
+constexpr int HALF = LB_BLOCK / 2;  // what may have a scale of its own
+
+constexpr uint64_t kind_at(uint64_t kinds, int k) { return kinds >> (4 * k) & 15; }
+
+// The kinds of a stage's operands: of its p, of its g, and of the moments it writes.
+template <class Stage> constexpr uint64_t kinds_of(int p, int g, int moments) {
+  uint64_t kinds = 0;
+  for (int k = 0; k < Stage::READS; ++k) {
+    const char role = Stage::ROLES[k];
+    int kind = role == 'p' ? p : role == 'g' ? g : role == 'm' ? moments : LB_FLOATS;
+    if (kind == LB_BYTES && Stage::UNSIGNED[k]) kind = LB_ROOT_BYTES;
+    kinds |= (uint64_t)kind << (4 * k);
+  }
+  return kinds;
+}
+
+template <class Stage, uint64_t KINDS> constexpr int kind_written(int w) {
+  return Stage::PLACES[w] < Stage::READS ? kind_at(KINDS, Stage::PLACES[w]) : LB_FLOATS;
+}
+
+template <class Stage> constexpr uint32_t roots_of(uint64_t kinds) {  // of which writes roots are kept
+  uint32_t roots = 0;
+  for (int w = 0; w < Stage::WRITES; ++w) {
+    const int k = Stage::PLACES[w];
+    if (k < Stage::READS && kind_at(kinds, k) == LB_ROOT_BYTES) roots |= 1u << w;
+  }
+  return roots;
+}
+
+// Operand K of a loop, and those after it.
+template <class Stage, uint64_t KINDS, int K> struct Reader {
+  static constexpr int KIND = kind_at(KINDS, K);
+  const void *from;
+  Lanes scale;
+  Table table;
+  Reader<Stage, KINDS, K + 1> rest;
+  LB_IN Reader(const lb_fused *call, int half)
+      : from(call->frame.in[K]), scale(call->scale[half][K]), rest(call, half) {
+    if (KIND == LB_NIBBLES) table = Table(call->table[K]);
+  }
+  LB_IN void read(int i, Lanes *x) const {
+    constexpr int BITS = KIND == LB_FLOATS ? 32 : KIND == LB_BF16 ? 16 : KIND == LB_NIBBLES ? 4 : 8;
+    __builtin_prefetch((const char *)from + (i + LB_BLOCK) * BITS / 8, 0, 3);  // the next block, most of the time
+    x[K] = lanes(i);
+    rest.read(i, x);
+  }
+  LB_IN Lanes lanes(int i) const {
+    if (KIND == LB_FLOATS) return Lanes::load((const float *)from + i);
+    if (KIND == LB_BF16) return Lanes::widen((const uint16_t *)from + i);
+    if (KIND == LB_BYTES) return Lanes::signed_bytes((const uint8_t *)from + i) * scale;
+    if (KIND == LB_NIBBLES) return table.look_up((const uint8_t *)from + i / 2) * scale;
+    const Lanes root = Lanes::bytes((const uint8_t *)from + i) * scale;
+    return root * root;
+  }
+};
+template <class Stage, uint64_t KINDS> struct Reader<Stage, KINDS, Stage::READS> {
+  LB_IN Reader(const lb_fused *, int) {}
+  LB_IN void read(int, Lanes *) const {}
+};
+
+// Write W of a loop, and those after it: from the draft of the block before to where it belongs, 32 values at a time.
+template <class Stage, uint64_t KINDS, int W> struct Writer {
+  static constexpr int KIND = kind_written<Stage, KINDS>(W);
+  static constexpr int GROUPS = 32 / Lanes::COUNT;
+  const float *draft;
+  void *to;
+  Lanes inverse;
+  Ladder ladder;
+  int least;
+  const uint16_t *draws;
+  Writer<Stage, KINDS, W + 1> rest;
+  LB_IN Writer(const lb_fused *call, int half)
+      : draft(call->draft[W]), to(call->to[W]), inverse(call->inverse[half][W]), least(call->least[W]),
+        draws(call->draws), rest(call, half) {
+    if (KIND == LB_NIBBLES) ladder = Ladder(*call->format[W]);
+  }
+  LB_IN void write(int i) const {
+    Lanes x[GROUPS];
+    for (int k = 0; k < GROUPS; ++k) x[k] = Lanes::load(draft + i + k * Lanes::COUNT);
+    if (KIND == LB_BYTES) {
+      for (int k = 0; k < GROUPS; ++k) x[k] = x[k] * inverse;
+      store_bytes((uint8_t *)to + i, x, true);
+    } else if (KIND == LB_ROOT_BYTES) {  // what is above 0 keeps code 1
+      for (int k = 0; k < GROUPS; ++k) x[k] = lb::maximum(x[k] * inverse, where(x[k] > 0.0f, 1.0f, 0.0f));
+      store_bytes((uint8_t *)to + i, x, false);
+    } else if (KIND == LB_NIBBLES) {
+      ladder.store((uint8_t *)to + i / 2, x, inverse, least);
+    } else {
+      for (int k = 0; k < GROUPS; ++k) {
+        const int at = i + k * Lanes::COUNT;
+        if (KIND == LB_FLOATS) x[k].store((float *)to + at);
+        else if (draws) store_bf16((uint16_t *)to + at, x[k], draws + at);
+        else store_bf16((uint16_t *)to + at, x[k]);
+      }
+    }
+    rest.write(i);
+  }
+};
+template <class Stage, uint64_t KINDS> struct Writer<Stage, KINDS, Stage::WRITES> {
+  LB_IN Writer(const lb_fused *, int) {}
+  LB_IN void write(int) const {}
+};
+
+template <class Stage, uint64_t KINDS> static void fused(const lb_fused *call) {
+  constexpr int WRITES = Stage::WRITES;
+  const Stage stage(&call->frame);
+  float *out[WRITES];
+  for (int w = 0; w < WRITES; ++w) out[w] = call->frame.out[w];
+  for (int half = 0; half < 2; ++half) {
+    const Reader<Stage, KINDS, 0> reader(call, half);
+    const Writer<Stage, KINDS, 0> writer(call, half);
+    Finite finite;
+    Peak peaks[WRITES];
+    for (int j = half * HALF; j < (half + 1) * HALF; j += 32) {
+#pragma GCC unroll 4
+      for (int i = j; i < j + 32; i += Lanes::COUNT) {
+        Lanes x[Stage::READS + WRITES];
+        reader.read(i, x);
+        if (Stage::GRADIENT >= 0) finite.see(x[Stage::GRADIENT]);
+        Stage::run(x, stage);
+#pragma GCC unroll 12
+        for (int w = 0; w < WRITES; ++w) {
+          const int kind = kind_written<Stage, KINDS>(w);
+          Lanes y = x[Stage::PLACES[w]];
+          if (kind == LB_ROOT_BYTES) y = sqrt(y);
+          y.store(out[w] + i);
+          if (kind == LB_FLOATS) finite.see(y);
+          else if (kind == LB_ROOT_BYTES) peaks[w].see_root(y);
+          else peaks[w].see(y);
+        }
+      }
+      writer.write(j);
+    }
+    uint32_t *found = call->frame.peaks + half * (WRITES + 1);
+    for (int w = 0; w < WRITES; ++w) found[w] = kind_written<Stage, KINDS>(w) == LB_FLOATS ? 0 : peaks[w].of_all();
+    found[WRITES] = finite.all() ? 0 : 0x7FC00000u;
+  }
+}
+
+template <class Stage, uint64_t KINDS> LB_FN bool offer(uint64_t kinds, uint32_t roots, lb_fused_kernel &found) {
+  if (kinds == KINDS && roots == roots_of<Stage>(KINDS)) found = fused<Stage, KINDS>;
+  return kinds == KINDS;
+}
+
+template <class Stage, int P, int G> LB_FN bool offer_moments(uint64_t kinds, uint32_t roots, lb_fused_kernel &found) {
+  bool known = offer<Stage, kinds_of<Stage>(P, G, LB_FLOATS)>(kinds, roots, found);
+  if constexpr (Stage::MOMENTS > 0) {
+    known |= offer<Stage, kinds_of<Stage>(P, G, LB_BYTES)>(kinds, roots, found);
+    known |= offer<Stage, kinds_of<Stage>(P, G, LB_NIBBLES)>(kinds, roots, found);
+  }
+  return known;
+}
+
+// The loop of a stage for operands of these kinds, 4 bits each; null if there is none.
+template <class Stage> static lb_fused_kernel choose_fused(uint64_t kinds, uint32_t roots) {
+  lb_fused_kernel found = nullptr;
+  offer_moments<Stage, LB_FLOATS, LB_FLOATS>(kinds, roots, found) ||
+      offer_moments<Stage, LB_BF16, LB_BF16>(kinds, roots, found) ||
+      offer_moments<Stage, LB_BF16, LB_FLOATS>(kinds, roots, found);
+  return found;
+}
+
+}  // namespace LB_SPACE
+#endif

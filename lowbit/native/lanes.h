@@ -1,0 +1,326 @@
+// Several values at once, as rules.h's functors take them in place of a float: a register, with the same arithmetic.
+//
+// Only for AVX2 and AVX-512; each operation is the IEEE operation of words.h on every lane.
+#pragma once
+#include "abi.h"
+#include "words.h"
+#ifdef LB_AVX2
+#include <immintrin.h>
+
+#define LB_IN inline __attribute__((always_inline))
+
+namespace LB_SPACE {
+
+#ifdef LB_AVX512
+
+struct Mask {
+  __mmask16 m;
+};
+
+struct Lanes {
+  static constexpr int COUNT = 16;
+  __m512 v;
+  Lanes() = default;
+  LB_IN Lanes(__m512 x) : v(x) {}
+  LB_IN Lanes(float x) : v(_mm512_set1_ps(x)) {}
+  LB_FN Lanes load(const float *from) { return _mm512_loadu_ps(from); }
+  LB_IN void store(float *to) const { _mm512_storeu_ps(to, v); }
+  LB_FN Lanes widen(const uint16_t *from) {  // bf16
+    const __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+  }
+  LB_FN Lanes signed_bytes(const uint8_t *from) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)from)));
+  }
+  LB_FN Lanes bytes(const uint8_t *from) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)from)));
+  }
+};
+
+LB_FN Lanes operator+(Lanes a, Lanes b) { return _mm512_add_ps(a.v, b.v); }
+LB_FN Lanes operator-(Lanes a, Lanes b) { return _mm512_sub_ps(a.v, b.v); }
+LB_FN Lanes operator*(Lanes a, Lanes b) { return _mm512_mul_ps(a.v, b.v); }
+LB_FN Lanes operator/(Lanes a, Lanes b) { return _mm512_div_ps(a.v, b.v); }
+LB_FN Mask operator<(Lanes a, Lanes b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)}; }
+LB_FN Mask operator<=(Lanes a, Lanes b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LE_OQ)}; }
+LB_FN Mask operator==(Lanes a, Lanes b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ)}; }
+LB_FN Mask operator!=(Lanes a, Lanes b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_NEQ_UQ)}; }
+LB_FN Mask operator&(Mask a, Mask b) { return {(__mmask16)(a.m & b.m)}; }
+LB_FN Mask operator|(Mask a, Mask b) { return {(__mmask16)(a.m | b.m)}; }
+LB_FN Mask operator!(Mask a) { return {(__mmask16)~a.m}; }
+LB_FN Lanes where(Mask condition, Lanes a, Lanes b) { return _mm512_mask_blend_ps(condition.m, b.v, a.v); }
+LB_FN Lanes sqrt(Lanes a) { return _mm512_sqrt_ps(a.v); }
+LB_FN Lanes and_bits(Lanes a, uint32_t bits) {
+  return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(a.v), _mm512_set1_epi32((int)bits)));
+}
+LB_FN Lanes negative(Lanes a) {
+  return _mm512_castsi512_ps(_mm512_xor_si512(_mm512_castps_si512(a.v), _mm512_set1_epi32((int)0x80000000u)));
+}
+
+struct Finite {  // 0 as long as all is finite, else NaN
+  __m512 sum;
+  LB_IN Finite() : sum(_mm512_setzero_ps()) {}
+  LB_IN void see(Lanes a) { sum = _mm512_fmadd_ps(a.v, _mm512_setzero_ps(), sum); }
+  LB_IN bool all() const { return _mm512_cmp_ps_mask(sum, sum, _CMP_UNORD_Q) == 0; }
+};
+
+struct Peak {  // the largest magnitude of each lane, as its bits
+  __m512i most;
+  LB_IN Peak() : most(_mm512_setzero_si512()) {}
+  LB_IN void see_root(Lanes a) { most = _mm512_max_epu32(most, _mm512_castps_si512(a.v)); }  // -0 counts as infinite
+  LB_IN void see(Lanes a) { most = _mm512_max_epi32(most, _mm512_castps_si512(and_bits(a, 0x7FFFFFFFu).v)); }
+  LB_IN uint32_t of_all() const { return (uint32_t)_mm512_reduce_max_epu32(most); }
+};
+
+struct Table {  // 16 numbers, looked up by 4 bits
+  __m512 values;
+  Table() = default;
+  LB_IN explicit Table(const float *from) : values(_mm512_loadu_ps(from)) {}
+  LB_IN Lanes look_up(const uint8_t *packed) const {
+    const __m512i half = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+    const __m512i shift = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
+    const __m512i eight = _mm512_castsi128_si512(_mm_loadl_epi64((const __m128i *)packed));
+    const __m512i index = _mm512_srlv_epi32(_mm512_permutexvar_epi32(half, eight), shift);  // the low 4 bits count
+    return _mm512_permutexvar_ps(index, values);
+  }
+};
+
+LB_FN void store_bf16(uint16_t *to, Lanes a, __m512i add) {  // finite
+  const __m512i bits = _mm512_add_epi32(_mm512_castps_si512(a.v), add);
+  _mm256_storeu_si256((__m256i *)to, _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16)));
+}
+LB_FN void store_bf16(uint16_t *to, Lanes a) {  // to nearest
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(_mm512_castps_si512(a.v), 16), _mm512_set1_epi32(1));
+  store_bf16(to, a, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
+}
+LB_FN void store_bf16(uint16_t *to, Lanes a, const uint16_t *draws) {  // stochastically
+  store_bf16(to, a, _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)draws)));
+}
+
+// 32 numbers, rounded to integers that fit a byte.
+LB_FN void store_bytes(uint8_t *to, const Lanes *u, bool) {
+  for (int k = 0; k < 2; ++k) {
+    _mm_storeu_si128((__m128i *)(to + 16 * k), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(u[k].v)));
+  }
+}
+
+// A 4-bit codebook's code of a number in units of the scale: the bin it falls in, then the bin's threshold.
+struct Ladder {
+  __m512 low, high, times, plus;
+  __m512i rung_low, rung_high, first;
+  bool multiply;
+  Ladder() = default;
+  LB_IN explicit Ladder(const lb_format &f)
+      : low(_mm512_loadu_ps(f.bin_threshold)),
+        high(_mm512_loadu_ps(f.bin_threshold + 16)),
+        times(_mm512_set1_ps(f.bin_times)),
+        plus(_mm512_set1_ps(f.bin_plus)),
+        rung_low(_mm512_loadu_si512(f.bin_rung)),
+        rung_high(_mm512_loadu_si512(f.bin_rung + 16)),
+        first(_mm512_set1_epi32(f.bin_low)),
+        multiply(f.bin_low == 0) {}
+  LB_IN __m512i code(Lanes u) const {
+    const __m512i bin =
+        multiply ? _mm512_cvttps_epi32(_mm512_fmadd_ps(u.v, times, plus))
+                 : _mm512_max_epi32(_mm512_sub_epi32(_mm512_srai_epi32(_mm512_castps_si512(u.v), 21), first),
+                                    _mm512_setzero_si512());
+    const __m512i rung = _mm512_permutex2var_epi32(rung_low, bin, rung_high);
+    const __mmask16 beyond = _mm512_cmp_ps_mask(_mm512_permutex2var_ps(low, bin, high), u.v, _CMP_LT_OQ);
+    return _mm512_mask_add_epi32(rung, beyond, rung, _mm512_set1_epi32(1));
+  }
+  // 32 numbers as codes of 4 bits; of those above 0, even if next to the scale they are nothing, at least `least`.
+  LB_IN void store(uint8_t *to, const Lanes *x, Lanes inverse, int least) const {
+    __m128i codes[2];
+    for (int k = 0; k < 2; ++k) {
+      __m512i found = code(x[k] * inverse);
+      if (least) found = _mm512_mask_max_epi32(found, (Lanes(0.0f) < x[k]).m, found, _mm512_set1_epi32(least));
+      codes[k] = _mm512_cvtepi32_epi8(found);
+    }
+    const __m256i all = _mm256_inserti128_si256(_mm256_castsi128_si256(codes[0]), codes[1], 1);
+    const __m256i pairs = _mm256_maddubs_epi16(all, _mm256_set1_epi16(0x1001));  // the first + 16 times the second
+    _mm_storeu_si128((__m128i *)to, _mm256_cvtepi16_epi8(pairs));
+  }
+};
+
+#else
+
+struct Mask {
+  __m256 m;
+};
+
+struct Lanes {
+  static constexpr int COUNT = 8;
+  __m256 v;
+  Lanes() = default;
+  LB_IN Lanes(__m256 x) : v(x) {}
+  LB_IN Lanes(float x) : v(_mm256_set1_ps(x)) {}
+  LB_FN Lanes load(const float *from) { return _mm256_loadu_ps(from); }
+  LB_IN void store(float *to) const { _mm256_storeu_ps(to, v); }
+  LB_FN Lanes widen(const uint16_t *from) {  // bf16
+    const __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)from));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
+  }
+  LB_FN Lanes signed_bytes(const uint8_t *from) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)from)));
+  }
+  LB_FN Lanes bytes(const uint8_t *from) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)from)));
+  }
+};
+
+LB_FN Lanes operator+(Lanes a, Lanes b) { return _mm256_add_ps(a.v, b.v); }
+LB_FN Lanes operator-(Lanes a, Lanes b) { return _mm256_sub_ps(a.v, b.v); }
+LB_FN Lanes operator*(Lanes a, Lanes b) { return _mm256_mul_ps(a.v, b.v); }
+LB_FN Lanes operator/(Lanes a, Lanes b) { return _mm256_div_ps(a.v, b.v); }
+LB_FN Mask operator<(Lanes a, Lanes b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)}; }
+LB_FN Mask operator<=(Lanes a, Lanes b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LE_OQ)}; }
+LB_FN Mask operator==(Lanes a, Lanes b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ)}; }
+LB_FN Mask operator!=(Lanes a, Lanes b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_NEQ_UQ)}; }
+LB_FN Mask operator&(Mask a, Mask b) { return {_mm256_and_ps(a.m, b.m)}; }
+LB_FN Mask operator|(Mask a, Mask b) { return {_mm256_or_ps(a.m, b.m)}; }
+LB_FN Mask operator!(Mask a) { return {_mm256_xor_ps(a.m, _mm256_castsi256_ps(_mm256_set1_epi32(-1)))}; }
+LB_FN Lanes where(Mask condition, Lanes a, Lanes b) { return _mm256_blendv_ps(b.v, a.v, condition.m); }
+LB_FN Lanes sqrt(Lanes a) { return _mm256_sqrt_ps(a.v); }
+LB_FN Lanes and_bits(Lanes a, uint32_t bits) {
+  return _mm256_and_ps(a.v, _mm256_castsi256_ps(_mm256_set1_epi32((int)bits)));
+}
+LB_FN Lanes negative(Lanes a) { return _mm256_xor_ps(a.v, _mm256_set1_ps(-0.0f)); }
+
+struct Finite {  // 0 as long as all is finite, else NaN
+  __m256 sum;
+  LB_IN Finite() : sum(_mm256_setzero_ps()) {}
+  LB_IN void see(Lanes a) { sum = _mm256_fmadd_ps(a.v, _mm256_setzero_ps(), sum); }
+  LB_IN bool all() const { return _mm256_movemask_ps(_mm256_cmp_ps(sum, sum, _CMP_UNORD_Q)) == 0; }
+};
+
+struct Peak {  // the largest magnitude of each lane, as its bits
+  __m256i most;
+  LB_IN Peak() : most(_mm256_setzero_si256()) {}
+  LB_IN void see_root(Lanes a) { most = _mm256_max_epu32(most, _mm256_castps_si256(a.v)); }  // -0 counts as infinite
+  LB_IN void see(Lanes a) { most = _mm256_max_epi32(most, _mm256_castps_si256(and_bits(a, 0x7FFFFFFFu).v)); }
+  LB_IN uint32_t of_all() const {
+    __m128i four = _mm_max_epu32(_mm256_castsi256_si128(most), _mm256_extracti128_si256(most, 1));
+    four = _mm_max_epu32(four, _mm_shuffle_epi32(four, 0x4E));
+    return (uint32_t)_mm_cvtsi128_si32(_mm_max_epu32(four, _mm_shuffle_epi32(four, 0xB1)));
+  }
+};
+
+struct Table {  // 16 numbers, looked up by 4 bits
+  __m256 low, high;
+  Table() = default;
+  LB_IN explicit Table(const float *from) : low(_mm256_loadu_ps(from)), high(_mm256_loadu_ps(from + 8)) {}
+  LB_IN Lanes look_up(const uint8_t *packed) const {
+    int32_t eight;
+    __builtin_memcpy(&eight, packed, 4);
+    const __m256i shift = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
+    const __m256i index = _mm256_srlv_epi32(_mm256_set1_epi32(eight), shift);  // lookups take 3 bits, the blend bit 3
+    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, index), _mm256_permutevar8x32_ps(high, index),
+                            _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
+  }
+};
+
+LB_FN void store_bf16(uint16_t *to, Lanes a, __m256i add) {  // finite
+  const __m256i bits = _mm256_srli_epi32(_mm256_add_epi32(_mm256_castps_si256(a.v), add), 16);
+  const __m256i pairs = _mm256_permute4x64_epi64(_mm256_packus_epi32(bits, bits), 0x88);
+  _mm_storeu_si128((__m128i *)to, _mm256_castsi256_si128(pairs));
+}
+LB_FN void store_bf16(uint16_t *to, Lanes a) {  // to nearest
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(_mm256_castps_si256(a.v), 16), _mm256_set1_epi32(1));
+  store_bf16(to, a, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));
+}
+LB_FN void store_bf16(uint16_t *to, Lanes a, const uint16_t *draws) {  // stochastically
+  store_bf16(to, a, _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)draws)));
+}
+
+LB_FN __m256i in_order(__m256i packed) {  // what two rounds of packing have mixed
+  return _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+}
+
+// 32 numbers, rounded to integers that fit a byte, signed or not.
+LB_FN void store_bytes(uint8_t *to, const Lanes *u, bool is_signed) {
+  __m256i x[4];
+  for (int k = 0; k < 4; ++k) x[k] = _mm256_cvtps_epi32(u[k].v);
+  const __m256i low = _mm256_packs_epi32(x[0], x[1]), high = _mm256_packs_epi32(x[2], x[3]);
+  const __m256i bytes = is_signed ? _mm256_packs_epi16(low, high) : _mm256_packus_epi16(low, high);
+  _mm256_storeu_si256((__m256i *)to, in_order(bytes));
+}
+
+// A 4-bit codebook's code of a number in units of the scale, by a search tree of 15 thresholds. The lookups take the
+// low 3 bits of minus the rung, so the tables are turned round.
+struct Ladder {
+  __m256 first, second, third, fourth;
+  Ladder() = default;
+  LB_IN explicit Ladder(const lb_format &f)
+      : first(_mm256_set1_ps(f.tree[0])),
+        second(_mm256_loadu_ps(f.tree + 8)),
+        third(_mm256_loadu_ps(f.tree + 16)),
+        fourth(_mm256_loadu_ps(f.tree + 24)) {}
+  LB_FN __m256i down(__m256i rung, __m256 table, __m256 u) {  // a comparison is -1 where it holds
+    const __m256 threshold = _mm256_permutevar8x32_ps(table, rung);
+    return _mm256_add_epi32(_mm256_add_epi32(rung, rung), _mm256_castps_si256(_mm256_cmp_ps(threshold, u, _CMP_LT_OQ)));
+  }
+  LB_IN __m256i minus_code(Lanes u) const {
+    const __m256i rung = _mm256_castps_si256(_mm256_cmp_ps(first, u.v, _CMP_LT_OQ));
+    return down(down(down(rung, second, u.v), third, u.v), fourth, u.v);
+  }
+  // 32 numbers as codes of 4 bits; of those above 0, even if next to the scale they are nothing, at least `least`.
+  LB_IN void store(uint8_t *to, const Lanes *x, Lanes inverse, int least) const {
+    __m256i codes[4];
+    for (int k = 0; k < 4; ++k) {
+      codes[k] = minus_code(x[k] * inverse);
+      if (least) {
+        const __m256i above = _mm256_castps_si256((Lanes(0.0f) < x[k]).m);
+        codes[k] = _mm256_min_epi32(codes[k], _mm256_and_si256(above, _mm256_set1_epi32(-least)));
+      }
+    }
+    const __m256i words = _mm256_packs_epi16(_mm256_packs_epi32(codes[0], codes[1]), _mm256_packs_epi32(codes[2], codes[3]));
+    const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(in_order(words)), _mm256_set1_epi16(0x1001));
+    const __m256i bytes = _mm256_permute4x64_epi64(_mm256_packus_epi16(pairs, pairs), 0x88);
+    _mm_storeu_si128((__m128i *)to, _mm256_castsi256_si128(bytes));
+  }
+};
+
+#endif
+
+struct Uniform {  // the same number in every lane
+  Lanes all;
+  float one;
+  LB_IN Uniform(float x) : all(x), one(x) {}
+  LB_IN operator Lanes() const { return all; }
+};
+
+LB_FN Lanes operator-(Lanes a) { return negative(a); }
+LB_FN Mask operator>(Lanes a, Lanes b) { return b < a; }
+LB_FN Mask operator>=(Lanes a, Lanes b) { return b <= a; }
+
+}  // namespace LB_SPACE
+
+// The words, as words.h has them for one value.
+namespace lb {
+using LB_SPACE::Lanes;
+using LB_SPACE::Mask;
+using LB_SPACE::sqrt;
+using LB_SPACE::Uniform;
+using LB_SPACE::where;
+template <> struct Same<Lanes> {
+  using type = LB_SPACE::Uniform;
+};
+LB_FN Lanes lerp(Lanes a, Lanes b, Lanes weight) {
+  const Mask small = weight < 0.5f;
+  return where(small, a, b) + where(small, weight, -(1.0f - weight)) * (b - a);
+}
+LB_FN Lanes lerp(Lanes a, Lanes b, Uniform weight) {  // a branch that always goes one way, and no blends
+  return weight.one < 0.5f ? a + weight * (b - a) : b + -(1.0f - weight) * (b - a);
+}
+LB_FN Lanes reciprocal(Lanes a) { return 1.0f / a; }
+LB_FN Lanes binade(Lanes a) {
+  const Lanes power = LB_SPACE::and_bits(a, 0x7F800000u);
+  return where(power > 0x1p-126f, power, 0x1p-126f);
+}
+LB_FN Lanes abs(Lanes a) { return LB_SPACE::and_bits(a, 0x7FFFFFFFu); }
+LB_FN Lanes sign(Lanes a) { return where(a > 0.0f, 1.0f, where(a < 0.0f, -1.0f, a)); }
+LB_FN Lanes maximum(Lanes a, Lanes b) { return where(b > a, b, a); }
+LB_FN Lanes minimum(Lanes a, Lanes b) { return where(b < a, b, a); }
+LB_FN Lanes clip(Lanes a, Lanes low, Lanes high) { return minimum(maximum(a, low), high); }
+}  // namespace lb
+#endif

@@ -1,0 +1,67 @@
+"""State for a part of a matrix: a fixed number of values of each row, drawn at random.
+
+The moments are a narrower matrix, with the rows of the parameter: stored, compressed, checkpointed and sharded as any
+other. Which values they belong to is a bit mask, one bit per value, little-endian in each row. A step gathers these
+values of parameter, gradient and companion, is made on the copies, and puts them back.
+
+The values of a row are those with the smallest hashes of (seed, step of the draw, tensor, element), so what is drawn
+depends on nothing else.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..rounding import bits16, key
+from ..stages import Job
+
+OPERAND = 255  # of the random bits: no moment of a rule has this number
+
+
+def mask_shape(rows: int, cols: int) -> tuple[int, int]:
+    """Of the bit mask of a matrix."""
+    return rows, -(-cols // 8)
+
+
+def draw(
+    seed: int, step: int, tensor: int, rows: int, cols: int, kept: int, device: torch.device | str = "cpu"
+) -> Tensor:
+    """A bit mask with `kept` bits in each row.
+
+    >>> draw(0, 0, 0, rows=2, cols=8, kept=3).tolist()
+    [[112], [14]]
+    """
+    bits = bits16(key(seed, step, tensor, OPERAND), 0, rows * cols, device).view(rows, cols)
+    chosen = bits.argsort(dim=1, stable=True)[:, :kept]
+    flags = torch.zeros(rows, -(-cols // 8) * 8, dtype=torch.uint8, device=device).scatter_(1, chosen, 1)
+    places = 2 ** torch.arange(8, dtype=torch.uint8, device=device)
+    return (flags.view(rows, -1, 8) * places).sum(-1, dtype=torch.uint8)
+
+
+def columns(mask: Tensor, kept: int) -> Tensor:
+    """The columns that a mask names, ascending: int64 [rows, kept]."""
+    places = torch.arange(8, dtype=torch.uint8, device=mask.device)
+    flags = mask.unsqueeze(-1).bitwise_right_shift(places) & 1
+    return flags.flatten(1).nonzero()[:, 1].view(len(mask), kept)
+
+
+class Part:
+    """Copies of the chosen values of a parameter, its gradient and its companion, while a step works on them."""
+
+    job: Job
+
+    def __init__(self, param: Tensor, mask: Tensor, kept: int, companion: Tensor | None):
+        assert param.grad is not None
+        self.whole, self.rest, self.index = param, companion, columns(mask, kept)
+        self.param, self.grad = self._gather(param.detach()), self._gather(param.grad.detach())
+        self.companion = None if companion is None else self._gather(companion)
+
+    def _gather(self, x: Tensor) -> Tensor:
+        return x.gather(1, self.index)
+
+    def put_back(self) -> None:
+        """Write what the step has made of the copies."""
+        self.whole.detach().scatter_(1, self.index, self.param)
+        if self.rest is not None and self.companion is not None:
+            self.rest.scatter_(1, self.index, self.companion)
