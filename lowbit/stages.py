@@ -10,6 +10,8 @@ A rule is a short ordered list of stages, each a small pure function in the word
     @fold("v n")   once per element of what was last measured, which must be rows, columns or groups: reads that
                    element's `x`, vectors over the same, `s`, `c`; returns what it writes, each a vector
     @update("p m") per value: reads p, g, moments, vectors, `s`, `c`; returns what it writes
+    @matrix("u")   once per tensor, in torch: reads g, moments and what earlier stages wrote, all as whole fp32 matrices
+                   (rows x cols), and `c` as floats, `host`, `key`, `shape`; returns what it writes, each a matrix
 
 The arguments' names are the operands: `p` and `g`, a letter for each moment, `s`, `c` and `x`. A vector has one fp32
 number per row, column or group: a moment that is declared so is kept from step to step, any other letter that a fold
@@ -19,6 +21,13 @@ consecutive rows (`Rule.group_rows`); the last may be short.
 A measurement costs one sweep over the gradient, in which the updates before it are repeated, so a program costs
 `1 + len(measures)` sweeps. The functions are what a backend runs (or prints); nothing else in the library states a
 formula.
+
+Matrix stages cut a program into segments of printed stages, each a program that any backend runs. A letter that must
+pass a cut and is no moment is a whole fp32 matrix for as long as it is needed, one tensor after the other. A segment is
+over the matrices that its stages name, which need not have the parameter's shape (`Rule.shapes`). Scalars pass a cut if
+they are declared; vectors if they are moments; `g` is the tensor's gradient everywhere. `host` are numbers that the
+host knows without asking a device (`Rule.host`); `key` is the tensor's, the step's and the seed's own random number;
+`shape` is the parameter's.
 """
 
 from __future__ import annotations
@@ -28,6 +37,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import groupby
 from operator import attrgetter
 from typing import Any, Literal, overload
 
@@ -47,19 +57,21 @@ class Moment:
     """One state of an optimizer: its torch name, its sign, the scalar that debiases it, if any, and what it is over.
 
     One number per value can be stored in any format; one per row, column or group of rows is a plain fp32 vector.
+    `lasting`: no average of gradients, so a momentum reset leaves it (a projector).
     """
 
     name: str
     signed: bool = True
     weight: str = ""
     over: Literal["value"] | Vector = "value"
+    lasting: bool = False
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One printed function of a rule. `reduce` and `over` are a measure's; a fold with `writes` is one over vectors."""
+    """One function of a rule. `reduce` and `over` are a measure's; a fold with `writes` is one over vectors."""
 
-    kind: Literal["measure", "fold", "update"]
+    kind: Literal["measure", "fold", "update", "matrix"]
     function: Callable[..., Any]
     reads: tuple[str, ...]
     writes: tuple[str, ...] = ()
@@ -122,6 +134,15 @@ def update(writes: str) -> Callable[..., Stage]:
     return decorate
 
 
+def matrix(writes: str) -> Callable[..., Stage]:
+    """Decorator: a torch function of whole matrices; a letter that it returns as it got it stays as it was stored."""
+
+    def decorate(function: Callable[..., Any]) -> Stage:
+        return Stage("matrix", function, _reads(function), writes=tuple(writes.split()))
+
+    return decorate
+
+
 class Namespace(dict):
     """Scalars or constants by attribute: `s.norm`, `c.eps`."""
 
@@ -140,7 +161,8 @@ class Program:
     """The stages of one optimizer, in order, with the moments (by letter) and persistent scalars they use.
 
     `guarded`: non-finite values harm nothing (DESIGN §5). Released code that lets them through is reproduced with
-    `guarded=False`. `vectors` tells what each letter of a vector, persistent or temporary, is over.
+    `guarded=False`. `vectors` tells what each letter of a vector, persistent or temporary, is over. `parts` are the
+    segments and matrix stages of a program that has any, in order; such a program is stepped by `optim.matrices`.
 
     Raises `ValueError` for stages that do not fit together.
     """
@@ -151,9 +173,14 @@ class Program:
     guarded: bool = True
     temporaries: Mapping[str, float] = field(default_factory=dict)  # scalars that each step begins with anew
     vectors: Mapping[str, Vector] = field(init=False)
+    parts: tuple[Program | Stage, ...] = field(init=False, default=())
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "vectors", _checked_vectors(self))
+        if any(stage.kind == "matrix" for stage in self.stages):
+            object.__setattr__(self, "parts", _cut(self))
+            object.__setattr__(self, "vectors", {k: m.over for k, m in self.moments.items() if m.over != "value"})
+        else:
+            object.__setattr__(self, "vectors", _checked_vectors(self))
 
     @cached_property
     def values(self) -> Mapping[str, Moment]:
@@ -167,8 +194,13 @@ class Program:
 
     @property
     def sweeps(self) -> int:
-        """How many times a step reads the gradient."""
-        return 1 + len(self.measures)
+        """How many times a step goes over the gradient; over matrices of any shape, where there are matrix stages."""
+        return sum(part.sweeps for part in self.parts if isinstance(part, Program)) or 1 + len(self.measures)
+
+    @cached_property
+    def named(self) -> frozenset[str]:
+        """Every letter that a stage reads or writes."""
+        return frozenset(letter for stage in self.stages for letter in (*stage.reads, *stage.writes))
 
 
 def _checked_vectors(program: Program) -> dict[str, Vector]:
@@ -208,6 +240,46 @@ def _checked_vectors(program: Program) -> dict[str, Vector]:
     return vectors
 
 
+CARRIED = "carried"  # the gradient as stabilizers left it, where later segments or matrix stages read g
+
+
+def _cut(program: Program) -> tuple[Program | Stage, ...]:
+    """The segments between matrix stages, each with the moments it names, and the matrix stages."""
+    runs: list[list[Stage]] = []
+    for is_matrix, run in groupby(program.stages, lambda stage: stage.kind == "matrix"):
+        stages = list(run)
+        runs += [[stage] for stage in stages] if is_matrix else [stages]
+    parts: list[Program | Stage] = []
+    whole, lost = set[str](), False  # letters that are whole matrices by now; whether g is no longer what was written
+    for index, run in enumerate(runs):
+        later = {letter for stages in runs[index + 1 :] for stage in stages for letter in stage.reads}
+        written = {letter for stage in run for letter in stage.writes if stage.kind in ("update", "matrix")}
+        read = {letter for stage in run for letter in stage.reads}
+        name = f"{run[0].kind} {run[0].function.__name__!r}"
+        if lost and "g" in read:
+            raise ValueError(f"{name} reads 'g', which an update before a matrix stage wrote; give that a letter")
+        if run[0].kind == "matrix":
+            known = {"g", "c", "host", "key", "shape", *program.values, *whole}
+            for letter in run[0].reads:
+                if letter not in known:
+                    known_here = ", ".join(sorted(known))
+                    raise ValueError(f"{name} reads {letter!r}, which it cannot at this place; it can: {known_here}")
+            vectors = program.moments.keys() - program.values.keys()
+            if taken := written & ({"p", "g", "s", "c", "host", "key", "shape"} | vectors):
+                raise ValueError(f"{name} writes {min(taken)!r}, which is no matrix of its own")
+            parts.append(run[0])
+        else:
+            if index and any(stage.over == "all" for stage in run):
+                raise ValueError(f"{name}: what is measured over all tensors comes before the first matrix stage")
+            moments = {letter: m for letter, m in program.moments.items() if letter in read | written}
+            passing = (read & whole) | (written & later) | (written & ({CARRIED} if "g" in later else set()))
+            moments |= {k: Moment(k) for k in sorted(passing - moments.keys() - {"p", "g"})}
+            parts.append(Program(tuple(run), moments, program.scalars, program.guarded, program.temporaries))
+        lost |= "g" in written and CARRIED not in written
+        whole |= written - program.moments.keys() - {"p", "g"}
+    return tuple(parts)
+
+
 @dataclass(eq=False)
 class Job:
     """One tensor in a step; p and its states are written in place.
@@ -235,7 +307,7 @@ class Job:
     stream: tuple[int, int, int] = (0, 0, 0)  # of random bits: seed, step, tensor id
     vectors: dict[str, Tensor] = field(default_factory=dict)
     group_rows: int = 1
-    gathered: Tensor | None = None  # the gradient, where `param` is a part of a parameter and not one itself
+    gathered: Tensor | None = None  # the gradient, where it is not the parameter's own
     prepared: Any = None  # a backend's own
     kind: tuple[Program, torch.device] = field(init=False)
 
@@ -244,7 +316,7 @@ class Job:
 
     @property
     def grad(self) -> Tensor:
-        """The parameter's gradient."""
+        """The gradient: the parameter's, unless another is given."""
         grad = self.param.grad if self.gathered is None else self.gathered
         assert grad is not None
         return grad

@@ -3,11 +3,14 @@
 A new optimizer is one row. All tests of optimizers draw from here.
 """
 
-from collections.abc import Callable, Mapping
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import oracles_blocks
+import oracles_matrix
 import oracles_optim
 import pytest
 import torch
@@ -16,7 +19,25 @@ from torch.nn import Parameter
 
 import lowbit
 from lowbit import backends, layout
-from lowbit.optim import SCALE, SGD, SPAM, Adafactor, AdamMini, AdamS, AdamW, Lion, Rule, SlimAdam, StableSPAM
+from lowbit.optim import (
+    APOLLO,
+    SCALE,
+    SGD,
+    SPAM,
+    SWAN,
+    Adafactor,
+    AdamMini,
+    AdamS,
+    AdamW,
+    Fira,
+    GaLore,
+    Lion,
+    Muon,
+    Rule,
+    SlimAdam,
+    StableSPAM,
+)
+from lowbit.stages import Stage
 
 
 @dataclass(frozen=True)
@@ -34,6 +55,8 @@ class Case:
     signed: dict[str, bool] = field(default_factory=lambda: {"exp_avg": True, "exp_avg_sq": False})
     options: dict[str, Any] = field(default_factory=dict)  # what the oracle need not know
     sweeps: int = 1
+    low_rank: bool = False  # has states of other shapes than the parameter's
+    mixes: bool = False  # what one value does depends on all of its matrix
 
     def __str__(self) -> str:
         return self.name
@@ -56,6 +79,9 @@ STABLE = {"lr": 1e-3, "reset_interval": 7, "total_steps": 9, "weight_decay": 0.1
 ADAM = {"lr": 1e-3, "weight_decay": 0.1}
 FACTORED = {"exp_avg_sq": False, "exp_avg_sq_row": False, "exp_avg_sq_col": False}
 RELATIVE = {"lr": 1e-2, "scale_parameter": True, "relative_step": True}
+# One projector for as long as the tests take: another's signs would be arbitrary beside the old moments.
+LOW_RANK = {"lr": 1e-3, "rank": 3, "update_interval": 1000, "scale": 0.25, "weight_decay": 0.1}
+PROJECTED = {"exp_avg": True, "exp_avg_sq": False, "projector": True}
 
 CASES = [
     Case("adamw", AdamW, {"lr": 1e-3, "weight_decay": 0.1}, oracles_optim.adamw),
@@ -89,6 +115,27 @@ CASES = [
     Case("scale", SCALE, {"lr": 1e-3, "scalar_lr": 2e-3, "weight_decay": 0.1}, oracles_blocks.scale, "tensor",
          sweeps=2),
     Case("scale-head-l2", LastLayers, {"lr": 1e-3, "norm": "l2"}, oracles_blocks.scale_head, "tensor", sweeps=2),
+    Case(
+        "muon", Muon, {"lr": 1e-3, "weight_decay": 0.1, "aux_lr": 1e-3}, oracles_matrix.muon, "tensor",
+        {"momentum_buffer": True, "exp_avg": True, "exp_avg_sq": False}, {"precision": "fp32"},
+        sweeps=2, mixes=True,
+    ),
+    Case(
+        "galore", GaLore, LOW_RANK, oracles_matrix.galore, "tensor", PROJECTED,
+        sweeps=2, low_rank=True, mixes=True,
+    ),
+    Case(
+        "fira", Fira, LOW_RANK, oracles_matrix.fira, "tensor", PROJECTED,
+        sweeps=3, low_rank=True, mixes=True,
+    ),
+    Case(
+        "apollo", APOLLO, LOW_RANK, oracles_matrix.apollo, "tensor", PROJECTED, {"proj": "svd"},
+        sweeps=3, low_rank=True,
+    ),
+    Case(
+        "swan", SWAN, {"lr": 1e-3, "weight_decay": 0.1}, oracles_matrix.swan, "tensor",
+        sweeps=1, mixes=True,
+    ),
 ]  # fmt: skip
 
 
@@ -140,6 +187,33 @@ def train(opt: Rule, named: list[tuple[str, Parameter]], steps: range, seed: int
         for name, p in named:
             p.grad = gradient(tuple(p.shape), t, seed + int(name.strip("p")), p.dtype)
         opt.step()
+
+
+@contextlib.contextmanager
+def injected(tape: list[Any], replay: bool) -> Iterator[None]:
+    """While it lasts, matrix stages are recorded; or, once what they are given has the same bits, not run again.
+
+    A matmul has no bits of its own: they change with the number of threads.
+    """
+    own, rest = Stage.written, iter(tape)
+
+    def written(self: Stage, operands: dict[str, Any]) -> dict[str, Any]:
+        if self.kind != "matrix":
+            return own(self, operands)
+        given = {k: x.clone() if isinstance(x, Tensor) else copy.copy(x) for k, x in operands.items()}
+        if not replay:
+            result = own(self, operands)
+            kept = {k: None if x is operands.get(k) else x.clone() for k, x in result.items()}
+            tape.append((given, dict(operands["host"]), kept))
+            return result
+        expected, host, result = next(rest)
+        assert_same(given, expected)
+        operands["host"].update(host)
+        return {k: operands[k] if x is None else x.clone() for k, x in result.items()}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Stage, "written", written)
+        yield
 
 
 def everything(opt: Rule) -> dict[str, Any]:
@@ -195,6 +269,6 @@ def dequantized(opt: Rule, p: Parameter, name: str) -> Tensor:
         each = {"row": 1, "group": slot.group_rows}
         vector = state[name] if over == "column" else state[name].repeat_interleave(each[over])[: slot.rows, None]
         return vector.expand(slot.rows, slot.cols).reshape(p.shape)
-    fmt = slot.formats[letter]
+    fmt, shape = slot.formats[letter], slot.shape_of(letter)
     parts = {part: state[name if part == "codes" else f"{name}_{part}"] for part in fmt.parts}
-    return backends.decode(fmt, parts, layout.rows_of(p.shape)[1]).reshape(p.shape)
+    return backends.decode(fmt, parts, layout.rows_of(shape)[1]).reshape(shape)

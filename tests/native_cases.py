@@ -25,7 +25,20 @@ import lowbit
 from lowbit.backends import native
 from lowbit.native.build import BuildError
 from lowbit.native.library import ISAS, Library, load
-from lowbit.optim import SGD, SPAM, AdaClip, AdaGN, AdamS, AdamW, GlobalClip, MomentumReset, Rule, SpikeClip, StableSPAM
+from lowbit.optim import (
+    SGD,
+    SPAM,
+    AdaClip,
+    AdaGN,
+    AdamS,
+    AdamW,
+    AdaPM,
+    GlobalClip,
+    MomentumReset,
+    Rule,
+    SpikeClip,
+    StableSPAM,
+)
 from lowbit.policy import Policy
 
 # ---- the library, once for each instruction set
@@ -162,6 +175,8 @@ OPTIMIZERS = {
     "adams-paper": Optimizer(AdamS, {"lr": 0.01, "bias_correction": False}, {"exp_avg": True}),
     "spam-sparse": Optimizer(SPAM, {**SPIKY, "density": 0.3}),
     "spam-sparse-official": Optimizer(SPAM, {**SPIKY, "density": 0.6, "variant": "official"}),
+    "adapm": Optimizer(AdaPM, {"lr": 0.01, "rank": 3}),
+    "adapm-mini": Optimizer(AdaPM, {"lr": 0.01, "rank": 3, "second_moment": "mini", "stabilize": (AdaGN(),)}),
     "vectors": Optimizer(_own(Vectors), {}),
     "loose": Optimizer(_own(Loose), {}),
 }

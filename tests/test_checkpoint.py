@@ -58,7 +58,8 @@ def clip(case: Case) -> Stabilizer:
     """A clip that the optimizer can have: SpikeClip reads the second moment."""
     opt = case.build(parameters([(2, 3)]))
     of_every_value = all("v" in opt.program(opt.param_groups[0], kind).values for kind in opt.kinds)
-    return SpikeClip(50.0) if of_every_value and "threshold" not in case.hyper else AdaGN()
+    ours = of_every_value and not case.low_rank and "threshold" not in case.hyper
+    return SpikeClip(50.0) if ours else AdaGN()
 
 
 def clones(named: list[tuple[str, Parameter]]) -> list[tuple[str, Parameter]]:

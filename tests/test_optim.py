@@ -352,6 +352,8 @@ def as_reference(opt: Rule, p: Parameter, case: Case) -> dict:
 @pytest.mark.parametrize("name", COMPRESSED)
 def test_a_step_is_decode_rule_encode(case: Case, name: str):
     """Every format, awkward shapes: p to 1e-6, and the new moments' nearest codes, but for ties that an ulp decides."""
+    if case.low_rank:
+        pytest.skip("states of other shapes: test_low_rank_states_are_decoded_and_encoded")
     named = parameters(SHAPES)
     opt = case.build(named, states=name)
     train(opt, named, range(1, 3))

@@ -31,6 +31,8 @@ NAN, INF = math.nan, math.inf
 @pytest.mark.parametrize("name", STATE_FORMATS)
 def test_a_coordinate_without_a_gradient_never_moves(case: Case, name: str):
     """Zero stays zero in every format: m is exactly 0, so p stays, whatever its neighbours do."""
+    if case.mixes:
+        pytest.skip("a matrix function of its neighbours moves it: that is the method")
     named = parameters([(64, 64), (33, 300)])
     opt = case.build(named, states=name, weight_decay=0.0, state_rounding="stochastic")
     start = {n: p.detach().clone() for n, p in named}

@@ -673,6 +673,433 @@ struct adamw_amsgrad_lanes {
 LB_FUSED(adamw_amsgrad)
 #endif
 
+LB_KERNEL(adapm_square)(const lb_frame *frame) {
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[2] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      const float g = frame->in[0][at];
+      peaks[1] = lb::peak_of(peaks[1], g);
+      const float measured_ = adapm_square<float>::apply(g);
+      frame->out[0][at] = measured_;
+      peaks[0] = lb::peak_of(peaks[0], measured_);
+    }
+    *found++ = (uint32_t)peaks[0];
+    *found++ = (uint32_t)peaks[1];
+  }
+}
+
+LB_KERNEL(adapm_average_square)(const lb_frame *frame) {
+  const adapm_average_square<float>::C c = {frame->c[frame->ci[0]]};
+  LB_IVDEP
+  for (int64_t at = 0; at < frame->n; ++at) {
+    float v = frame->in[0][at];
+    const float x = frame->x[at];
+    adapm_average_square<float>::apply(v, x, c);
+    frame->out[0][at] = v;
+  }
+}
+
+template <uint32_t ROOTS>
+static void adapm_second_run(const lb_frame *frame) {
+  const adapm_second<float>::C c = {frame->c[frame->ci[0]]};
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[2] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      float v = frame->in[0][at];
+      const float g = frame->in[1][at];
+      peaks[1] = lb::peak_of(peaks[1], g);
+      adapm_second<float>::apply(v, g, c);
+      if (ROOTS & 1) v = lb::sqrt(v);
+      frame->out[0][at] = v;
+      peaks[0] = lb::peak_of(peaks[0], v);
+    }
+    *found++ = (uint32_t)peaks[0];
+    *found++ = (uint32_t)peaks[1];
+  }
+}
+LB_KERNEL(adapm_second)(const lb_frame *frame) {
+  switch (frame->roots) {
+    case 1: return adapm_second_run<1>(frame);
+    default: return adapm_second_run<0>(frame);
+  }
+}
+
+LB_KERNEL(adapm_share)(const lb_frame *frame) {
+  adapm_share<float>::S s = {frame->s[frame->si[0]], frame->s[frame->si[1]]};
+  const adapm_share<float>::C c = {frame->c[frame->ci[0]]};
+  adapm_share<float>::apply(s, c);
+  frame->s[frame->si[0]] = s.accumulated;
+}
+
+LB_KERNEL(adapm_descend_low)(const lb_frame *frame) {
+  const adapm_descend_low<float>::S s = {frame->s[frame->si[0]], frame->s[frame->si[1]]};
+  const adapm_descend_low<float>::C c = {frame->c[frame->ci[0]], frame->c[frame->ci[1]], frame->c[frame->ci[2]], frame->c[frame->ci[3]], frame->c[frame->ci[4]], frame->c[frame->ci[5]]};
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[1] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      float p = frame->in[0][at];
+      const float v = frame->in[1][at];
+      const float a = frame->in[2][at];
+      const float w = frame->in[3][at];
+      adapm_descend_low<float>::apply(p, v, a, w, s, c);
+      frame->out[0][at] = p;
+      peaks[0] = lb::peak_of(peaks[0], p);
+    }
+    *found++ = (uint32_t)peaks[0];
+  }
+}
+#ifdef LB_FUSED
+struct adapm_descend_low_lanes {
+  using Stage = adapm_descend_low<LB_SPACE::Lanes>;
+  static constexpr int READS = 4, WRITES = 1, MOMENTS = 0;
+  static constexpr int GRADIENT = -1;
+  static constexpr char ROLES[] = "pvvv";
+  static constexpr bool UNSIGNED[] = {false, false, false, false};
+  static constexpr int PLACES[] = {0};
+  typename Stage::S s;
+  typename Stage::C c;
+  explicit adapm_descend_low_lanes([[maybe_unused]] const lb_frame *frame) : s{frame->s[frame->si[0]], frame->s[frame->si[1]]}, c{frame->c[frame->ci[0]], frame->c[frame->ci[1]], frame->c[frame->ci[2]], frame->c[frame->ci[3]], frame->c[frame->ci[4]], frame->c[frame->ci[5]]} {}
+  LB_FN void run(LB_SPACE::Lanes *x, [[maybe_unused]] const adapm_descend_low_lanes &stage) {
+    Stage::apply(x[0], x[1], x[2], x[3], stage.s, stage.c);
+  }
+};
+LB_FUSED(adapm_descend_low)
+#endif
+
+LB_KERNEL(adapm_descend_full)(const lb_frame *frame) {
+  const adapm_descend_full<float>::S s = {frame->s[frame->si[0]], frame->s[frame->si[1]]};
+  const adapm_descend_full<float>::C c = {frame->c[frame->ci[0]], frame->c[frame->ci[1]], frame->c[frame->ci[2]]};
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[3] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      float p = frame->in[0][at];
+      const float g = frame->in[1][at];
+      float m = frame->in[2][at];
+      const float v = frame->in[3][at];
+      peaks[2] = lb::peak_of(peaks[2], g);
+      adapm_descend_full<float>::apply(p, g, m, v, s, c);
+      frame->out[0][at] = p;
+      peaks[0] = lb::peak_of(peaks[0], p);
+      frame->out[1][at] = m;
+      peaks[1] = lb::peak_of(peaks[1], m);
+    }
+    *found++ = (uint32_t)peaks[0];
+    *found++ = (uint32_t)peaks[1];
+    *found++ = (uint32_t)peaks[2];
+  }
+}
+#ifdef LB_FUSED
+struct adapm_descend_full_lanes {
+  using Stage = adapm_descend_full<LB_SPACE::Lanes>;
+  static constexpr int READS = 4, WRITES = 2, MOMENTS = 1;
+  static constexpr int GRADIENT = 1;
+  static constexpr char ROLES[] = "pgmv";
+  static constexpr bool UNSIGNED[] = {false, false, false, false};
+  static constexpr int PLACES[] = {0, 2};
+  typename Stage::S s;
+  typename Stage::C c;
+  explicit adapm_descend_full_lanes([[maybe_unused]] const lb_frame *frame) : s{frame->s[frame->si[0]], frame->s[frame->si[1]]}, c{frame->c[frame->ci[0]], frame->c[frame->ci[1]], frame->c[frame->ci[2]]} {}
+  LB_FN void run(LB_SPACE::Lanes *x, [[maybe_unused]] const adapm_descend_full_lanes &stage) {
+    Stage::apply(x[0], x[1], x[2], x[3], stage.s, stage.c);
+  }
+};
+LB_FUSED(adapm_descend_full)
+#endif
+
+LB_KERNEL(adapm_descend_bare)(const lb_frame *frame) {
+  const adapm_descend_bare<float>::S s = {frame->s[frame->si[0]]};
+  const adapm_descend_bare<float>::C c = {frame->c[frame->ci[0]], frame->c[frame->ci[1]], frame->c[frame->ci[2]]};
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[2] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      float p = frame->in[0][at];
+      const float g = frame->in[1][at];
+      const float v = frame->in[2][at];
+      peaks[1] = lb::peak_of(peaks[1], g);
+      adapm_descend_bare<float>::apply(p, g, v, s, c);
+      frame->out[0][at] = p;
+      peaks[0] = lb::peak_of(peaks[0], p);
+    }
+    *found++ = (uint32_t)peaks[0];
+    *found++ = (uint32_t)peaks[1];
+  }
+}
+#ifdef LB_FUSED
+struct adapm_descend_bare_lanes {
+  using Stage = adapm_descend_bare<LB_SPACE::Lanes>;
+  static constexpr int READS = 3, WRITES = 1, MOMENTS = 0;
+  static constexpr int GRADIENT = 1;
+  static constexpr char ROLES[] = "pgv";
+  static constexpr bool UNSIGNED[] = {false, false, false};
+  static constexpr int PLACES[] = {0};
+  typename Stage::S s;
+  typename Stage::C c;
+  explicit adapm_descend_bare_lanes([[maybe_unused]] const lb_frame *frame) : s{frame->s[frame->si[0]]}, c{frame->c[frame->ci[0]], frame->c[frame->ci[1]], frame->c[frame->ci[2]]} {}
+  LB_FN void run(LB_SPACE::Lanes *x, [[maybe_unused]] const adapm_descend_bare_lanes &stage) {
+    Stage::apply(x[0], x[1], x[2], stage.s, stage.c);
+  }
+};
+LB_FUSED(adapm_descend_bare)
+#endif
+
+LB_KERNEL(apollo_descend)(const lb_frame *frame) {
+  const apollo_descend<float>::S s = {frame->s[frame->si[0]], frame->s[frame->si[1]]};
+  const apollo_descend<float>::C c = {frame->c[frame->ci[0]], frame->c[frame->ci[1]]};
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[1] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      float p = frame->in[0][at];
+      const float e = frame->in[1][at];
+      apollo_descend<float>::apply(p, e, s, c);
+      frame->out[0][at] = p;
+      peaks[0] = lb::peak_of(peaks[0], p);
+    }
+    *found++ = (uint32_t)peaks[0];
+  }
+}
+#ifdef LB_FUSED
+struct apollo_descend_lanes {
+  using Stage = apollo_descend<LB_SPACE::Lanes>;
+  static constexpr int READS = 2, WRITES = 1, MOMENTS = 0;
+  static constexpr int GRADIENT = -1;
+  static constexpr char ROLES[] = "pv";
+  static constexpr bool UNSIGNED[] = {false, false};
+  static constexpr int PLACES[] = {0};
+  typename Stage::S s;
+  typename Stage::C c;
+  explicit apollo_descend_lanes([[maybe_unused]] const lb_frame *frame) : s{frame->s[frame->si[0]], frame->s[frame->si[1]]}, c{frame->c[frame->ci[0]], frame->c[frame->ci[1]]} {}
+  LB_FN void run(LB_SPACE::Lanes *x, [[maybe_unused]] const apollo_descend_lanes &stage) {
+    Stage::apply(x[0], x[1], stage.s, stage.c);
+  }
+};
+LB_FUSED(apollo_descend)
+#endif
+
+LB_KERNEL(fira_energy)(const lb_frame *frame) {
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[1] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      const float e = frame->in[0][at];
+      const float measured_ = fira_energy<float>::apply(e);
+      frame->out[0][at] = measured_;
+      peaks[0] = lb::peak_of(peaks[0], measured_);
+    }
+    *found++ = (uint32_t)peaks[0];
+  }
+}
+
+LB_KERNEL(fira_limit)(const lb_frame *frame) {
+  fira_limit<float>::S s = {frame->s[frame->si[0]], frame->s[frame->si[1]]};
+  const fira_limit<float>::C c = {frame->c[frame->ci[0]], frame->c[frame->ci[1]], frame->c[frame->ci[2]]};
+  const float x = frame->x[0];
+  fira_limit<float>::apply(x, s, c);
+  frame->s[frame->si[1]] = s.limiter;
+  frame->s[frame->si[0]] = s.limited_norm;
+}
+
+LB_KERNEL(fira_descend)(const lb_frame *frame) {
+  const fira_descend<float>::S s = {frame->s[frame->si[0]], frame->s[frame->si[1]]};
+  const fira_descend<float>::C c = {frame->c[frame->ci[0]]};
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[1] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      float p = frame->in[0][at];
+      const float u = frame->in[1][at];
+      const float e = frame->in[2][at];
+      fira_descend<float>::apply(p, u, e, s, c);
+      frame->out[0][at] = p;
+      peaks[0] = lb::peak_of(peaks[0], p);
+    }
+    *found++ = (uint32_t)peaks[0];
+  }
+}
+#ifdef LB_FUSED
+struct fira_descend_lanes {
+  using Stage = fira_descend<LB_SPACE::Lanes>;
+  static constexpr int READS = 3, WRITES = 1, MOMENTS = 0;
+  static constexpr int GRADIENT = -1;
+  static constexpr char ROLES[] = "pvv";
+  static constexpr bool UNSIGNED[] = {false, false, false};
+  static constexpr int PLACES[] = {0};
+  typename Stage::S s;
+  typename Stage::C c;
+  explicit fira_descend_lanes([[maybe_unused]] const lb_frame *frame) : s{frame->s[frame->si[0]], frame->s[frame->si[1]]}, c{frame->c[frame->ci[0]]} {}
+  LB_FN void run(LB_SPACE::Lanes *x, [[maybe_unused]] const fira_descend_lanes &stage) {
+    Stage::apply(x[0], x[1], x[2], stage.s, stage.c);
+  }
+};
+LB_FUSED(fira_descend)
+#endif
+
+template <uint32_t ROOTS>
+static void galore_adam_run(const lb_frame *frame) {
+  const galore_adam<float>::C c = {frame->c[frame->ci[0]], frame->c[frame->ci[1]], frame->c[frame->ci[2]]};
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[3] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      const float r = frame->in[0][at];
+      float m = frame->in[1][at];
+      float v = frame->in[2][at];
+      float n;
+      galore_adam<float>::apply(r, m, v, n, c);
+      if (ROOTS & 1) n = lb::sqrt(n);
+      frame->out[0][at] = n;
+      peaks[0] = lb::peak_of(peaks[0], n);
+      frame->out[1][at] = m;
+      peaks[1] = lb::peak_of(peaks[1], m);
+      if (ROOTS & 4) v = lb::sqrt(v);
+      frame->out[2][at] = v;
+      peaks[2] = lb::peak_of(peaks[2], v);
+    }
+    *found++ = (uint32_t)peaks[0];
+    *found++ = (uint32_t)peaks[1];
+    *found++ = (uint32_t)peaks[2];
+  }
+}
+LB_KERNEL(galore_adam)(const lb_frame *frame) {
+  switch (frame->roots) {
+    case 1: return galore_adam_run<1>(frame);
+    case 4: return galore_adam_run<4>(frame);
+    case 5: return galore_adam_run<5>(frame);
+    default: return galore_adam_run<0>(frame);
+  }
+}
+
+LB_KERNEL(galore_stride)(const lb_frame *frame) {
+  galore_stride<float>::S s = {frame->s[frame->si[0]], frame->s[frame->si[1]], frame->s[frame->si[2]]};
+  const galore_stride<float>::C c = {frame->c[frame->ci[0]]};
+  galore_stride<float>::apply(s, c);
+  frame->s[frame->si[0]] = s.step_size;
+}
+
+LB_KERNEL(galore_descend)(const lb_frame *frame) {
+  const galore_descend<float>::S s = {frame->s[frame->si[0]]};
+  const galore_descend<float>::C c = {frame->c[frame->ci[0]]};
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[1] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      float p = frame->in[0][at];
+      const float u = frame->in[1][at];
+      galore_descend<float>::apply(p, u, s, c);
+      frame->out[0][at] = p;
+      peaks[0] = lb::peak_of(peaks[0], p);
+    }
+    *found++ = (uint32_t)peaks[0];
+  }
+}
+#ifdef LB_FUSED
+struct galore_descend_lanes {
+  using Stage = galore_descend<LB_SPACE::Lanes>;
+  static constexpr int READS = 2, WRITES = 1, MOMENTS = 0;
+  static constexpr int GRADIENT = -1;
+  static constexpr char ROLES[] = "pv";
+  static constexpr bool UNSIGNED[] = {false, false};
+  static constexpr int PLACES[] = {0};
+  typename Stage::S s;
+  typename Stage::C c;
+  explicit galore_descend_lanes([[maybe_unused]] const lb_frame *frame) : s{frame->s[frame->si[0]]}, c{frame->c[frame->ci[0]]} {}
+  LB_FN void run(LB_SPACE::Lanes *x, [[maybe_unused]] const galore_descend_lanes &stage) {
+    Stage::apply(x[0], x[1], stage.s, stage.c);
+  }
+};
+LB_FUSED(galore_descend)
+#endif
+
+template <uint32_t ROOTS>
+static void galore_adam_full_run(const lb_frame *frame) {
+  const galore_adam_full<float>::S s = {frame->s[frame->si[0]]};
+  const galore_adam_full<float>::C c = {frame->c[frame->ci[0]], frame->c[frame->ci[1]], frame->c[frame->ci[2]], frame->c[frame->ci[3]]};
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[4] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      float p = frame->in[0][at];
+      const float g = frame->in[1][at];
+      float m = frame->in[2][at];
+      float v = frame->in[3][at];
+      peaks[3] = lb::peak_of(peaks[3], g);
+      galore_adam_full<float>::apply(p, g, m, v, s, c);
+      frame->out[0][at] = p;
+      peaks[0] = lb::peak_of(peaks[0], p);
+      frame->out[1][at] = m;
+      peaks[1] = lb::peak_of(peaks[1], m);
+      if (ROOTS & 4) v = lb::sqrt(v);
+      frame->out[2][at] = v;
+      peaks[2] = lb::peak_of(peaks[2], v);
+    }
+    *found++ = (uint32_t)peaks[0];
+    *found++ = (uint32_t)peaks[1];
+    *found++ = (uint32_t)peaks[2];
+    *found++ = (uint32_t)peaks[3];
+  }
+}
+LB_KERNEL(galore_adam_full)(const lb_frame *frame) {
+  switch (frame->roots) {
+    case 4: return galore_adam_full_run<4>(frame);
+    default: return galore_adam_full_run<0>(frame);
+  }
+}
+#ifdef LB_FUSED
+struct galore_adam_full_lanes {
+  using Stage = galore_adam_full<LB_SPACE::Lanes>;
+  static constexpr int READS = 4, WRITES = 3, MOMENTS = 2;
+  static constexpr int GRADIENT = 1;
+  static constexpr char ROLES[] = "pgmm";
+  static constexpr bool UNSIGNED[] = {false, false, false, true};
+  static constexpr int PLACES[] = {0, 2, 3};
+  typename Stage::S s;
+  typename Stage::C c;
+  explicit galore_adam_full_lanes([[maybe_unused]] const lb_frame *frame) : s{frame->s[frame->si[0]]}, c{frame->c[frame->ci[0]], frame->c[frame->ci[1]], frame->c[frame->ci[2]], frame->c[frame->ci[3]]} {}
+  LB_FN void run(LB_SPACE::Lanes *x, [[maybe_unused]] const galore_adam_full_lanes &stage) {
+    Stage::apply(x[0], x[1], x[2], x[3], stage.s, stage.c);
+  }
+};
+LB_FUSED(galore_adam_full)
+#endif
+
 LB_KERNEL(lion_lion)(const lb_frame *frame) {
   const lion_lion<float>::C c = {frame->c[frame->ci[0]], frame->c[frame->ci[1]], frame->c[frame->ci[2]], frame->c[frame->ci[3]]};
   const int64_t end = frame->n & ~INT64_C(15);
@@ -712,6 +1139,135 @@ struct lion_lion_lanes {
   }
 };
 LB_FUSED(lion_lion)
+#endif
+
+template <uint32_t ROOTS>
+static void matrices_carry_run(const lb_frame *frame) {
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[2] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      const float g = frame->in[0][at];
+      float carried;
+      peaks[1] = lb::peak_of(peaks[1], g);
+      matrices_carry<float>::apply(g, carried);
+      if (ROOTS & 1) carried = lb::sqrt(carried);
+      frame->out[0][at] = carried;
+      peaks[0] = lb::peak_of(peaks[0], carried);
+    }
+    *found++ = (uint32_t)peaks[0];
+    *found++ = (uint32_t)peaks[1];
+  }
+}
+LB_KERNEL(matrices_carry)(const lb_frame *frame) {
+  switch (frame->roots) {
+    case 1: return matrices_carry_run<1>(frame);
+    default: return matrices_carry_run<0>(frame);
+  }
+}
+
+template <uint32_t ROOTS>
+static void muon_average_run(const lb_frame *frame) {
+  const muon_average<float>::C c = {frame->c[frame->ci[0]]};
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[3] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      const float g = frame->in[0][at];
+      float m = frame->in[1][at];
+      float u;
+      peaks[2] = lb::peak_of(peaks[2], g);
+      muon_average<float>::apply(g, m, u, c);
+      frame->out[0][at] = m;
+      peaks[0] = lb::peak_of(peaks[0], m);
+      if (ROOTS & 2) u = lb::sqrt(u);
+      frame->out[1][at] = u;
+      peaks[1] = lb::peak_of(peaks[1], u);
+    }
+    *found++ = (uint32_t)peaks[0];
+    *found++ = (uint32_t)peaks[1];
+    *found++ = (uint32_t)peaks[2];
+  }
+}
+LB_KERNEL(muon_average)(const lb_frame *frame) {
+  switch (frame->roots) {
+    case 2: return muon_average_run<2>(frame);
+    default: return muon_average_run<0>(frame);
+  }
+}
+
+template <uint32_t ROOTS>
+static void muon_nesterov_run(const lb_frame *frame) {
+  const muon_nesterov<float>::C c = {frame->c[frame->ci[0]], frame->c[frame->ci[1]]};
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[3] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      const float g = frame->in[0][at];
+      float m = frame->in[1][at];
+      float u;
+      peaks[2] = lb::peak_of(peaks[2], g);
+      muon_nesterov<float>::apply(g, m, u, c);
+      frame->out[0][at] = m;
+      peaks[0] = lb::peak_of(peaks[0], m);
+      if (ROOTS & 2) u = lb::sqrt(u);
+      frame->out[1][at] = u;
+      peaks[1] = lb::peak_of(peaks[1], u);
+    }
+    *found++ = (uint32_t)peaks[0];
+    *found++ = (uint32_t)peaks[1];
+    *found++ = (uint32_t)peaks[2];
+  }
+}
+LB_KERNEL(muon_nesterov)(const lb_frame *frame) {
+  switch (frame->roots) {
+    case 2: return muon_nesterov_run<2>(frame);
+    default: return muon_nesterov_run<0>(frame);
+  }
+}
+
+LB_KERNEL(muon_descend)(const lb_frame *frame) {
+  const muon_descend<float>::C c = {frame->c[frame->ci[0]], frame->c[frame->ci[1]]};
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[1] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      float p = frame->in[0][at];
+      const float u = frame->in[1][at];
+      muon_descend<float>::apply(p, u, c);
+      frame->out[0][at] = p;
+      peaks[0] = lb::peak_of(peaks[0], p);
+    }
+    *found++ = (uint32_t)peaks[0];
+  }
+}
+#ifdef LB_FUSED
+struct muon_descend_lanes {
+  using Stage = muon_descend<LB_SPACE::Lanes>;
+  static constexpr int READS = 2, WRITES = 1, MOMENTS = 0;
+  static constexpr int GRADIENT = -1;
+  static constexpr char ROLES[] = "pv";
+  static constexpr bool UNSIGNED[] = {false, false};
+  static constexpr int PLACES[] = {0};
+  typename Stage::C c;
+  explicit muon_descend_lanes([[maybe_unused]] const lb_frame *frame) : c{frame->c[frame->ci[0]], frame->c[frame->ci[1]]} {}
+  LB_FN void run(LB_SPACE::Lanes *x, [[maybe_unused]] const muon_descend_lanes &stage) {
+    Stage::apply(x[0], x[1], stage.c);
+  }
+};
+LB_FUSED(muon_descend)
 #endif
 
 LB_KERNEL(scale_mean_of_rows)(const lb_frame *frame) {

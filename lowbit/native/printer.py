@@ -534,7 +534,7 @@ def kernels_header(stages: Iterable[tuple[Stage, Collection[str]]]) -> str:
 
 
 def collect(package: ModuleType) -> list[tuple[Stage, frozenset[str]]]:
-    """Every stage that the modules of a package define, with the letters that may be unsigned.
+    """Every printed stage that the modules of a package define, with the letters that may be unsigned.
 
     These are all it writes but p, g and the moments that a rule in its module declares as signed. So a moment that only
     a `plan` declares counts as unsigned; if it is not, that costs a kernel that nobody runs.
@@ -545,6 +545,7 @@ def collect(package: ModuleType) -> list[tuple[Stage, frozenset[str]]]:
         declared = [getattr(value, "moments", {}) for value in module if isinstance(value, type)]
         signed = {letter for moments in declared for letter, moment in moments.items() if moment.signed}
         stages = [value for value in module if isinstance(value, Stage) and value.function.__module__ == name]
+        stages = [stage for stage in stages if stage.kind != "matrix"]
         found += [(stage, frozenset(stage.writes) - {"p", "g"} - signed) for stage in stages]
     return found
 

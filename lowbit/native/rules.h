@@ -275,12 +275,187 @@ struct adamw_amsgrad {  // update, lowbit.optim.adamw
 };
 
 template <class F>
+struct adapm_square {  // measure, lowbit.optim.adapm
+  LB_FN F apply(F g) {
+    return g * g;
+  }
+};
+
+template <class F>
+struct adapm_average_square {  // fold, lowbit.optim.adapm
+  struct C { lb::constant<F> rate2; };
+  LB_FN void apply(F &v, F x, const C &c) {
+    v = lb::lerp(v, x, c.rate2);
+  }
+};
+
+template <class F>
+struct adapm_second {  // update, lowbit.optim.adapm
+  struct C { lb::constant<F> rate2; };
+  LB_FN void apply(F &v, F g, const C &c) {
+    v = lb::lerp(v, g * g, c.rate2);
+  }
+};
+
+template <class F>
+struct adapm_share {  // fold, lowbit.optim.adapm
+  struct S { lb::constant<F> accumulated, exp_avg_weight; };
+  struct C { lb::constant<F> residual_scale; };
+  LB_FN void apply(S &s, const C &c) {
+    s.accumulated = lb::reciprocal(s.exp_avg_weight) - c.residual_scale;
+  }
+};
+
+template <class F>
+struct adapm_descend_low {  // update, lowbit.optim.adapm
+  struct S { lb::constant<F> accumulated, root; };
+  struct C { lb::constant<F> residual_scale, eps, update_clip, keep, lr, zero; };
+  LB_FN void apply(F &p, F v, F a, F w, const S &s, const C &c) {
+    const F m = c.residual_scale * w + s.accumulated * a;
+    const F u = lb::clip(m / (lb::sqrt(v) * s.root + c.eps), -c.update_clip, c.update_clip);
+    p = c.keep * p - c.lr * lb::where(v > 0.0f, u, c.zero);
+  }
+};
+
+template <class F>
+struct adapm_descend_full {  // update, lowbit.optim.adapm
+  struct S { lb::constant<F> step_size, root; };
+  struct C { lb::constant<F> rate1, keep, eps; };
+  LB_FN void apply(F &p, F g, F &m, F v, const S &s, const C &c) {
+    m = lb::lerp(m, g, c.rate1);
+    p = adamw_descend<F>(c.keep * p, m, v, c, s);
+  }
+};
+
+template <class F>
+struct adapm_descend_bare {  // update, lowbit.optim.adapm
+  struct S { lb::constant<F> root; };
+  struct C { lb::constant<F> keep, lr, eps; };
+  LB_FN void apply(F &p, F g, F v, const S &s, const C &c) {
+    p = c.keep * p - c.lr * (g / (lb::sqrt(v) * s.root + c.eps));
+  }
+};
+
+template <class F>
+struct apollo_descend {  // update, lowbit.optim.apollo
+  struct S { lb::constant<F> step_size, limiter; };
+  struct C { lb::constant<F> behind, decay; };
+  LB_FN void apply(F &p, F e, const S &s, const C &c) {
+    p = p - s.step_size * (c.behind * (e / s.limiter));
+    p = p - c.decay * p;
+  }
+};
+
+template <class F>
+struct fira_energy {  // measure, lowbit.optim.fira
+  LB_FN F apply(F e) {
+    return e * e;
+  }
+};
+
+template <class F>
+struct fira_limit {  // fold, lowbit.optim.fira
+  struct S { lb::constant<F> limited_norm, limiter; };
+  struct C { lb::constant<F> norm_eps, growth, one; };
+  LB_FN void apply(F x, S &s, const C &c) {
+    const F norm = lb::sqrt(x);
+    const F growth = lb::maximum(norm / (s.limited_norm + c.norm_eps), c.growth) / c.growth;
+    s.limiter = lb::where(s.limited_norm > 0.0f, growth, c.one);
+    s.limited_norm = norm / s.limiter;
+  }
+};
+
+template <class F>
+struct fira_descend {  // update, lowbit.optim.fira
+  struct S { lb::constant<F> step_size, limiter; };
+  struct C { lb::constant<F> decay; };
+  LB_FN void apply(F &p, F u, F e, const S &s, const C &c) {
+    p = p - s.step_size * (u + e / s.limiter);
+    p = p - c.decay * p;
+  }
+};
+
+template <class F>
+struct galore_adam {  // update, lowbit.optim.galore
+  struct C { lb::constant<F> rate1, rate2, eps; };
+  LB_FN void apply(F r, F &m, F &v, F &n, const C &c) {
+    adamw_average<F>(m, v, r, c, m, v);
+    n = m / (lb::sqrt(v) + c.eps);
+  }
+};
+
+template <class F>
+struct galore_stride {  // fold, lowbit.optim.galore
+  struct S { lb::constant<F> step_size, exp_avg_sq_weight, exp_avg_weight; };
+  struct C { lb::constant<F> lr; };
+  LB_FN void apply(S &s, const C &c) {
+    s.step_size = c.lr * lb::sqrt(s.exp_avg_sq_weight) / s.exp_avg_weight;
+  }
+};
+
+template <class F>
+struct galore_descend {  // update, lowbit.optim.galore
+  struct S { lb::constant<F> step_size; };
+  struct C { lb::constant<F> decay; };
+  LB_FN void apply(F &p, F u, const S &s, const C &c) {
+    p = p - s.step_size * u;
+    p = p - c.decay * p;
+  }
+};
+
+template <class F>
+struct galore_adam_full {  // update, lowbit.optim.galore
+  struct S { lb::constant<F> step_size; };
+  struct C { lb::constant<F> rate1, rate2, eps, decay; };
+  LB_FN void apply(F &p, F g, F &m, F &v, const S &s, const C &c) {
+    adamw_average<F>(m, v, g, c, m, v);
+    p = p - s.step_size * (m / (lb::sqrt(v) + c.eps));
+    p = p - c.decay * p;
+  }
+};
+
+template <class F>
 struct lion_lion {  // update, lowbit.optim.lion
   struct C { lb::constant<F> rate1, keep, lr, rate2; };
   LB_FN void apply(F &p, F g, F &m, const C &c) {
     const F u = lb::sign(lb::lerp(m, g, c.rate1));
     p = c.keep * p - c.lr * u;
     m = lb::lerp(m, g, c.rate2);
+  }
+};
+
+template <class F>
+struct matrices_carry {  // update, lowbit.optim.matrices
+  LB_FN void apply(F g, F &carried) {
+    carried = g;
+  }
+};
+
+template <class F>
+struct muon_average {  // update, lowbit.optim.muon
+  struct C { lb::constant<F> rate; };
+  LB_FN void apply(F g, F &m, F &u, const C &c) {
+    m = lb::lerp(m, g, c.rate);
+    const F kept1_ = m;
+    u = kept1_;
+  }
+};
+
+template <class F>
+struct muon_nesterov {  // update, lowbit.optim.muon
+  struct C { lb::constant<F> rate, momentum; };
+  LB_FN void apply(F g, F &m, F &u, const C &c) {
+    m = lb::lerp(m, g, c.rate);
+    const F kept1_ = lb::lerp(g, m, c.momentum);
+    u = kept1_;
+  }
+};
+
+template <class F>
+struct muon_descend {  // update, lowbit.optim.muon
+  struct C { lb::constant<F> keep, lr; };
+  LB_FN void apply(F &p, F u, const C &c) {
+    p = c.keep * p - c.lr * u;
   }
 };
 

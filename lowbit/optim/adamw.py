@@ -63,6 +63,12 @@ def amsgrad(p, g, m, v, h, c, s):
     return p, m, v, h
 
 
+def constants(lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> dict[str, float]:
+    """What the stages above call `c`."""
+    beta1, beta2 = betas
+    return {"lr": lr, "keep": 1 - lr * weight_decay, "rate1": 1 - beta1, "rate2": 1 - beta2, "eps": eps}
+
+
 class AdamW(AnnealedBetas):
     """Adam with decoupled weight decay and states in any format.
 
@@ -119,11 +125,4 @@ class AdamW(AnnealedBetas):
 
     def constants(self, group: Mapping[str, Any], t: int) -> dict[str, float]:
         """See `Part.constants`."""
-        lr, (beta1, beta2) = float(group["lr"]), self.betas(group)
-        return {
-            "lr": lr,
-            "keep": 1 - lr * group["weight_decay"],
-            "rate1": 1 - beta1,
-            "rate2": 1 - beta2,
-            "eps": group["eps"],
-        }
+        return constants(float(group["lr"]), self.betas(group), group["eps"], group["weight_decay"])

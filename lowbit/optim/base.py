@@ -30,6 +30,7 @@ from ..roles import check_used, clean_name, role_map
 from ..stages import Job, Moment, Program, Stage
 from . import checkpoint, sparse
 from .explain import Explanation, explain
+from .matrices import Chain, carried
 from .slot import FLOATS, Slot, asked_of
 
 ROUNDINGS = ("auto", "nearest", "stochastic")
@@ -118,6 +119,7 @@ class Rule(torch.optim.Optimizer, Part):
 
     moments: ClassVar[dict[str, Moment]] = {}
     kinds: ClassVar[tuple[str, ...]] = ("",)  # of tensors, each with a plan of its own
+    host: ClassVar[dict[str, float]] = {}  # numbers per tensor that matrix stages keep on the host
     guarded: bool = True
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -180,6 +182,14 @@ class Rule(torch.optim.Optimizer, Part):
     def group_rows(self, group: Mapping[str, Any], name: str, shape: tuple[int, ...], role: str) -> int:
         """How many consecutive rows of a tensor are a group, where a moment or measure is over groups; asked once."""
         return 1
+
+    def shapes(self, group: Mapping[str, Any], kind: str, shape: tuple[int, ...]) -> Mapping[str, tuple[int, int]]:
+        """The shapes of letters that are no tensor of the parameter's shape, where there are matrix stages."""
+        return {}
+
+    def kind_constants(self, group: Mapping[str, Any], t: int, kind: str) -> dict[str, float]:
+        """The constants of tensors of one kind, where they differ."""
+        return self.constants(group, t)
 
     def fixed(self, group: Mapping[str, Any]) -> dict[str, Any]:
         """What a group's states and stages are made for, by name: it may not change afterwards."""
@@ -320,9 +330,11 @@ class Rule(torch.optim.Optimizer, Part):
         with torch.no_grad():
             work = self._work()
             self._warn_resolution(work)
-            shares, parts, counts, after = self._counted(work)
+            shares, parts, chains, counts, after = self._counted(work)
             self._reset("before")
             self._run(shares, parts)
+            for chain in chains:
+                chain.run()
             self._reset("after")
             if counts:
                 torch._foreach_copy_(counts, after)  # pyright: ignore[reportPrivateImportUsage]
@@ -357,32 +369,37 @@ class Rule(torch.optim.Optimizer, Part):
             for part in made:
                 part.put_back()
 
-    def _counted(self, work: Work) -> tuple[Shares, list[MakesPart], list[Tensor], list[Tensor]]:
+    def _counted(self, work: Work) -> tuple[Shares, list[MakesPart], list[Chain], list[Tensor], list[Tensor]]:
         """Count the step and make its jobs, by backend; if that fails, nothing has been counted.
 
-        Also every tensor's own count, and what that is after the step.
+        Also the chains of tensors that have matrix stages, whose first jobs are among the others if need be,
+        and every tensor's own count, and what that is after the step.
         """
         for group in self.param_groups:
             group["steps"] += 1
         try:
-            jobs, parts, counts, after = self._jobs(work)
-            return backends.share(jobs), parts, counts, after
+            made, parts, counts, after = self._jobs(work)
+            chains = [job for job in made if isinstance(job, Chain)]
+            jobs = [job for job in made if isinstance(job, Job)]
+            return backends.share([*jobs, *(c.begin() for c in chains if c.together)]), parts, chains, counts, after
         except BaseException:
             for group in self.param_groups:
                 group["steps"] -= 1
             raise
 
-    def _jobs(self, work: Work) -> tuple[list[Job], list[MakesPart], list[Tensor], list[Tensor]]:
+    def _jobs(self, work: Work) -> tuple[list[Job | Chain], list[MakesPart], list[Tensor], list[Tensor]]:
         jobs, parts, counts, after = [], [], [], []
         for group, tensors in work:
-            turns: dict[float, tuple[dict[str, float], Tensor]] = {}  # by the tensors' own counts, nearly always one
+            # By the tensors' own counts, nearly always one, and kinds.
+            turns: dict[tuple[float, str], tuple[dict[str, float], Tensor]] = {}
             for slot, state in tensors:
                 count = state["step"]
-                done = count.item()
-                if done not in turns:
-                    t = int(done) + 1
-                    turns[done] = self._constants(group, t), count.new_tensor(self.step_after(group, t))
-                constants, then = turns[done]
+                turn = count.item(), slot.kind
+                if turn not in turns:
+                    t = int(turn[0]) + 1
+                    then = count.new_tensor(self.step_after(group, t))
+                    turns[turn] = self._constants(group, t, slot.kind), then
+                constants, then = turns[turn]
                 if slot.kept:
                     slot.fit(state)
                     parts.append(partial(slot.part, group, state, constants))
@@ -392,8 +409,9 @@ class Rule(torch.optim.Optimizer, Part):
                 after.append(then)
         return jobs, parts, counts, after
 
-    def _constants(self, group: Mapping[str, Any], t: int) -> dict[str, float]:
-        return {k: v for part in (*self.stabilize, self) for k, v in part.constants(group, t).items()}
+    def _constants(self, group: Mapping[str, Any], t: int, kind: str) -> dict[str, float]:
+        parts = [part.constants(group, t) for part in self.stabilize]
+        return {k: v for constants in (*parts, self.kind_constants(group, t, kind)) for k, v in constants.items()}
 
     def _reset(self, when: str) -> None:
         """Momentum reset: zero scales and codes, written directly; what debiases a moment restarts with it.
@@ -439,9 +457,12 @@ class Rule(torch.optim.Optimizer, Part):
         name = (tuple(moments.items()), stages)
         if name not in self._programs:
             parts = (*self.stabilize, self)
-            own = {id(self): stages}
-            every = tuple(stage for part in parts for stage in own.get(id(part), part.stages))
+            front = tuple(stage for part in self.stabilize for stage in part.stages)
+            every = (*front, *carried(front, stages), *stages)
             scalars = {k: v for part in parts for k, v in part.scalars.items()}
+            others = {m.weight for k in self.kinds for m in self.plan(group, k)[0].values()}
+            for weight in others - {m.weight for m in moments.values()}:
+                scalars.pop(weight, None)  # of a moment that only tensors of other kinds have
             temporaries = {k: v for part in parts for k, v in part.temporaries.items()}
             self._programs[name] = Program(every, moments, scalars, self.guarded, temporaries)
         return self._programs[name]

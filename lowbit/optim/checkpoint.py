@@ -166,7 +166,7 @@ class _Conversion:
         for letter, moment in self.slot.program.moments.items():
             name = moment.name
             if moment.over == "value":
-                state.update(self._moment(name, self.slot.formats[letter], moment.signed, saved))
+                state.update(self._moment(letter, name, moment.signed, saved))
             else:
                 state[name] = self._tensor(saved, name, tuple(state[name].shape), torch.float32)
             if moment.weight and moment.weight not in saved:
@@ -176,6 +176,9 @@ class _Conversion:
         for name in (*self.slot.program.scalars, "skipped"):
             if name in saved:
                 state[name] = self._tensor(saved, name, tuple(state[name].shape), state[name].dtype)
+        for name in self.slot.host:
+            if name in saved:
+                state[name] = self._tensor(saved, name, (), torch.float32).cpu()
         if "master" in state and "master" in saved:
             state["master"] = self._companion(saved, state["master"])
         return state
@@ -193,7 +196,8 @@ class _Conversion:
         assert converted is not None
         return torch.where(rounded == p, converted, fresh)
 
-    def _moment(self, name: str, fmt: Format, signed: bool, saved: Mapping[str, Any]) -> dict[str, Any]:
+    def _moment(self, letter: str, name: str, signed: bool, saved: Mapping[str, Any]) -> dict[str, Any]:
+        fmt, own_shape = self.slot.formats[letter], self.slot.shape_of(letter)
         if name not in saved:
             if name.startswith("max_"):
                 raise ValueError(f"{self.slot.label}: the checkpoint has no {name!r}; it was made without amsgrad")
@@ -201,16 +205,16 @@ class _Conversion:
         tag = saved.get(f"{name}_format")
         stored = self._stored_format(name, tag, saved[name])
         parts = {}
-        for part, (shape, dtype) in rows.part_shapes(stored, self.shape).items():
+        for part, (shape, dtype) in rows.part_shapes(stored, own_shape).items():
             parts[part] = self._tensor(saved, state_key(name, part), shape, dtype)
         if stored != fmt:
-            height, cols = layout.rows_of(self.shape)
+            height, cols = layout.rows_of(own_shape)
             values = backends.decode(stored, parts, cols) if height * cols else torch.zeros(height, cols)
             if not stored.compressed:
                 values = parts["codes"].float().reshape(height, cols)
             parts = backends.encode(fmt, values, live=not signed)
             if not fmt.compressed:
-                parts["codes"] = parts["codes"].reshape(self.shape)
+                parts["codes"] = parts["codes"].reshape(own_shape)
         result: dict[str, Any] = {state_key(name, part): tensor for part, tensor in parts.items()}
         return {**result, f"{name}_format": fmt.tag} if fmt.compressed else result
 

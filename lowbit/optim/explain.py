@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from .matrices import temporary_bytes, together
+
 if TYPE_CHECKING:
     from .base import Rule
 
@@ -24,6 +26,7 @@ class Row:
     formats: dict[str, str]
     why: str
     state_bytes: int
+    temporary_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -34,11 +37,18 @@ class Explanation:
     rows: tuple[Row, ...]
     sweeps: int
     stages: tuple[str, ...]
+    together: bool = False  # matrix stages wait for what is measured over all tensors
 
     @property
     def state_bytes(self) -> int:
         """Bytes of all states."""
         return sum(row.state_bytes for row in self.rows)
+
+    @property
+    def temporary_bytes(self) -> int:
+        """The most that whole matrices between stages take, of one tensor at a time or of all together."""
+        each = [row.temporary_bytes for row in self.rows]
+        return sum(each) if self.together else max(each, default=0)
 
     @property
     def parameters(self) -> int:
@@ -75,6 +85,9 @@ class Explanation:
             f"A step reads the gradient {self.sweeps} time{'s' if self.sweeps > 1 else ''}: "
             + " or, for other tensors, ".join(self.stages)
         )
+        if self.temporary_bytes:
+            whose = "all tensors" if self.together else "one tensor at a time"
+            console.print(f"Between the stages of {whose}, whole matrices take up to {self.temporary_bytes:,} bytes.")
         return out.getvalue()
 
 
@@ -97,10 +110,15 @@ def explain(rule: Rule) -> Explanation:
                     formats={moments[letter].name: fmt.name for letter, fmt in slot.formats.items()} if state else {},
                     why=why if state else "frozen",
                     state_bytes=sum(v.nbytes for v in state.values() if isinstance(v, Tensor)),
+                    temporary_bytes=temporary_bytes(slot) if state else 0,
                 )
             )
     programs = list({id(slot.program): slot.program for slot in rule._slots.values()}.values())
     stages = tuple(" → ".join(stage.function.__name__ for stage in program.stages) for program in programs)
     return Explanation(
-        type(rule).__name__, tuple(rows), max((program.sweeps for program in programs), default=1), stages
+        optimizer=type(rule).__name__,
+        rows=tuple(rows),
+        sweeps=max((program.sweeps for program in programs), default=1),
+        stages=stages,
+        together=any(together(program) for program in programs),
     )

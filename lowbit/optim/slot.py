@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +13,9 @@ from .. import layout, masters, rows
 from ..formats import format as find_format
 from ..policy import Decision
 from ..roles import role_of
-from ..stages import Job, Moment
+from ..stages import Job, Program
 from . import sparse
+from .matrices import Chain, over
 
 if TYPE_CHECKING:
     from .base import Rule
@@ -39,6 +40,8 @@ class Slot:
             known = ", ".join(rule.kinds)
             raise ValueError(f"{label}: {type(rule).__name__} has no kind {self.kind!r}; it has: {known}")
         self.program = rule.program(group, self.kind)
+        self.shapes = rule.shapes(group, self.kind, tuple(p.shape)) if self.program.parts else {}
+        self.host = {k: v for stage in self.program.stages if "host" in stage.reads for k, v in rule.host.items()}
         self.group_rows = rule.group_rows(group, name, tuple(p.shape), self.role)
         if not isinstance(self.group_rows, int) or self.group_rows < 1:
             raise ValueError(f"{label}: group_rows must be a whole number of at least 1, not {self.group_rows!r}")
@@ -47,17 +50,20 @@ class Slot:
         if self.kept:
             self.shape = self.rows, self.kept
         self.decisions: dict[str, Decision] = {
-            letter: rule.policy.decide(group["states"], m.name, m.signed, name, self.shape, self.role)
+            letter: rule.policy.decide(group["states"], m.name, m.signed, name, self.shape_of(letter), self.role)
             if m.over == "value"
             else Decision(find_format("fp32"), f"one per {self._each(m.over)}: fp32")
             for letter, m in self.program.moments.items()
         }
         self.formats = {letter: decision.format for letter, decision in self.decisions.items()}
+        for part in self.program.parts:
+            if isinstance(part, Program):
+                over(self, part)  # raises for matrices that do not fit together
         self.master = group["master"]
         self.tensors = self._tensors()
         self._of_state = itemgetter("step", *self.tensors)  # two at least, so always a tuple
         self._passed: Any = None  # what the last check saw
-        self._job: Job | None = None
+        self._job: Job | Chain | None = None
         self._job_of: Any = None  # what the job was made of
 
     def check(self, asked: tuple[str, ...], grad: Tensor) -> None:
@@ -97,7 +103,7 @@ class Slot:
         tensors = {
             state_key(moment.name, part): kind
             for letter, moment in self.program.moments.items()
-            for part, kind in rows.part_shapes(self.formats[letter], self._shape(moment)).items()
+            for part, kind in rows.part_shapes(self.formats[letter], self.shape_of(letter)).items()
         }
         tensors.update(dict.fromkeys(self.program.scalars, ((), torch.float32)))
         tensors["skipped"] = (2,), torch.int64
@@ -112,6 +118,7 @@ class Slot:
         """A state of zeros: plain tensors and ints only."""
         p = self.param
         state: dict[str, Any] = {"step": torch.zeros((), dtype=torch.float32, device="cpu")}
+        state.update({k: torch.tensor(v, dtype=torch.float32, device="cpu") for k, v in self.host.items()})
         state.update({name: torch.zeros(s, dtype=d, device=p.device) for name, (s, d) in self.tensors.items()})
         for name, value in self.program.scalars.items():
             state[name].fill_(value)
@@ -132,20 +139,29 @@ class Slot:
         """Choose anew which values of each row have moments, in the step of that number."""
         state["mask"].copy_(sparse.draw(seed, steps, self.id, self.rows, self.cols, self.kept, self.param.device))
 
-    def _shape(self, moment: Moment) -> tuple[int, ...]:
+    def shape_of(self, letter: str) -> tuple[int, ...]:
+        """Of a moment, or of a whole matrix between two stages; the parameter's, unless the rule says otherwise."""
+        moment = self.program.moments.get(letter)
+        if moment is None or moment.over == "value":
+            return self.shapes.get(letter, self.shape)
         vectors = {"row": self.rows, "column": self.kept or self.cols, "group": -(-self.rows // self.group_rows)}
-        return self.shape if moment.over == "value" else (vectors[moment.over],)
+        return (vectors[moment.over],)
 
-    def job(self, group: Mapping[str, Any], state: dict[str, Any], constants: dict[str, float]) -> Job:
-        """Its job in this step: the last one, unless a tensor was replaced or moved or the rounding changed since."""
+    def job(self, group: Mapping[str, Any], state: dict[str, Any], constants: dict[str, float]) -> Job | Chain:
+        """Its job, or chain of them, in this step.
+
+        The last one, unless a tensor was replaced or moved or the rounding changed since.
+        """
         p = self.param
         addresses = [p.data_ptr(), *map(Tensor.data_ptr, self._of_state(state))]
         job, made_of = self._job, (addresses, p.is_contiguous(), group["rounding"], group["state_rounding"])
         if job is None or made_of != self._job_of:
             self.fit(state)
-            job = self._job = self._made(group, state)
+            job = self._job = Chain(self, group, state) if self.program.parts else self._made(group, state)
             self._job_of = made_of
         job.constants, job.stream = constants, (group["seed"], group["steps"], self.id)
+        if isinstance(job, Chain):
+            job.state = state
         return job
 
     def part(self, group: Mapping[str, Any], state: dict[str, Any], constants: dict[str, float]) -> sparse.Part:
@@ -167,20 +183,25 @@ class Slot:
                     f"{device}, {shape} and contiguous"
                 )
 
-    def _made(self, group: Mapping[str, Any], state: dict[str, Any]) -> Job:
-        moments, values = self.program.moments, self.program.values
+    def noise(self, group: Mapping[str, Any], values: Iterable[str]) -> frozenset[str]:
+        """Which operands round stochastically: p, and letters of moments."""
         noise = set(values) if group["state_rounding"] == "stochastic" else set()
         half = self.param.dtype != torch.float32
         if half and self.master == "none" and group["rounding"] != "nearest":
             noise.add("p")
-        formats = {letter: self.formats[letter] for letter in values}
+        return frozenset(noise)
+
+    def parts(self, letter: str, state: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The tensors that store a moment."""
+        name, fmt = self.program.moments[letter].name, self.formats[letter]
+        return {part: state[state_key(name, part)] for part in rows.part_shapes(fmt, (1, 1))}
+
+    def _made(self, group: Mapping[str, Any], state: dict[str, Any]) -> Job:
+        moments, values = self.program.moments, self.program.values
         return Job(
             param=self.param,
-            moments={
-                letter: {part: state[state_key(values[letter].name, part)] for part in rows.part_shapes(fmt, (1, 1))}
-                for letter, fmt in formats.items()
-            },
-            formats=formats,
+            moments={letter: self.parts(letter, state) for letter in values},
+            formats={letter: self.formats[letter] for letter in values},
             scalars={name: state[name] for name in self.program.scalars},
             skipped=state["skipped"],
             rows=self.rows,
@@ -188,7 +209,7 @@ class Slot:
             program=self.program,
             master=self.master if "master" in self.tensors else "none",
             companion=state.get("master"),
-            noise=frozenset(noise),
+            noise=self.noise(group, values),
             vectors={letter: state[m.name] for letter, m in moments.items() if m.over != "value"},
             group_rows=self.group_rows,
         )
@@ -196,9 +217,9 @@ class Slot:
     def zero_moments(self, state: dict[str, Any], keep: bool) -> None:
         """Zero every moment and what debiases it; `keep` spares maxima of moments, as released code does."""
         for letter, moment in self.program.moments.items():
-            if keep and moment.name.startswith("max_"):
+            if moment.lasting or (keep and moment.name.startswith("max_")):
                 continue
-            for part in rows.part_shapes(self.formats[letter], self._shape(moment)):
+            for part in rows.part_shapes(self.formats[letter], self.shape_of(letter)):
                 state[state_key(moment.name, part)].zero_()
             if moment.weight:
                 state[moment.weight].zero_()
