@@ -84,7 +84,7 @@ class Recorder:
         return among(self.formats, struct(f) + (chunk(f.cells, 4 * 2 * f.cell_half) if f.cells else chunk(None, 0)))
 
     def _program(self, program: Any) -> bytes:
-        names = {kernel: printed.symbol.encode() for kernel, printed in self.library._kernels.values()}
+        names = {kernel: printed.symbol.encode() for kernel, _, printed in self.library._kernels.values()}
         parts = [struct(program)]
         for stage in (abi.Stage * program.count).from_address(program.stages):
             name = names[stage.kernel]
@@ -98,18 +98,26 @@ class Recorder:
     def own_kernels(self) -> str:
         """The header own.h: kernels that no header of the library has, and a table of all."""
         rules = (build.HERE / "rules.h").read_text()
-        printed = {p.symbol: p for _, p in self.library._kernels.values()}
+        printed = {p.symbol: p for _, _, p in self.library._kernels.values()}
         foreign = [p for p in printed.values() if p.functor not in rules]
         helpers = {name: text for p in foreign for name, text in p.helpers.items() if text not in rules}
         lines = [*helpers.values(), *(text for p in foreign for text in (p.functor, p.kernel))]
         lines += [
+            "#ifdef LB_FUSED",
+            "#define LB_CHOOSE(name) LB_NAME(name##_fused)",
+            "#else",
+            "#define LB_CHOOSE(name) nullptr",
+            "#endif",
             "struct Kernel {",
             "  const char *name;",
             "  lb_kernel kernel;",
+            "  lb_choose_fused fused;",
             "};",
             "static const Kernel KERNELS[] = {",
         ]
-        lines += [f'  {{"{name}", LB_NAME({name})}},' for name in printed]
+        for name, p in printed.items():
+            fused = f"LB_CHOOSE({name})" if "LB_FUSED" in p.kernel else "nullptr"
+            lines.append(f'  {{"{name}", LB_NAME({name}), {fused}}},')
         return "\n".join([*lines, "};", ""])
 
 

@@ -58,7 +58,8 @@ def folder(tmp_path: Path) -> Path:
 def compiler_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """$CXX becomes the compiler behind a script that takes its time and writes down what it is asked."""
     wrapper, log = tmp_path / "cxx", tmp_path / "log"
-    wrapper.write_text(f'#!/bin/sh\necho "$@" >> "{log}"\ncase " $* " in *entry*) sleep ${{WAIT:-0.3}};; esac\nexec {CXX} "$@"\n')
+    wait = 'case " $* " in *entry*) sleep ${WAIT:-0.3};; esac'
+    wrapper.write_text(f'#!/bin/sh\necho "$@" >> "{log}"\n{wait}\nexec {CXX} "$@"\n')
     wrapper.chmod(0o755)
     monkeypatch.setenv("CXX", str(wrapper))
     return log

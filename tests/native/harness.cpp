@@ -51,9 +51,9 @@ template <class T> static T record() {
   return value;
 }
 
-static lb_kernel kernel(const Bytes &name) {
+static const Kernel &kernel(const Bytes &name) {
   for (const Kernel &k : KERNELS) {
-    if (name.size == strlen(k.name) && !memcmp(name.data, k.name, name.size)) return k.kernel;
+    if (name.size == strlen(k.name) && !memcmp(name.data, k.name, name.size)) return k;
   }
   stop("a kernel is missing");
 }
@@ -147,7 +147,9 @@ int main(int count, char **arguments) {
     stages[k].resize((size_t)programs[k].count);
     for (lb_stage &stage : stages[k]) {
       stage = record<lb_stage>();
-      stage.kernel = kernel(bytes());
+      const Kernel &found = kernel(bytes());
+      stage.kernel = found.kernel;
+      stage.fused = found.fused;
     }
     programs[k].stages = stages[k].data();
   }
