@@ -24,7 +24,7 @@ from lowbit.bench.tables import Grid
 PAGE = timing.ROOT / "docs" / "optimizers.md"
 START, END = "<!-- memory -->\n", "<!-- /memory -->\n"
 STATES = ("fp32", "bf16", "8bit", "4bit")
-O = lowbit.optim  # noqa: E741
+O = lowbit.optim
 HEADS = preset("60m").heads
 OPTIMIZERS: dict[str, Callable[..., O.Rule]] = {
     "AdamW": O.AdamW,

@@ -17,40 +17,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import cpu_tables
 import timing
 import torch
 
-from lowbit.optim import AdamW, Moment, Rule, StableSPAM, update
-from lowbit.words import lerp, sqrt
+from lowbit.optim import AdamS, AdamW, Rule, StableSPAM
 
 FP32, BF16 = torch.float32, torch.bfloat16
-
-
-@update("p m")
-def adams(p, g, m, c):
-    """AdamS, https://arxiv.org/abs/2505.16363: the momentum before this gradient takes the second moment's place."""
-    u = sqrt(c.beta2 * (m * m) + c.rate2 * (g * g)) + c.eps
-    m = lerp(m, g, c.rate1)
-    p = c.keep * p - c.lr * (m / u)
-    return p, m
-
-
-class AdamS(Rule):
-    """As short as a rule can be: this benchmark's stand-in for the optimizer."""
-
-    moments: ClassVar = {"m": Moment("exp_avg")}
-    stages = (adams,)
-
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=1e-2, **options):
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}, **options)
-
-    def constants(self, group, t):
-        lr, (beta1, beta2) = group["lr"], group["betas"]
-        keep = 1 - lr * group["weight_decay"]
-        return {"lr": lr, "keep": keep, "rate1": 1 - beta1, "beta2": beta2, "rate2": 1 - beta2, "eps": group["eps"]}
 
 
 Maker = tuple[torch.dtype, Callable[..., torch.optim.Optimizer]]
