@@ -265,3 +265,29 @@ def test_over_90_percent_of_the_momentum_is_gone_at_gpt2_1_5b():
 def test_bad_arguments(options: dict, message: str):
     with pytest.raises(ValueError, match=message):
         AdaPM([Parameter(torch.ones(4, 4))], **options)
+
+
+@pytest.mark.parametrize("backend", ["reference", "native"])
+@pytest.mark.parametrize("hyper", [{"rank": 0}, {"rank": 4, "roles": {"w": "embedding"}}], ids=str)
+def test_tensors_without_momentum_step_on_every_backend(monkeypatch, backend: str, hyper: dict):
+    monkeypatch.setenv("LOWBIT_BACKEND", backend)
+    p = Parameter(torch.ones(7, 300))
+    opt = AdaPM([("w", p)], lr=0.5, weight_decay=0.0, **hyper)
+    p.grad = torch.ones(7, 300)
+    opt.step()
+    torch.testing.assert_close(p.detach(), torch.full((7, 300), 0.5))
+
+
+@pytest.mark.parametrize("spike", [1e18, 1e25, 3e38])
+@pytest.mark.parametrize("at", [0, 5])
+def test_a_huge_gradient_does_not_stop_later_steps(spike: float, at: int):
+    p, moved = Parameter(torch.ones(16, 64)), 0
+    opt = AdaPM([("w", p)], rank=4, states="fp32")
+    for t in range(20):
+        p.grad = torch.randn(16, 64, generator=torch.Generator().manual_seed(t))
+        if t == at:
+            p.grad[3, 3] = spike
+        before = p.detach().clone()
+        opt.step()
+        moved += not torch.equal(before, p.detach())
+    assert moved >= 19 and opt.counters()["skipped_tensors"] <= 1 and p.isfinite().all()

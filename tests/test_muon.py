@@ -12,7 +12,7 @@ from matrix_cases import HEAD, follow
 from torch import nn
 from torch.nn import Parameter
 
-from lowbit.optim import AdamW, Muon, SpikeClip
+from lowbit.optim import AdamW, Muon, SpikeClip, param_groups
 from lowbit.optim.muon import newton_schulz
 
 
@@ -200,3 +200,22 @@ def test_float64_and_fp32_agree_over_a_run():
 def test_bad_arguments(options: dict, message: str):
     with pytest.raises(ValueError, match=message):
         Muon([Parameter(torch.ones(4, 4))], **options)
+
+
+def test_multipliers_of_param_groups_reach_the_auxiliary_learning_rate():
+    """embedding_lr and head_lr of param_groups multiply what Muon gives embedding and head, too."""
+
+    def moves(**scales: float) -> dict[str, float]:
+        named = [
+            ("embed_tokens.weight", Parameter(torch.zeros(8, 4))),
+            ("lm_head.weight", Parameter(torch.zeros(8, 4))),
+        ]
+        opt = Muon(param_groups(named, lr=0.02, weight_decay=0.0, **scales), aux_lr=1e-3)
+        for _, p in named:
+            p.grad = torch.ones_like(p)
+        opt.step()
+        return {n: -p[0, 0].item() for n, p in named}
+
+    plain, scaled = moves(), moves(embedding_lr=0.5, head_lr=3.0)
+    assert scaled["embed_tokens.weight"] == pytest.approx(0.5 * plain["embed_tokens.weight"])
+    assert scaled["lm_head.weight"] == pytest.approx(3 * plain["lm_head.weight"])

@@ -10,6 +10,7 @@ from cases import one_thread as one_thread
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+import lowbit
 from lowbit.optim import SCALE, AdaClip, AdamMini, AdamW, GlobalClip, SlimAdam, SpikeClip, StableSPAM
 
 INF, NAN = math.inf, math.nan
@@ -249,3 +250,28 @@ def test_one_name_twice_has_random_bits_of_its_own():
     a.grad, b.grad = torch.ones_like(a), torch.ones_like(b)
     opt.step()
     assert not torch.equal(a, b)
+
+
+def test_an_argument_that_is_none_is_named_with_its_neighbour():
+    p = Parameter(torch.ones(2, 2))
+    with pytest.raises(TypeError, match=r"AdamW has no argument 'state'.*'states'.*it has: params, lr, betas"):
+        AdamW([p], state="4bit")
+    with pytest.raises(TypeError, match=r"GaLore has no argument 'r'.*it has: params"):
+        lowbit.optim.GaLore([("p", p)], r=4)
+    with pytest.raises(TypeError, match=r"not a module: pass model.named_parameters\(\)"):
+        AdamW(torch.nn.Linear(2, 2))
+    with pytest.raises(TypeError, match="lr must be a number, not None"):
+        AdamW([p], lr=None)
+
+
+def test_one_stabilizer_needs_no_tuple():
+    opt = AdamW([Parameter(torch.ones(2, 2))], stabilize=lowbit.optim.AdaClip())
+    assert len(opt.stabilize) == 1
+
+
+@pytest.mark.parametrize("name", ["Muon", "SCALE", "GaLore", "AdamMini"])
+def test_names_are_asked_for_where_tensors_are_treated_differently(name: str):
+    with pytest.warns(UserWarning, match=rf"{name} treats embeddings.*Pass model.named_parameters\(\)"):
+        getattr(lowbit.optim, name)([Parameter(torch.ones(2, 2))])
+    getattr(lowbit.optim, name)([Parameter(torch.ones(2))])  # vectors only: nothing to be taken for something else
+    AdamW([Parameter(torch.ones(2, 2))])

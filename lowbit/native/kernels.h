@@ -732,6 +732,19 @@ LB_KERNEL(adapm_second)(const lb_frame *frame) {
   }
 }
 
+LB_KERNEL(adapm_weigh_second)(const lb_frame *frame) {
+  adapm_weigh_second<float>::S s = {frame->s[frame->si[0]]};
+  const adapm_weigh_second<float>::C c = {frame->c[frame->ci[0]]};
+  adapm_weigh_second<float>::apply(s, c);
+  frame->s[frame->si[0]] = s.exp_avg_sq_weight;
+}
+
+LB_KERNEL(adapm_debias_second)(const lb_frame *frame) {
+  adapm_debias_second<float>::S s = {frame->s[frame->si[0]], frame->s[frame->si[1]]};
+  adapm_debias_second<float>::apply(s);
+  frame->s[frame->si[0]] = s.root;
+}
+
 LB_KERNEL(adapm_share)(const lb_frame *frame) {
   adapm_share<float>::S s = {frame->s[frame->si[0]], frame->s[frame->si[1]]};
   const adapm_share<float>::C c = {frame->c[frame->ci[0]]};

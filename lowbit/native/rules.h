@@ -298,6 +298,23 @@ struct adapm_second {  // update, lowbit.optim.adapm
 };
 
 template <class F>
+struct adapm_weigh_second {  // fold, lowbit.optim.adapm
+  struct S { lb::constant<F> exp_avg_sq_weight; };
+  struct C { lb::constant<F> rate2; };
+  LB_FN void apply(S &s, const C &c) {
+    s.exp_avg_sq_weight = lb::lerp(s.exp_avg_sq_weight, 1.0f, c.rate2);
+  }
+};
+
+template <class F>
+struct adapm_debias_second {  // fold, lowbit.optim.adapm
+  struct S { lb::constant<F> root, exp_avg_sq_weight; };
+  LB_FN void apply(S &s) {
+    s.root = lb::reciprocal(lb::sqrt(s.exp_avg_sq_weight));
+  }
+};
+
+template <class F>
 struct adapm_share {  // fold, lowbit.optim.adapm
   struct S { lb::constant<F> accumulated, exp_avg_weight; };
   struct C { lb::constant<F> residual_scale; };

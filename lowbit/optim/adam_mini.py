@@ -153,6 +153,7 @@ class AdamMini(AdamW):
     (['head', 'row'], torch.Size([4]), torch.Size([64]))
     """
 
+    by_role: ClassVar = True
     kinds: ClassVar = tuple(
         where + decay for where in ("row", *PARTITIONS, UNKNOWN_HEADS, EXPERT) for decay in ("", UNDECAYED)
     )

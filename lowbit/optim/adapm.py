@@ -65,14 +65,33 @@ def second(v, g, c):
     return lerp(v, g * g, c.rate2)
 
 
+@fold
+def weigh_second(s, c):
+    """The second moment's accumulated weight, where there is no other."""
+    s.exp_avg_sq_weight = lerp(s.exp_avg_sq_weight, 1.0, c.rate2)
+
+
+@fold
+def debias_second(s):
+    """What the step needs of it."""
+    s.root = reciprocal(sqrt(s.exp_avg_sq_weight))
+
+
+def basis_of(m: Tensor, r: Tensor) -> Tensor:
+    """Orthonormal rows that span what m makes of r's, whatever their magnitudes."""
+    tiny = torch.finfo(torch.float32).tiny
+    m, r = (x / x.abs().amax().clamp(min=tiny) for x in (m, r))
+    return torch.linalg.qr(m @ r.mT).Q.mT
+
+
 def fitted(m: Tensor, old_l: Tensor, old_r: Tensor, c: Any, host: Any) -> tuple[Tensor, Tensor]:
     """Factors of a matrix: L's columns (here rows) orthonormal, so that R = L' M is the best R."""
     if c.cold or not host.fitted:
         host.fitted = float(bool(m.any()))
         q = leading(m, old_l.shape[0])
-        basis = torch.linalg.qr(m @ q.mT).Q.mT if is_tall(m.shape) else q
+        basis = basis_of(m, q) if is_tall(m.shape) else q
     elif (c.t - 1) % c.update_interval == 0:
-        basis = torch.linalg.qr(m @ old_r.mT).Q.mT
+        basis = basis_of(m, old_r)
     else:
         basis = old_l
     return basis, basis @ m
@@ -83,7 +102,10 @@ def refit(g, l, r, c, host):
     """The factors one gradient on; their product, and what it was fitted to."""
     w = c.beta1 * (l.mT @ r) + c.rate1 * g
     l, r = fitted(w, l, r, c, host)
-    return l, r, l.mT @ r, w
+    # A gradient whose square overflows is as bad for the second moment as one that is not finite: then all is NaN, and
+    # the tensor stays as it was.
+    bad = 0.0 * g.abs().amax().square() if g.numel() else 0.0
+    return l + bad, r + bad, l.mT @ r + bad, w + bad
 
 
 @matrix("l r m a w")
@@ -146,6 +168,7 @@ class AdaPM(AnnealedBetas):
         **options: states, seed, master, rounding, state_rounding, stabilize, policy, roles.
     """
 
+    by_role: ClassVar = True
     kinds: ClassVar = ("low rank", "low rank qkv", "full rank", "full momentum", "no momentum")
     factors: ClassVar = {
         "l": Moment("exp_avg_left"),
@@ -225,7 +248,7 @@ class AdaPM(AnnealedBetas):
             front, own = refit_qkv if fused else refit, {**self.factors, **(self.full if fused else {})}
             return {**own, **seconds}, (front, *before, weigh, debias, share, descend_low)
         if kind == "no momentum":
-            return seconds, (*before, weigh, debias, descend_bare)
+            return seconds, (*before, weigh_second, debias_second, descend_bare)
         return {**self.full, **seconds}, (*before, weigh, debias, descend_full)
 
     def shapes(self, group: Mapping[str, Any], kind: str, shape: tuple[int, ...]) -> Mapping[str, tuple[int, int]]:

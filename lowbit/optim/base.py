@@ -119,6 +119,7 @@ class Rule(torch.optim.Optimizer, Part):
 
     moments: ClassVar[dict[str, Moment]] = {}
     kinds: ClassVar[tuple[str, ...]] = ("",)  # of tensors, each with a plan of its own
+    by_role: ClassVar[bool] = False  # whether a tensor's kind depends on its role, and so on its name
     host: ClassVar[dict[str, float]] = {}  # numbers per tensor that matrix stages keep on the host
     guarded: bool = True
 
@@ -147,8 +148,13 @@ class Rule(torch.optim.Optimizer, Part):
         stabilize: Iterable[Stabilizer] = (),
         policy: Policy | None = None,
         roles: Mapping[str, str] | None = None,
+        **unknown: Any,
     ):
-        self.stabilize = tuple(stabilize)
+        if unknown:
+            given, known = next(iter(unknown)), [n for n in inspect.signature(type(self)).parameters if n != "unknown"]
+            hint = nearest(given, known)
+            raise TypeError(f"{type(self).__name__} has no argument {given!r}{hint}; it has: {', '.join(known)}")
+        self.stabilize = (stabilize,) if isinstance(stabilize, Stabilizer) else tuple(stabilize)
         self.policy = policy or Policy()
         self.roles = role_map(roles)
         self._programs: dict[Any, Program] = {}
@@ -165,6 +171,19 @@ class Rule(torch.optim.Optimizer, Part):
         super().__init__(_as_list(params), {**defaults, **storage, "state_rounding": state_rounding})
         named = [pair for g in self.param_groups for pair in zip(g.get("param_names", ()), g["params"], strict=False)]
         check_used(roles or {}, {name: p.shape for name, p in named})
+        self._warn_nameless()
+
+    def _warn_nameless(self) -> None:
+        """Without names, an embedding or a head looks like any other matrix."""
+        for group in self.param_groups if self.by_role else ():
+            if "param_names" not in group and any(p.dim() > 1 for p in group["params"]):
+                warnings.warn(
+                    f"{type(self).__name__} treats embeddings, heads and other matrices differently and goes by names, "
+                    "which these parameters have not: all are taken for ordinary matrices. "
+                    "Pass model.named_parameters()",
+                    stacklevel=5,
+                )
+                return
 
     # ---- what a subclass may override
 
@@ -525,11 +544,15 @@ class Rule(torch.optim.Optimizer, Part):
 def _as_list(params: Any) -> list[Any]:
     if isinstance(params, Tensor):
         raise TypeError("params must be a list of tensors, of (name, tensor) pairs or of groups, not one tensor")
+    if isinstance(params, torch.nn.Module):
+        raise TypeError("params must be parameters, not a module: pass model.named_parameters()")
     return list(params)
 
 
 def check_common(group: Mapping[str, Any]) -> None:
     """Ranges of the hyper-parameters that carry the field's usual names."""
+    if isinstance(group["lr"], str | None):
+        raise TypeError(f"lr must be a number, not {group['lr']!r}")
     lr = float(group["lr"])
     if not (math.isfinite(lr) and lr >= 0):
         raise ValueError(f"lr must be a finite number >= 0, not {lr}")

@@ -154,6 +154,7 @@ class GaLore(AnnealedBetas):
     (torch.Size([64, 256]), torch.Size([64, 64]))
     """
 
+    by_role: ClassVar = True
     kinds: ClassVar = ("projected", "full rank", "other")
     projected: ClassVar = {**AdamW.moments, "q": Moment("projector", lasting=True)}
     scalars: ClassVar = AdamW.scalars

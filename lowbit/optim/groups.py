@@ -77,7 +77,10 @@ def param_groups(
         role = found[name]
         options: dict[str, Any] = {"weight_decay": 0.0 if _kind(role, p) in spared else weight_decay}
         if lr is not None:
-            options["lr"] = lr * scales.get(role, 1.0)  # a tensor of its own for each group: schedulers write into it
+            scale = scales.get(role, 1.0)
+            options["lr"] = lr * scale  # a tensor of its own for each group: schedulers write into it
+            if scale != 1:  # for optimizers with a second learning rate, such as Muon's aux_lr, which is multiplied too
+                options["base_lr"] = float(lr)
         for pattern, own in reversed(special.items()):
             if _matches(pattern, name, role):
                 options |= own

@@ -106,6 +106,7 @@ class Muon(Rule):
     (['momentum_buffer', 'momentum_buffer_format', 'momentum_buffer_scale'], 'matrix')
     """
 
+    by_role: ClassVar = True
     kinds: ClassVar = ("matrix", "experts", "embedding", "head", "other")
     matrices: ClassVar = {"m": Moment("momentum_buffer")}
     scalars: ClassVar = AdamW.scalars

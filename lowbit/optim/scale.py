@@ -116,6 +116,7 @@ class SCALE(Rule):
 
     moments: ClassVar = AdamW.moments
     scalars: ClassVar = AdamW.scalars
+    by_role: ClassVar = True
     kinds: ClassVar = ("row", "column", "row with momentum", "Adam")
 
     def __init__(
@@ -140,7 +141,7 @@ class SCALE(Rule):
         """See `Rule.add_param_group`; remembers the learning rate that `scalar_lr` goes with."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        group.setdefault("scalar_lr_at", float(group["lr"]))
+        group.setdefault("scalar_lr_at", float(group.get("base_lr", group["lr"])))
 
     def check_group(self, group: Mapping[str, Any]) -> None:
         """See `Rule.check_group`."""

@@ -48,6 +48,7 @@ class SlimAdam(AdamW):
     torch.Size([32])
     """
 
+    by_role: ClassVar = True
     kinds: ClassVar = tuple(dim + decay for dim in ("full", "row", "column") for decay in ("", UNDECAYED))
 
     def __init__(

@@ -66,6 +66,7 @@ class SWAN(Rule):
         **options: states, seed, master, rounding, state_rounding, stabilize, policy, roles.
     """
 
+    by_role: ClassVar = True
     kinds: ClassVar = ("matrix", "other")
     scalars: ClassVar = AdamW.scalars
 
