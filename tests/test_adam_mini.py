@@ -16,6 +16,8 @@ from torch.nn import Parameter
 
 from lowbit.optim import SCALE, AdaClip, Adafactor, AdaGN, AdamMini, AdamW, MomentumReset, SlimAdam, SpikeClip
 
+nameless = pytest.mark.filterwarnings("ignore:.* treats embeddings")  # one matrix: no name needed
+
 HYPER = {"lr": 3e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 TRIPPING = [
     "final_layernorm.weight", "mlp.norm.weight", "linear1.bias", "attn.output.bias", "q_proj.bias", "wk", "output",
@@ -167,6 +169,7 @@ def test_explain_reports_the_partition():
     }  # fmt: skip
 
 
+@nameless
 def test_a_partition_without_names():
     for optimizer, option in ((AdamMini, "partition"), (SlimAdam, "dims")):
         with pytest.raises(ValueError, match=f"{option} goes by names, and the parameters have none"):
@@ -210,6 +213,7 @@ def test_norms_and_biases_have_no_weight_decay(optimizer):
         assert [p.detach().unique().item() for _, p in named] == ends
 
 
+@nameless
 def test_the_second_moment_is_fp32_in_every_format():
     """The released code keeps it in bf16 for a bf16 model, where beta2 = 0.999 rounds away: it stays 1 for ever."""
     p = Parameter(torch.zeros(2, 64, dtype=torch.bfloat16))
@@ -243,6 +247,7 @@ def test_stabilizers_are_one_line(optimizer, axis: int):
     assert opt.explain().sweeps == 4
 
 
+@nameless
 def test_a_reset_starts_anew():
     """Moments and what debiases them: the step of a reset is a first step."""
     [(_, p)] = parameters([(8, 16)])

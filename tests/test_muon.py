@@ -15,6 +15,8 @@ from torch.nn import Parameter
 from lowbit.optim import AdamW, Muon, SpikeClip, param_groups
 from lowbit.optim.muon import newton_schulz
 
+nameless = pytest.mark.filterwarnings("ignore:.* treats embeddings")  # one matrix: no name needed
+
 
 @pytest.mark.parametrize("precision, atol", [("bf16", 5e-4), ("fp32", 2.5e-3)])
 def test_muon_follows_the_released_code(precision: str, atol: float):
@@ -88,6 +90,7 @@ def test_what_is_stepped_how_goes_by_role_and_shape():
         assert kept == ({"momentum_buffer"} if matrix else {"exp_avg", "exp_avg_weight"})
 
 
+@nameless
 def test_a_convolution_is_flattened():
     a, b = Parameter(torch.ones(6, 3, 2, 2)), Parameter(torch.ones(6, 12))
     one, two = Muon([a]), Muon([b])
@@ -99,6 +102,7 @@ def test_a_convolution_is_flattened():
     assert torch.equal(a.view(6, 12), b)
 
 
+@nameless
 def test_each_expert_is_a_matrix_of_its_own():
     experts = Parameter(torch.ones(3, 8, 12))
     single = [Parameter(torch.ones(8, 12)) for _ in range(3)]

@@ -16,6 +16,8 @@ from torch.nn import Parameter
 
 from lowbit.optim import SCALE, AdaClip, Adafactor, AdaGN, MomentumReset, SpikeClip
 
+nameless = pytest.mark.filterwarnings("ignore:.* treats embeddings")  # one matrix: no name needed
+
 # --- SCALE ---------------------------------------------------------------------------------------------------------
 
 
@@ -120,6 +122,7 @@ def test_vectors_have_eps_before_debiasing():
     torch.testing.assert_close(p.detach(), torch.full((4,), -1 / (1 + 1 / math.sqrt(0.001))), rtol=1e-4, atol=0)
 
 
+@nameless
 def test_decay_reaches_vectors_as_released():
     p, w = Parameter(torch.ones(4)), Parameter(torch.ones(4, 4))
     opt = SCALE([p, w], lr=0.1, scalar_lr=0.5, weight_decay=0.5)
@@ -168,6 +171,7 @@ def test_scales_arguments_out_of_range(options: dict, message: str):
         SCALE([Parameter(torch.ones(4, 4))], **options)
 
 
+@nameless
 def test_a_norm_is_one_for_the_whole_optimizer():
     p = Parameter(torch.ones(4, 4))
     opt = SCALE([p])
