@@ -673,36 +673,6 @@ struct adamw_amsgrad_lanes {
 LB_FUSED(adamw_amsgrad)
 #endif
 
-LB_KERNEL(adapm_square)(const lb_frame *frame) {
-  const int64_t end = frame->n & ~INT64_C(15);
-  uint32_t *found = frame->peaks;
-  for (int64_t start = 0; start < end; start += frame->piece) {
-    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
-    int32_t peaks[2] = {};
-    LB_IVDEP
-    for (int64_t at = start; at < stop; ++at) {
-      const float g = frame->in[0][at];
-      peaks[1] = lb::peak_of(peaks[1], g);
-      const float measured_ = adapm_square<float>::apply(g);
-      frame->out[0][at] = measured_;
-      peaks[0] = lb::peak_of(peaks[0], measured_);
-    }
-    *found++ = (uint32_t)peaks[0];
-    *found++ = (uint32_t)peaks[1];
-  }
-}
-
-LB_KERNEL(adapm_average_square)(const lb_frame *frame) {
-  const adapm_average_square<float>::C c = {frame->c[frame->ci[0]]};
-  LB_IVDEP
-  for (int64_t at = 0; at < frame->n; ++at) {
-    float v = frame->in[0][at];
-    const float x = frame->x[at];
-    adapm_average_square<float>::apply(v, x, c);
-    frame->out[0][at] = v;
-  }
-}
-
 template <uint32_t ROOTS>
 static void adapm_second_run(const lb_frame *frame) {
   const adapm_second<float>::C c = {frame->c[frame->ci[0]]};

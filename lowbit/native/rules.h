@@ -275,21 +275,6 @@ struct adamw_amsgrad {  // update, lowbit.optim.adamw
 };
 
 template <class F>
-struct adapm_square {  // measure, lowbit.optim.adapm
-  LB_FN F apply(F g) {
-    return g * g;
-  }
-};
-
-template <class F>
-struct adapm_average_square {  // fold, lowbit.optim.adapm
-  struct C { lb::constant<F> rate2; };
-  LB_FN void apply(F &v, F x, const C &c) {
-    v = lb::lerp(v, x, c.rate2);
-  }
-};
-
-template <class F>
 struct adapm_second {  // update, lowbit.optim.adapm
   struct C { lb::constant<F> rate2; };
   LB_FN void apply(F &v, F g, const C &c) {

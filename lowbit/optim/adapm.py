@@ -33,9 +33,10 @@ from typing_extensions import Unpack
 
 from ..formats import nearest
 from ..layout import rows_of
-from ..stages import Moment, Stage, fold, matrix, measure, update
+from ..stages import Moment, Stage, fold, matrix, update
 from ..words import clip, lerp, reciprocal, sqrt, where
 from . import adamw
+from .adam_mini import average_square, mean_square
 from .adamw import AdamW, debias, descend, weigh
 from .annealing import AnnealedBetas
 from .base import Options, Params
@@ -45,18 +46,6 @@ from .matrices import is_matrix
 HEADS = ("full", "lowrank", "none")
 SECONDS = ("full", "mini")
 BARE, FULL = ("embedding", "o"), ("v", "router", "conv")  # roles without momentum, and with a full one
-
-
-@measure("mean", over="group")
-def square(g):
-    """Adam-mini's second moment, before averaging."""
-    return g * g
-
-
-@fold("v")
-def average_square(x, v, c):
-    """One number for a group of rows."""
-    return lerp(v, x, c.rate2)
 
 
 @update("v")
@@ -242,7 +231,7 @@ class AdaPM(AnnealedBetas):
         mini = group["second_moment"] == "mini"
         v = AdamW.moments["v"]
         seconds = {"v": Moment(v.name, v.signed, v.weight, "group") if mini else v}
-        before = (square, average_square) if mini else (second,)
+        before = (mean_square, average_square) if mini else (second,)
         if kind.startswith("low rank"):
             fused = kind == "low rank qkv"
             front, own = refit_qkv if fused else refit, {**self.factors, **(self.full if fused else {})}
