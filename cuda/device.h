@@ -1,0 +1,121 @@
+// What kernels use of the machine, and nothing of any rule or format: warps, wide accesses, a few words of arithmetic.
+//
+// The emulator's twin of everything that CUDA brings by itself (threadIdx, shuffles, barriers) is
+// tests/emulator/shim.h, which is included before this file when g++ compiles kernels.
+#pragma once
+#include "arithmetic.h"
+
+#ifdef __CUDACC__
+#define LB_UNROLL _Pragma("unroll")
+#else
+#define LB_UNROLL
+#endif
+
+namespace lb {
+
+constexpr uint32_t WHOLE_WARP = 0xFFFFFFFFu;
+
+LB_FN int lane() { return (int)(threadIdx.x & 31u); }
+LB_FN int warp() { return (int)(threadIdx.x >> 5); }
+
+#ifdef __CUDACC__
+LB_FN float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+LB_FN int count_bits(uint32_t x) { return __popc(x); }
+#else
+LB_FN float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+LB_FN int count_bits(uint32_t x) { return __builtin_popcount(x); }
+#endif
+
+// ---- reductions over LANES neighbouring lanes, a power of two; every lane of the warp takes part and gets the result
+
+template <int LANES> LB_FN uint32_t largest(uint32_t x) {
+  if (LANES == 32) return __reduce_max_sync(WHOLE_WARP, x);
+  LB_UNROLL for (int apart = LANES / 2; apart > 0; apart /= 2) {
+    const uint32_t other = __shfl_xor_sync(WHOLE_WARP, x, apart);
+    x = other > x ? other : x;
+  }
+  return x;
+}
+
+template <int LANES> LB_FN bool any(bool x) {
+  const uint32_t votes = __ballot_sync(WHOLE_WARP, x);
+  const uint32_t mine = LANES == 32 ? WHOLE_WARP : ((1u << LANES % 32) - 1u) << (lane() / LANES * LANES);
+  return (votes & mine) != 0u;
+}
+
+// ---- BYTES neighbouring bytes as 32-bit words, in accesses as wide as their address allows
+
+template <int BYTES> struct Words {
+  static constexpr int COUNT = (BYTES + 3) / 4;
+  uint32_t word[COUNT];
+};
+
+struct alignas(16) Four {
+  uint32_t x, y, z, w;
+};
+struct alignas(8) Two {
+  uint32_t x, y;
+};
+
+// `from` is a multiple of what BYTES is a multiple of, 16 at most.
+template <int BYTES> LB_FN Words<BYTES> load_aligned(const void *from) {
+  Words<BYTES> to;
+  if constexpr (BYTES % 16 == 0) {
+    LB_UNROLL for (int k = 0; k < BYTES / 16; ++k) {
+      const Four x = ((const Four *)from)[k];
+      to.word[4 * k] = x.x, to.word[4 * k + 1] = x.y, to.word[4 * k + 2] = x.z, to.word[4 * k + 3] = x.w;
+    }
+  } else if constexpr (BYTES == 8) {
+    const Two x = *(const Two *)from;
+    to.word[0] = x.x, to.word[1] = x.y;
+  } else if constexpr (BYTES == 4) {
+    to.word[0] = *(const uint32_t *)from;
+  } else if constexpr (BYTES == 2) {
+    to.word[0] = *(const uint16_t *)from;
+  } else {
+    static_assert(BYTES == 1, "a power of two, or a multiple of 16");
+    to.word[0] = *(const uint8_t *)from;
+  }
+  return to;
+}
+
+template <int BYTES> LB_FN void store_aligned(void *to, const Words<BYTES> &from) {
+  if constexpr (BYTES % 16 == 0) {
+    LB_UNROLL for (int k = 0; k < BYTES / 16; ++k) {
+      ((Four *)to)[k] = Four{from.word[4 * k], from.word[4 * k + 1], from.word[4 * k + 2], from.word[4 * k + 3]};
+    }
+  } else if constexpr (BYTES == 8) {
+    *(Two *)to = Two{from.word[0], from.word[1]};
+  } else if constexpr (BYTES == 4) {
+    *(uint32_t *)to = from.word[0];
+  } else if constexpr (BYTES == 2) {
+    *(uint16_t *)to = (uint16_t)from.word[0];
+  } else {
+    static_assert(BYTES == 1, "a power of two, or a multiple of 16");
+    *(uint8_t *)to = (uint8_t)from.word[0];
+  }
+}
+
+template <int BYTES> LB_FN bool aligned(const void *at) {
+  return ((uintptr_t)at & (uintptr_t)((BYTES < 16 ? BYTES : 16) - 1)) == 0;
+}
+
+// The first `count` bytes, the others 0: wherever they lie.
+template <int BYTES> LB_FN Words<BYTES> load(const void *from, int count) {
+  if (count >= BYTES && aligned<BYTES>(from)) return load_aligned<BYTES>(from);
+  Words<BYTES> to;
+  LB_UNROLL for (int k = 0; k < Words<BYTES>::COUNT; ++k) to.word[k] = 0u;
+  LB_UNROLL for (int k = 0; k < BYTES; ++k) {
+    if (k < count) to.word[k / 4] |= (uint32_t)((const uint8_t *)from)[k] << (k % 4 * 8);
+  }
+  return to;
+}
+
+template <int BYTES> LB_FN void store(void *to, const Words<BYTES> &from, int count) {
+  if (count >= BYTES && aligned<BYTES>(to)) return store_aligned<BYTES>(to, from);
+  LB_UNROLL for (int k = 0; k < BYTES; ++k) {
+    if (k < count) ((uint8_t *)to)[k] = (uint8_t)(from.word[k / 4] >> (k % 4 * 8));
+  }
+}
+
+}  // namespace lb

@@ -1,0 +1,37 @@
+// What the host tells a step's kernels: lowbit/gpu/jobs.py states the same layouts and a test compares every offset.
+#pragma once
+#include "abi.h"
+
+// One tensor, as long as it keeps its storage. Offsets are in bytes from the step's workspace.
+struct Job {
+  void *param;
+  void *companion;  // the low bits of a 16-bit parameter, or null
+  void *codes[LB_MOMENTS];
+  float *scale[LB_MOMENTS];
+  float *base[LB_MOMENTS];  // of log formats, or null
+  float *vectors[LB_ARRAYS];  // persistent ones
+  float *scalars[LB_SCALARS];  // persistent ones
+  int64_t *skipped;  // blocks, tensors
+  int64_t rows, cols, group_rows;
+  int64_t tensor;  // its number in random bits
+  int64_t first_chunk;  // the first of its chunks in the launch
+  int64_t work_vectors[LB_ARRAYS];  // offsets of this step's copies of vectors, persistent ones first
+  int64_t partial;  // offset: a float for each step block
+  int64_t sums;     // offset: a double for each row, or for each column of each tile of 512 rows
+  int64_t x;        // offset: what was measured over rows, columns or groups
+};
+
+// What a step changes about a tensor.
+struct Dynamic {
+  const void *grad;
+  int64_t seed, step;
+};
+
+// One tensor while a step runs; in the workspace, one after the other.
+struct Run {
+  float scalars[LB_SCALARS];
+  double total;   // what was measured over the tensor
+  uint32_t most;  // the largest magnitude so far, as bits
+  uint32_t skip;  // whether the tensor is left as it is
+  uint64_t lost;  // blocks that were left as they were
+};
