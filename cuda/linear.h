@@ -33,8 +33,6 @@ using Tables = Codec<Weight>::Shared;
 
 LB_FN int thread() { return (int)threadIdx.x; }
 
-// Where the chunk of a row (or column) of a tile is, if pairs of the contraction lie side by side.
-LB_FN int place(int row, int chunk) { return row * CHUNKS + (chunk ^ (row / 2 % 4)); }
 
 // ---- the packed operand
 
@@ -101,6 +99,7 @@ template <bool WHOLE> struct Rows {
     LB_UNROLL for (int q = 0; q < CHUNKS; ++q) tile.chunk[place(thread(), q)] = decode_chunk(from, q, tables);
   }
   LB_FN Four column(const Tile &tile, int col, int t) { return tile.chunk[place(col, t)]; }
+  LB_FN int place(int col, int chunk) { return col * CHUNKS + (chunk ^ (col / 2 % 4)); }
 };
 
 // W as the right operand of dx = dy W: a column of the tile is a column of W, and a pair is of two of its rows. The
@@ -154,12 +153,22 @@ template <bool WHOLE> LB_FN Four fetch_few(const Dense &x, int row, int col) {
 // ---- results
 
 // Eight terms of each lane: two multiplications of 16 terms, to which each lane of four brings four.
-LB_FN void multiply_chunk(float (&sum)[4], const Four &a, const Four &below, const Four &b) {
-  const uint32_t low[4] = {a.x, below.x, a.y, below.y}, high[4] = {a.z, below.z, a.w, below.w};
-  const uint32_t low_b[2] = {b.x, b.y}, high_b[2] = {b.z, b.w};
+struct Fragment {
+  Four low, high;
+};
+LB_FN Fragment fragment(const Four &a, const Four &below) {  // of rows g and g + 8
+  return Fragment{{a.x, below.x, a.y, below.y}, {a.z, below.z, a.w, below.w}};
+}
+LB_FN void multiply_eight(float (&sum)[4], const Fragment &a, const Four &b) {
+  const uint32_t low[4] = {a.low.x, a.low.y, a.low.z, a.low.w}, low_b[2] = {b.x, b.y};
+  const uint32_t high[4] = {a.high.x, a.high.y, a.high.z, a.high.w}, high_b[2] = {b.z, b.w};
   mma_16x8x16(sum, low, low_b);
   mma_16x8x16(sum, high, high_b);
 }
+
+// The left operand lies in shared memory as fragments, so that the registers of a multiplication are loaded as they
+// stand: number 8 r + g is of rows 16 r + g and 16 r + g + 8.
+LB_FN int place(int number, int t, int half) { return number * 8 + 2 * t + (half ^ (number & 1)); }
 
 // out [left.rows, cols] = left * right: one tile for each block, tiles handed out down the columns, so that blocks which
 // run together share W's codes. Of two buffers one is read while the other is filled from registers, which were loaded
@@ -169,21 +178,24 @@ LB_FN void multiply(const Dense &left, const Packed &right, int cols, Tile (&lef
                     Tables &tables, uint16_t *out) {
   const int down = (left.rows - 1) / TILE + 1, g = lane() / 4, t = lane() % 4;
   const int row = (int)blockIdx.x % down * TILE, col = (int)blockIdx.x / down * TILE;
-  const int warp_row = warp() / 2 * 64 + g, warp_col = warp() % 2 * 64;
+  const int warp_row = warp() / 2 * 64, warp_col = warp() % 2 * 64;
   float sum[4][8][4];
   LB_UNROLL for (int i = 0; i < 128; ++i) sum[i / 32][i / 4 % 8][i % 4] = 0.0f;
 
-  Four dense[4];
+  Four dense[2][2];
   typename Right::Fetched packed;
   const auto load_step = [&](int term) {
     LB_UNROLL for (int k = 0; k < 4; ++k) {
-      dense[k] = fetch<WHOLE>(left, row + thread() / 4 + 32 * k, term + thread() % 4 * 8);
+      const int from = row + thread() / 32 * 16 + thread() / 4 % 8 + k / 2 * 64 + k % 2 * 8;
+      dense[k / 2][k % 2] = fetch<WHOLE>(left, from, term + thread() % 4 * 8);
     }
     packed = Right::fetch(right, term, col);
   };
   const auto store_step = [&](int buffer) {
-    LB_UNROLL for (int k = 0; k < 4; ++k) {
-      lefts[buffer].chunk[place(thread() / 4 + 32 * k, thread() % 4)] = dense[k];
+    LB_UNROLL for (int k = 0; k < 2; ++k) {
+      const Fragment both = fragment(dense[k][0], dense[k][1]);
+      lefts[buffer].chunk[place(thread() / 4 + 32 * k, t, 0)] = both.low;
+      lefts[buffer].chunk[place(thread() / 4 + 32 * k, t, 1)] = both.high;
     }
     Right::put(packed, tables, rights[buffer]);
   };
@@ -200,16 +212,16 @@ LB_FN void multiply(const Dense &left, const Packed &right, int cols, Tile (&lef
     Four b[8];
     LB_UNROLL for (int j = 0; j < 8; ++j) b[j] = Right::column(rights[buffer], warp_col + 8 * j + g, t);
     LB_UNROLL for (int i = 0; i < 4; ++i) {
-      const Four a = lefts[buffer].chunk[place(warp_row + 16 * i, t)];
-      const Four below = lefts[buffer].chunk[place(warp_row + 16 * i + 8, t)];
-      LB_UNROLL for (int j = 0; j < 8; ++j) multiply_chunk(sum[i][j], a, below, b[j]);
+      const int number = warp_row / 2 + 8 * i + g;
+      const Fragment a = {lefts[buffer].chunk[place(number, t, 0)], lefts[buffer].chunk[place(number, t, 1)]};
+      LB_UNROLL for (int j = 0; j < 8; ++j) multiply_eight(sum[i][j], a, b[j]);
     }
     if (more) store_step(1 - buffer);
     __syncthreads();  // the next step reads what was stored, and stores where this one has read
   }
 
   LB_UNROLL for (int i = 0; i < 8; ++i) {
-    const int y = row + warp_row + 8 * i;
+    const int y = row + warp_row + 8 * i + g;
     LB_UNROLL for (int j = 0; j < 8; ++j) {
       const int x = col + warp_col + 8 * j + 2 * t;
       uint16_t *const to = out + (int64_t)y * cols + x;
@@ -240,8 +252,9 @@ LB_FN void multiply_few(const Dense &x, const Packed &w, float (&sums)[8][256], 
       piece[j] = fetch<LONG, WHOLE>(w, WHOLE && row >= w.rows ? w.rows - 1 : row, within);
     }
     LB_UNROLL for (int q = 0; q < LONG / 8; ++q) {
-      const Four a = fetch_few<WHOLE>(x, g, term + 8 * q), below = fetch_few<WHOLE>(x, g + 8, term + 8 * q);
-      LB_UNROLL for (int j = 0; j < 2; ++j) multiply_chunk(sum[j], a, below, decode_chunk(piece[j], q, tables));
+      const int at = term + 8 * q;
+      const Fragment a = fragment(fetch_few<WHOLE>(x, g, at), fetch_few<WHOLE>(x, g + 8, at));
+      LB_UNROLL for (int j = 0; j < 2; ++j) multiply_eight(sum[j], a, decode_chunk(piece[j], q, tables));
     }
   }
 
