@@ -67,9 +67,15 @@ def _operands(weight: Stored) -> tuple[Tensor, Tensor | None, Tensor | None, str
     fmt, parts = weight.format, weight.parts
     if len(weight.shape) != 2:
         raise ValueError(f"linear: the weight must be a matrix, and its shape is {tuple(weight.shape)}")
+    return parts["codes"], parts.get("scale"), parts.get(EXTRA.get(fmt.kind, "")), _name(fmt), weight.shape[1]
+
+
+@torch.compiler.assume_constant_result
+def _name(fmt: Format) -> str:
+    """What the operators know a format by."""
     if find_format(fmt.name) != fmt:
         raise ValueError(f"linear: format {fmt.name!r} is not the one of that name in lowbit.formats()")
-    return parts["codes"], parts.get("scale"), parts.get(EXTRA.get(fmt.kind, "")), fmt.name, weight.shape[1]
+    return fmt.name
 
 
 def check(name: str, x: Tensor, codes: Tensor, scale: Tensor | None, format: str, k: int, transposed: bool) -> int:
