@@ -7,6 +7,8 @@
 
 #ifdef __CUDACC__
 #define LB_UNROLL _Pragma("unroll")
+// The bytes of shared memory that the launch asks for; the shim has its own.
+#define LB_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 #else
 #define LB_UNROLL
 #endif
