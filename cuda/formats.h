@@ -300,7 +300,7 @@ template <class Fmt> struct Codebook {
       }
     }
     Codes<Fmt, V> packed = pack<Fmt, V>(c);
-    if (RAISED && KNOWN && inverse <= 0.5f) {
+    if (RAISED && KNOWN && __builtin_expect(inverse <= 0.5f, 0)) {
       LB_UNROLL for (int i = 0; i < V; ++i) {
         const uint32_t least = x[i] > 0.0f && code_at<Fmt, V>(packed, i) == 0u ? 1u : 0u;
         packed.word[i / EACH] |= least << i % EACH * Fmt::BITS;
