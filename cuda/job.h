@@ -33,5 +33,4 @@ struct Run {
   double total;   // what was measured over the tensor
   uint32_t most;  // the largest magnitude so far, as bits
   uint32_t skip;  // whether the tensor is left as it is
-  uint64_t lost;  // blocks that were left as they were
 };
