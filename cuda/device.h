@@ -31,12 +31,15 @@ LB_FN int count_bits(uint32_t x) { return __builtin_popcount(x); }
 // ---- reductions over LANES neighbouring lanes, a power of two; every lane of the warp takes part and gets the result
 
 template <int LANES> LB_FN uint32_t largest(uint32_t x) {
-  if (LANES == 32) return __reduce_max_sync(WHOLE_WARP, x);
-  LB_UNROLL for (int apart = LANES / 2; apart > 0; apart /= 2) {
-    const uint32_t other = __shfl_xor_sync(WHOLE_WARP, x, apart);
-    x = other > x ? other : x;
+  if constexpr (LANES == 32) {
+    return __reduce_max_sync(WHOLE_WARP, x);
+  } else {
+    LB_UNROLL for (int apart = LANES / 2; apart > 0; apart /= 2) {
+      const uint32_t other = __shfl_xor_sync(WHOLE_WARP, x, apart);
+      x = other > x ? other : x;
+    }
+    return x;
   }
-  return x;
 }
 
 template <int LANES> LB_FN bool any(bool x) {

@@ -1,0 +1,1 @@
+"""CUDA kernels from Python: compiled when needed, launched through the driver."""
