@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from ctypes import addressof, c_uint32
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 from struct import pack, unpack
@@ -94,7 +95,19 @@ def _bins(made: abi.Format, fmt: Format) -> None:
         return
 
 
-def _cells(made: abi.Format, thresholds: tuple[float, ...]) -> None:
+@dataclass(frozen=True)
+class Cells:
+    """Ranges of magnitudes with at most one threshold each, for either sign; see `cells` in abi.h."""
+
+    cells: tuple[int, ...]
+    shift: int
+    half: int
+    low: int
+    high: int
+
+
+@lru_cache(maxsize=64)
+def cells(thresholds: tuple[float, ...]) -> Cells:
     """Cut magnitudes into the widest equal ranges of bits with at most one threshold each, for either sign."""
     assert 0 not in thresholds
     sides = [sorted(_bits(abs(t)) for t in thresholds if (t < 0) is negative) for negative in (False, True)]
@@ -103,7 +116,7 @@ def _cells(made: abi.Format, thresholds: tuple[float, ...]) -> None:
     width = 1 << shift
     low = (every[0] & -width) - width  # the first cell is for all that is smaller than any threshold
     half = (every[-1] + 1 - low) // width + 1
-    cells = []
+    made = []
     for side, negative in zip(sides, (False, True), strict=True):
         for number in range(half):
             start = low + number * width
@@ -113,8 +126,13 @@ def _cells(made: abi.Format, thresholds: tuple[float, ...]) -> None:
             smaller = sum(bits < start for bits in side)
             larger = len(side) - smaller
             rung = larger if negative else len(sides[1]) + smaller
-            cells.append(rung << 24 | turn)
-    made.cell_shift, made.cell_half = shift, half
-    made.cell_low, made.cell_high = low, every[-1] + 1
-    made.array = (c_uint32 * len(cells))(*cells)  # kept with the struct, which holds its address only
+            made.append(rung << 24 | turn)
+    return Cells(tuple(made), shift, half, low, every[-1] + 1)
+
+
+def _cells(made: abi.Format, thresholds: tuple[float, ...]) -> None:
+    found = cells(thresholds)
+    made.cell_shift, made.cell_half = found.shift, found.half
+    made.cell_low, made.cell_high = found.low, found.high
+    made.array = (c_uint32 * len(found.cells))(*found.cells)  # kept with the struct, which holds its address only
     made.cells = addressof(made.array)

@@ -1,0 +1,140 @@
+"""Formats as kernels take them: each printed as a C++ struct of constants, with the tables that its codes need.
+
+A codebook's code is found in one of two ways, and the host chooses. With 16 rungs or fewer, if it can be done, the
+range of u (a value in units of its scale) is cut into *bins* with at most one threshold each: a bin's number is cheap
+to come by, and one comparison does the rest. Else u is looked up by its leading bits in the *cells* that the CPU uses
+too (lowbit/native/tables.py). Either number never falls as |u| rises, so what lies in another bin than u is on the
+side of u where its bin is; that is the whole proof, and tests/test_cuda_codec.py looks at every threshold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+from struct import pack, unpack
+
+from ..formats import Format
+from ..native import abi
+from ..native.tables import cells
+
+INFINITE = 0x7F800000
+ENTRY = 8  # bytes of a bin: a threshold, and the rung of what is not beyond it
+
+
+def bits_of(x: float) -> int:
+    """The bits of x as fp32. What is rounded here is exact, or far from a bin's edge."""
+    return unpack("<I", pack("<f", x))[0]
+
+
+@dataclass(frozen=True)
+class Bins:
+    """A cut of the range of u into equal bins. Byte `offset(u)` of the table of entries is where u's entry begins."""
+
+    entries: tuple[tuple[float, int], ...]
+    times: float
+    plus: int
+
+    def offset(self, u: float) -> int:
+        """The low bits of fma(u, times, 2**23 + plus), a sum that is rounded to the nearest integer, half to even."""
+        return round(Fraction(u) * Fraction(self.times)) + self.plus & -ENTRY
+
+
+def alive(fmt: Format) -> tuple[float, ...]:
+    """The thresholds that bins use: of an unsigned format with a zero, whatever is above 0 is beyond the first."""
+    return (0.0, *fmt.thresholds[1:]) if not fmt.signed and fmt.zero_code is not None else fmt.thresholds
+
+
+def _entries(places: Sequence[int], thresholds: Iterable[float], count: int) -> tuple[tuple[float, int], ...]:
+    inside = dict(zip(places, thresholds, strict=True))
+    return tuple((inside.get(ENTRY * k, float("inf")), sum(p < ENTRY * k for p in places)) for k in range(count))
+
+
+@lru_cache(maxsize=256)
+def bins(fmt: Format) -> Bins | None:
+    """The smallest cut of a codebook's range into at most 64 bins with one threshold or none, if there is one."""
+    if fmt.kind != "codebook" or len(fmt.thresholds) > 15:
+        return None
+    low = min(value for value, _ in fmt.ladder)
+    if low < -fmt.top:
+        return None
+    for count in (8, 16, 32, 64):
+        # Half an entry stays free at either end, for what rounding carries there.
+        plus = ENTRY * count // 2 if low < 0 else ENTRY // 2
+        times = unpack("<f", pack("<f", (ENTRY * count - ENTRY // 2 - plus) / fmt.top))[0]
+        places = [Bins((), times, plus).offset(t) for t in alive(fmt)]
+        if len(set(places)) == len(places):
+            return Bins(_entries(places, alive(fmt), count), times, plus)
+    return None
+
+
+def _number(x: float) -> str:
+    return x.hex() + "f"
+
+
+def _array(name: str, numbers: Sequence[int]) -> str:
+    lines = [", ".join(f"{n:#x}u" for n in numbers[k : k + 10]) for k in range(0, len(numbers), 10)]
+    return f"static __device__ const uint32_t {name}[{len(numbers)}] = {{\n    " + ",\n    ".join(lines) + "};\n"
+
+
+@lru_cache(maxsize=1024)
+def print_format(fmt: Format, name: str) -> str:
+    """A format as a C++ struct `name`, and its tables as arrays `name_…`, for cuda/formats.h.
+
+    Raises:
+        ValueError: the format has blocks of more than one row, which no backend knows.
+    """
+    if fmt.block[0] != 1:
+        raise ValueError(f"format {fmt.name!r} has blocks of {fmt.block[0]} rows; kernels know blocks along a row only")
+    scaled = fmt.compressed
+    constants: dict[str, int | bool | float] = {
+        "KIND": abi.KIND[fmt.kind],
+        "BITS": fmt.bits,
+        "BLOCK": min(fmt.block[1], 2**31 - 1) if scaled else 1,
+        "DTYPE": 0 if fmt.dtype is None else abi.DTYPE[str(fmt.dtype).removeprefix("torch.")],
+        "LIMIT": fmt.limit,
+        "SIGNED": fmt.signed,
+        "SQUARE": fmt.square,
+        "SIGN_MAGNITUDE": fmt.sign_magnitude,
+        "HAS_ZERO": scaled and fmt.zero_code is not None,
+        "TOP": fmt.top if scaled else 1.0,
+        "MIN_SCALE": fmt.min_scale if scaled else 1.0,
+        "MAX_SCALE": fmt.max_scale if scaled else 1.0,
+    }
+    arrays: dict[str, Sequence[int]] = {}
+    if fmt.kind == "codebook":
+        ladder, codes = zip(*fmt.ladder, strict=True)
+        cut = bins(fmt)
+        arrays["values"] = [bits_of(v) for v in fmt.values]
+        arrays["ladder"] = [bits_of(v) for v in ladder]
+        constants |= {
+            "RUNGS": len(ladder),
+            "LEAST": sum(v <= 0 for v in ladder),  # the rung of the smallest value above 0
+            "SAME": codes == tuple(range(len(codes))),  # rung k has code k
+            "BOTTOM": ladder[0],
+            "BINS": len(cut.entries) if cut else 0,
+        }
+        if not constants["SAME"]:
+            arrays["codes"] = codes
+        if cut:
+            constants |= {"TIMES": cut.times, "PLUS": 2.0**23 + cut.plus}
+            arrays["bins"] = [n for threshold, rung in cut.entries for n in (bits_of(threshold), rung)]
+        else:
+            found = cells(fmt.thresholds)
+            constants |= {
+                "CELLS": len(found.cells),
+                "CELL_SHIFT": found.shift,
+                "CELL_HALF": found.half,
+                "CELL_LOW": found.low,
+                "CELL_HIGH": found.high,
+            }
+            arrays["cells"] = found.cells
+    printed = "".join(_array(f"{name}_{table}", numbers) for table, numbers in arrays.items())
+    types = {bool: "bool", int: "int", float: "float"}
+    members = "".join(
+        f"  static constexpr {types[type(v)]} {k} = {_number(v) if type(v) is float else str(v).lower()};\n"
+        for k, v in constants.items()
+    )
+    tables = "".join(f"  LB_FN uint32_t {table}(int k) {{ return {name}_{table}[k]; }}\n" for table in arrays)
+    return f"{printed}struct {name} {{  // {fmt.name}\n{members}{tables}}};\n"
