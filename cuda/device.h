@@ -8,7 +8,9 @@
 #ifdef __CUDACC__
 #define LB_UNROLL _Pragma("unroll")
 #define LB_ONE_AT_A_TIME _Pragma("unroll 1")
+#define LB_GLOBAL(pointer) __builtin_assume(__isGlobal(pointer))  // else every access finds out what it accesses
 #else
+#define LB_GLOBAL(pointer)
 #define LB_UNROLL
 #define LB_ONE_AT_A_TIME
 #endif

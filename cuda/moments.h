@@ -63,8 +63,8 @@ LB_FN void load_moments([[maybe_unused]] const Job &job, [[maybe_unused]] const 
       float scale = 1.0f, base = 1.0f;
       if (!FLOATS<K> && place.count > 0) {
         const int64_t index = scale_index<K>(job, place);
-        scale = job.scale[K][index];
-        if (FormatOf<K>::KIND == LB_KIND_LOG) base = job.base[K][index];
+        scale = load_float(job.scale[K] + index);
+        if (FormatOf<K>::KIND == LB_KIND_LOG) base = load_float(job.base[K] + index);
       }
       Codec<FormatOf<K>>::template decode<V>(codes, scale, base, tables.own, x[2 + K]);
       keep_inside(place, x[2 + K]);
@@ -77,6 +77,7 @@ LB_FN void load_moments([[maybe_unused]] const Job &job, [[maybe_unused]] const 
 LB_FN bool load_gradient(const Dynamic &now, const Place &place, float (&g)[V]) {
   constexpr int bytes = V * SIZE<GRAD>;
   const void *at = (const uint8_t *)now.grad + place.at * SIZE<GRAD>;  // a view may begin anywhere
+  LB_GLOBAL(at);
   const Words<bytes> raw = load<bytes, SIZE<GRAD>>(at, place.count);
   float sum = 0.0f;
   LB_UNROLL for (int k = 0; k < V; ++k) {
@@ -153,8 +154,8 @@ LB_FN void store_moment(const Job &job, const Place &place, CodeWords<K> codes, 
   put<CODE_BYTES<K>, CODE_EACH<K>>(job.codes[K], code_index<K>(job, place), codes, code_count<K>(place));
   if (FLOATS<K> || place.count == 0 || lane() % SCALE_LANES<K> != 0) return;
   const int64_t index = scale_index<K>(job, place);
-  job.scale[K][index] = scaled.scale;
-  if (FormatOf<K>::KIND == LB_KIND_LOG) job.base[K][index] = scaled.base;
+  store_float(job.scale[K] + index, scaled.scale);
+  if (FormatOf<K>::KIND == LB_KIND_LOG) store_float(job.base[K] + index, scaled.base);
 }
 
 }  // namespace lb

@@ -49,14 +49,26 @@ LB_FN Place place(const Job &job, int64_t number) {
 
 template <int BYTES, int EACH> LB_FN Words<BYTES> fetch(const void *from, int64_t index, int count) {
   const uint8_t *at = (const uint8_t *)from + index;
+  LB_GLOBAL(at);
   if (LINEAR) return load_aligned<BYTES>(at);
   return load<BYTES, EACH>(at, count);
 }
 
 template <int BYTES, int EACH> LB_FN void put(void *to, int64_t index, const Words<BYTES> &words, int count) {
   uint8_t *at = (uint8_t *)to + index;
+  LB_GLOBAL(at);
   if (LINEAR) store_aligned<BYTES>(at, words);
   else store<BYTES, EACH>(at, words, count);
+}
+
+LB_FN float load_float(const float *from) {
+  LB_GLOBAL(from);
+  return *from;
+}
+
+LB_FN void store_float(float *to, float value) {
+  LB_GLOBAL(to);
+  *to = value;
 }
 
 template <int DTYPE> constexpr int SIZE = DTYPE == LB_FLOAT32 ? 4 : 2;  // bytes of a value

@@ -45,8 +45,8 @@ extern "C" __global__ void __launch_bounds__(lb::THREADS)
   prepare_tables<0>(tables);
   __syncthreads();
   const int32_t index = owner[blockIdx.x];
-  const Job &job = jobs[index];
-  const Dynamic &now = dynamic[index];
+  const Job job = jobs[index];  // a copy: what is stored might change the original, as far as the compiler knows
+  const Dynamic now = dynamic[index];
   const Run &run = runs[index];
   if (MEASURES && GUARDED && run.skip) return;
   const Scalars scalars = update_scalars(run.scalars);
