@@ -19,9 +19,9 @@ class Job(Structure):
         ("vectors", c_void_p * ARRAYS),
         ("scalars", c_void_p * SCALARS),
         ("skipped", c_void_p),
-        *((name, c_int64) for name in ("rows", "cols", "group_rows", "tensor", "first_chunk")),
+        *((name, c_int64) for name in ("rows", "cols", "group_rows", "tensor", "first_chunk", "first_tile")),
         ("work_vectors", c_int64 * ARRAYS),
-        *((name, c_int64) for name in ("partial", "sums", "x")),
+        *((name, c_int64) for name in ("partial", "sums")),
     )
 
 
