@@ -16,44 +16,51 @@ CUDA graph is replayed after that copy alone.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
-from ctypes import addressof, c_float, c_uint64, sizeof, string_at
-from dataclasses import dataclass
+import contextlib
+import struct
+from collections.abc import Iterator
+from ctypes import c_int32, c_uint64, sizeof
+from itertools import accumulate
 from typing import Any
-from weakref import ref
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from ..gpu import jobs as structs
-from ..gpu.machine import Function, Machine, Module, machine, sources
+from ..gpu.machine import Machine, Module, machine
+from ..gpu.nvrtc import sources
 from ..gpu.specialise import Special, print_spec, special
+from ..gpu.stages import TILE, Launch, elements, launches, lines, print_program, room
 from ..layout import row_stride
 from ..native import abi
-from ..stages import Job, Program, Stage
+from ..stages import Job, Program
 
 THREADS, UNITS = 256, 4  # as in cuda/operands.h
-TILE = 512  # rows that a sum over a column adds one after the other
-CONSTANTS = 4 * abi.CONSTANTS  # bytes
+CONSTANTS = 4 * abi.CONSTANTS  # bytes of a bucket's
+ENOUGH = 2048  # blocks of threads that keep a GPU busy
 
 
 @torch.no_grad()
 def step(jobs: list[Job]) -> None:
     """Step every job: parameters, moments, scalars and skip counts, in place."""
-    kept: list[Tensor] = []  # contiguous copies, for as long as the kernels work on them
-    back: list[tuple[Tensor, Tensor]] = []
-    plan = _plan(jobs)
-    plan.run(jobs)
-    increment_version([job.param for job in jobs])  # a graph that saved an old value must notice
-
-
-def _plan(jobs: list[Job]) -> _Plan:
     plan = _plans.get(jobs[0])
     if plan is None or not plan.fits(jobs):
         plan = _plans[jobs[0]] = _Plan(jobs)
-    return plan
+    with torch.cuda.device(plan.device) if plan.device.type == "cuda" else contextlib.nullcontext():
+        plan.refresh(jobs)
+        plan.launch(jobs)
+    increment_version([job.param for job in jobs])  # a graph that saved an old value must notice
+
+
+def unsupported(program: Program) -> str:
+    """Why a program cannot run here, or an empty string."""
+    try:
+        print_program(program)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def _pattern(jobs: list[Job]) -> list[tuple[torch.dtype, int]]:
@@ -62,35 +69,38 @@ def _pattern(jobs: list[Job]) -> list[tuple[torch.dtype, int]]:
     return [(job.grad.dtype, numbers.setdefault(id(job.constants), len(numbers))) for job in jobs]
 
 
-@dataclass
-class _Bucket:
-    """Jobs that are stepped by the same launches."""
-
-    special: Special
-    numbers: list[int]  # of its jobs
-    constants: tuple[str, ...]  # names, in the kernels' order
-    modules: dict[str, Module]
-    owner: Tensor  # of each chunk: the job it is of
-    at: int  # where its constants lie in the plan's buffer
-
-
 class _Plan:
     """A list of jobs on one device, ready to be launched."""
 
     def __init__(self, jobs: list[Job]):
         self.device = jobs[0].param.device
-        self.machine: Machine = machine(self.device)
-        self.jobs = [ref(job) for job in jobs]
-        self.pattern = _pattern(jobs)
-        kinds: dict[Any, list[int]] = {}
+        self.machine = machine(self.device)
+        self.jobs, self.pattern = [ref(job) for job in jobs], _pattern(jobs)
+        kinds: dict[tuple[Special, int], list[int]] = {}
         for number, (job, (_, constants)) in enumerate(zip(jobs, self.pattern, strict=True)):
             kinds.setdefault((special(job), constants), []).append(number)
+        self.order = [number for numbers in kinds.values() for number in numbers]  # of the jobs in the device's tables
+        self.places = {number: place for place, number in enumerate(self.order)}
+        # A parameter that is not contiguous is worked on in a copy and written back.
+        self.copies = {k: torch.empty(job.param.shape, dtype=job.param.dtype, device=self.device)
+                       for k, job in enumerate(jobs) if not _is_plain(job.param)}
         table = (structs.Job * len(jobs))()
-        size = sizeof(structs.Run) * len(jobs)
-        for target, job in zip(table, jobs, strict=True):
-            size = _fill(target, job, size)
-        self.workspace_bytes = size
-        ...
+        end = sizeof(structs.Run) * len(jobs)
+        for target, number in zip(table, self.order, strict=True):
+            end = _fill(target, jobs[number], self.copies.get(number, jobs[number].param), end)
+        self.workspace_bytes = end
+        programs = dict.fromkeys(job.program for job in jobs)
+        # What is measured over all tensors is added up program by program, in the order of the jobs.
+        self.in_total = [k for program in programs for k, job in enumerate(jobs) if job.program is program]
+        self.waiting: dict[tuple[int, ...], Tensor] = {}  # the jobs that wait for a total together
+        changing = sizeof(structs.Dynamic) * len(jobs)
+        self.buffer = torch.empty(changing + CONSTANTS * len(kinds), dtype=torch.uint8, device=self.device)
+        self.dynamic, self.constants = self.buffer.data_ptr(), self.buffer.data_ptr() + changing
+        self.buckets = [
+            _Bucket(self, kind, numbers, [table[self.places[k]] for k in numbers], [jobs[k] for k in numbers])
+            for (kind, _), numbers in kinds.items()
+        ]
+        self.table = _on_device(bytearray(table), self.device)
 
     def fits(self, jobs: list[Job]) -> bool:
         """Whether it was made for these jobs, as they are now."""
@@ -100,32 +110,76 @@ class _Plan:
             and _pattern(jobs) == self.pattern
         )
 
+    def refresh(self, jobs: list[Job]) -> None:
+        """Tell the device what this step changes: the gradients' addresses, seeds, step numbers, constants."""
+        self.grads = [_plain(job.grad) for job in jobs]  # kept until the launches
+        changed: list[int] = []
+        for number in self.order:
+            seed, step, _ = jobs[number].stream
+            changed += (self.grads[number].data_ptr(), seed & _LOW, step & _LOW)
+        constants = [value for bucket in self.buckets for value in bucket.packed(jobs[bucket.numbers[0]])]
+        data = struct.pack(f"={len(changed)}Q{len(constants)}f", *changed, *constants)
+        self.machine.write(self.buffer.data_ptr(), data)
 
-_plans: WeakKeyDictionary[Job, _Plan] = WeakKeyDictionary()
+    def launch(self, jobs: list[Job]) -> None:
+        """Launch a step on what `refresh` has said."""
+        for number, copy in self.copies.items():
+            copy.copy_(jobs[number].param)
+        workspace = torch.empty(self.workspace_bytes, dtype=torch.uint8, device=self.device)
+        running = [(bucket, bucket.run(workspace.data_ptr())) for bucket in self.buckets]
+        while running:
+            waiting = [(bucket, run, stage) for bucket, run in running if (stage := next(run, None)) is not None]
+            if waiting:
+                self._total(workspace, [bucket for bucket, _, _ in waiting], waiting[0][2])
+            running = [(bucket, run) for bucket, run, _ in waiting]
+        for number, copy in self.copies.items():
+            jobs[number].param.copy_(copy)
+
+    def _total(self, workspace: Tensor, buckets: list[_Bucket], stage: Stage) -> None:
+        """One number for all tensors of these buckets."""
+        key = tuple(self.buckets.index(bucket) for bucket in buckets)
+        if key not in self.waiting:
+            theirs = {number for bucket in buckets for number in bucket.numbers}
+            places = [self.places[number] for number in self.in_total if number in theirs]
+            self.waiting[key] = torch.tensor(places, dtype=torch.int32).to(self.device)
+        places = self.waiting[key]
+        arguments = c_uint64(workspace.data_ptr()), c_uint64(places.data_ptr()), c_int32(len(places))
+        function = buckets[0].measuring.function("total")
+        self.machine.launch(function, 1, THREADS, (*arguments, c_int32(stage.reduce == "max")))
 
 
-def _fill(target: structs.Job, job: Job, at: int) -> int:
-    """Point a struct to a job's tensors, and lay out its part of the workspace from byte `at` on; returns its end."""
-    target.param, target.skipped = job.param.data_ptr(), job.skipped.data_ptr()
-    target.companion = None if job.companion is None else job.companion.data_ptr()
-    for k, letter in enumerate(job.program.values):
-        parts = job.moments[letter]
-        target.codes[k] = parts["codes"].data_ptr()
-        target.scale[k] = parts["scale"].data_ptr() if "scale" in parts else None
-        target.base[k] = parts["base"].data_ptr() if "base" in parts else None
-    for k, name in enumerate(job.program.scalars):
-        target.scalars[k] = job.scalars[name].data_ptr()
-    target.rows, target.cols, target.group_rows = job.rows, job.cols, job.group_rows
-    target.tensor = job.stream[2] & 0xFFFFFFFF
-    persistent = [letter for letter in job.program.moments if letter not in job.program.values]
-    temporary = [letter for letter in job.program.vectors if letter not in persistent]
-    for k, letter in enumerate((*persistent, *temporary)):
-        if letter in persistent:
-            target.vectors[k] = job.vectors[letter].data_ptr()
-        target.work_vectors[k] = at
-        at += _padded(4 * _elements(job, job.program.vectors[letter]))
-    measures = job.program.measures
-    target.x = at
-    at += _padded(4 * max((_elements(job, stage.over) for stage in measures), default=0))
-    ...
-    return at
+class _Bucket:
+    """Jobs that are stepped by the same launches, one after the other in the plan's tables."""
+
+    def __init__(self, plan: _Plan, kind: Special, numbers: list[int], table: list[structs.Job], jobs: list[Job]):
+        self.plan, self.kind, self.numbers, self.index = plan, kind, numbers, len(plan.__dict__.get("buckets", ()))
+        texts = sources()
+        headers = {**{name: text for name, text in texts.items() if name.endswith(".h")}, "spec.h": print_spec(kind)}
+        wanted = [(texts[name], headers) for name in ("measure.cu", "step.cu")]
+        self.measuring, self.updating = plan.machine.prefetch(wanted)
+        self.names = print_program(kind.program).constants
+        shapes = [(job.rows, row_stride(job.cols)) for job in jobs]
+        chunk = THREADS * kind.values * UNITS
+        self.chunks = self._owners(table, "first_chunk", [-(-rows * stride // chunk) for rows, stride in shapes])
+        tiles = [-(-rows // TILE) * (stride // kind.width) for rows, stride in shapes]
+        over_columns = any(stage.over == "column" for stage in kind.program.measures)
+        self.tiles = self._owners(table, "first_tile", tiles if over_columns else [0] * len(jobs))
+        self.launches = [(launch, self._share(launch, jobs)) for launch in launches(kind.program)]
+
+    def packed(self, job: Job) -> list[float]:
+        """The constants of its jobs, padded to CONSTANTS."""
+        values = [job.constants[name] for name in self.names]
+        return values + [0.0] * (abi.CONSTANTS - len(values))
+
+    def run(self, workspace: int) -> Iterator[Stage]:
+        """Launch its kernels; yields where a number over all tensors is needed first."""
+        ...
+
+    def _owners(self, table: list[structs.Job], first: str, counts: list[int]) -> Tensor:
+        """For each block of threads of a launch, the number of its job, which is told where its blocks begin."""
+        start = 0
+        for job, count in zip(table, counts, strict=True):
+            setattr(job, first, start)
+            start += count
+        owners = torch.repeat_interleave(torch.arange(len(counts), dtype=torch.int32), torch.tensor(counts))
+        return owners.to(self.plan.device)
