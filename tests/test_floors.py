@@ -16,6 +16,7 @@ FLOORS = [
     {"words", "formats", "rounding"},
     {"codec", "layout", "stages", "masters", "roles"},
     {"rows", "native"},
+    {"gpu"},
     {"backends"},
     {"packed", "policy"},
     {"optim", "nn"},

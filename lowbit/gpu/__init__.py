@@ -1,1 +1,18 @@
-"""CUDA kernels from Python: compiled when needed, launched through the driver."""
+"""GPUs: kernels are compiled on the user's machine, kept on disk, and launched where torch launches its own."""
+
+from .driver import DriverError, NoDriver
+from .machine import Function, Machine, Module, machine, machines
+from .nvrtc import CompileError, NoCompiler, sources
+
+__all__ = [
+    "CompileError",
+    "DriverError",
+    "Function",
+    "Machine",
+    "Module",
+    "NoCompiler",
+    "NoDriver",
+    "machine",
+    "machines",
+    "sources",
+]

@@ -104,7 +104,7 @@ def compile_to(target: Path, folder: Path = HERE) -> None:
 def describe(folder: Path = HERE) -> dict[str, str | bool | None]:
     """What there is to load and to compile with, for `lowbit doctor`."""
     fault = _fault(shipped(folder), fingerprint(_files(folder)))
-    found = {"shipped": fault or f"{shipped(folder)} (fresh)", "cache": str(next(_places())), "compiler": compiler()}
+    found = {"shipped": fault or f"{shipped(folder)} (fresh)", "cache": str(next(places())), "compiler": compiler()}
     try:
         found["cached"] = (path := cached(folder)) and str(path)
         if cxx := compiler():
@@ -184,7 +184,7 @@ def _name(name: str, mark: str) -> str:
 
 
 def _kept(name: str, mark: str) -> Path | None:
-    paths = (path for place in _places() for path in sorted(place.glob(_name(name, mark))))
+    paths = (path for place in places() for path in sorted(place.glob(_name(name, mark))))
     return next((path for path in paths if not _fault(path, mark)), None)
 
 
@@ -200,7 +200,7 @@ def _fault(library: Path, mark: str) -> str:
     return ""
 
 
-def _places(create: bool = False) -> Iterator[Path]:
+def places(create: bool = False) -> Iterator[Path]:
     """The folders in which compiled libraries may be: the cache, and the one that replaces it."""
     own, home = os.environ.get("LOWBIT_CACHE"), os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     yield Path(os.path.abspath(os.path.expanduser(own))) if own else Path(home, "lowbit")
@@ -220,11 +220,11 @@ def _keep(name: str, mark: str, why: str, make: Callable[[Path], None]) -> tuple
     if not compiler():
         raise NoCompiler(f"{why}, and {NONE}, or do without it, slower: LOWBIT_BACKEND=reference")
     problems = []
-    for place in _places(create=True):
+    for place in places(create=True):
         path, made = place / _name(name, mark), False
         try:
             place.mkdir(0o700, parents=True, exist_ok=True)
-            with _one_at_a_time(path.with_suffix(".lock")):
+            with one_at_a_time(path.with_suffix(".lock")):
                 if _fault(path, mark):  # otherwise another process made it while we waited
                     make(path)
                     made = True
@@ -238,7 +238,7 @@ def _keep(name: str, mark: str, why: str, make: Callable[[Path], None]) -> tuple
 
 
 @contextlib.contextmanager
-def _one_at_a_time(lock: Path) -> Iterator[None]:
+def one_at_a_time(lock: Path) -> Iterator[None]:
     """Keep other processes waiting. Where files cannot be locked, all compile, and the last one's library stays."""
     with open(lock, "w") as file:
         with contextlib.suppress(ImportError, OSError):

@@ -1,0 +1,289 @@
+"""What runs kernels: a compiler, the driver, and one device's context and stream.
+
+A kernel's text is compiled once per machine and kept on disk (cache.py), loaded once per process, and launched on the
+stream that torch is using. Tests put an emulator in the place of a GPU: `machines[torch.device("cpu")] = ...`; it is
+this same class, with another compiler and another library for the driver.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from ctypes import addressof, c_void_p, sizeof
+from threading import Lock, RLock
+from typing import Any, Protocol
+
+import torch
+
+from ..native.build import fingerprint
+from . import cache, nvrtc
+from .driver import DYNAMIC, LOCAL, REGISTERS, SHARED, THREADS, Driver, DriverError
+
+_FREE_SHARED = 48 << 10  # bytes of shared memory that need not be asked for
+_LEAST_STAGE = 4 << 10
+
+
+class Compiler(Protocol):
+    """What makes machine code of a kernel's text. `key`: whatever else the outcome depends on."""
+
+    arch: str
+    key: str
+
+    def compile(self, source: str, headers: Mapping[str, str]) -> bytes:
+        """Returns what `cuModuleLoadData` takes; raises `CompileError` with the compiler's words."""
+        ...
+
+
+class Function:
+    """A kernel. A launch compares the sizes of its arguments, once for each combination of types."""
+
+    def __init__(self, module: Module, name: str):
+        self.module, self.name = module, name
+        driver = module.machine.driver
+        self.handle = driver.function(module.handle, name)
+        self.sizes = driver.parameter_sizes(self.handle)
+        self.dynamic = _FREE_SHARED
+        self.seen: set[tuple[type, ...]] = set()
+
+    def check(self, arguments: Sequence[Any]) -> None:
+        """That these are ctypes values of the sizes that the kernel's arguments have."""
+        given = [sizeof(x) for x in arguments]
+        if self.sizes is not None and given != self.sizes:
+            raise TypeError(f"{self.name} takes arguments of {self.sizes} bytes, not of {given}")
+        self.seen.add(tuple(map(type, arguments)))
+
+    def resources(self) -> dict[str, int]:
+        """What a thread or block of the kernel takes: registers, bytes of local and static shared memory, threads."""
+        ask, context = self.module.machine.driver.attribute, self.module.machine.context
+        names = {"registers": REGISTERS, "local": LOCAL, "shared": SHARED, "threads": THREADS}
+        with self.module.machine.driver.within(context):
+            return {name: ask(self.handle, which) for name, which in names.items()}
+
+
+class Module:
+    """A compiled text on one device, with its kernels and its variables.
+
+    Variables are one for all streams: a launch that reads them and a later write to them may be on two streams, so a
+    stream that comes new to a module waits for the one before. `lock` is for who writes variables and then launches:
+    hold it over both, or another thread's values may come between.
+    """
+
+    def __init__(self, machine: Machine, handle: int):
+        self.machine, self.handle, self.lock = machine, handle, RLock()
+        self.stream: int | None = None  # where it was last in use
+        self._functions: dict[str, Function] = {}
+        self._symbols: dict[str, tuple[int, int]] = {}
+
+    def function(self, name: str) -> Function:
+        """The kernel of this name."""
+        with self.lock:
+            if name not in self._functions:
+                with self.machine.driver.within(self.machine.context):
+                    self._functions[name] = Function(self, name)
+            return self._functions[name]
+
+    def symbol(self, name: str) -> tuple[int, int]:
+        """The address and the size of a `__constant__` or `__device__` variable."""
+        with self.lock:
+            if name not in self._symbols:
+                with self.machine.driver.within(self.machine.context):
+                    self._symbols[name] = self.machine.driver.symbol(self.handle, name)
+                self.machine.owns(self, *self._symbols[name])
+            return self._symbols[name]
+
+
+class Machine:
+    """One device. `stream` gives the handle of the stream to work on, `context` is the driver's."""
+
+    def __init__(self, driver: Driver, compiler: Compiler, context: int, stream: Callable[[], int]):
+        self.driver, self.compiler, self.context, self.stream = driver, compiler, context, stream
+        self.arch = compiler.arch
+        self._modules: dict[object, Future[Module]] = {}
+        self._lock = Lock()
+        self._staging = _Staging(driver)
+        self._owned: list[tuple[int, int, Module]] = []  # variables of modules: begin, end; by begin
+        self._event = 0
+
+    # ---- kernels
+
+    def module(self, source: str, headers: Mapping[str, str]) -> Module:
+        """The module of a text: from memory, else from the disk, else compiled.
+
+        Raises `CompileError` for what cannot be compiled and `DriverError` for what cannot be loaded.
+        """
+        key = (source, frozenset(headers.items()))
+        with self._lock:
+            waiting = self._modules.get(key)
+            if waiting is None:
+                ours = self._modules[key] = Future()
+        if waiting is not None:
+            return waiting.result()
+        try:
+            ours.set_result(made := self._load(self.binary(source, headers)))
+        except BaseException as error:
+            with self._lock:
+                del self._modules[key]  # to be tried again
+            ours.set_exception(error)
+            raise
+        return made
+
+    def prefetch(self, texts: Iterable[tuple[str, Mapping[str, str]]]) -> list[Module]:
+        """The modules of several texts, which are compiled at the same time."""
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            return list(pool.map(lambda text: self.module(*text), texts))
+
+    def binary(self, source: str, headers: Mapping[str, str]) -> bytes:
+        """What a text is compiled to, from the disk if it is there."""
+        texts = [part for name in sorted(headers) for part in (name, headers[name])]
+        key = fingerprint([], self.compiler.key, source, *texts)
+        return cache.kept(f"kernel-{self.arch}", key, lambda: self.compiler.compile(source, headers))
+
+    def _load(self, image: bytes) -> Module:
+        try:
+            with self.driver.within(self.context):
+                return Module(self, self.driver.load(image))
+        except DriverError as error:
+            major, minor = self.driver.version()
+            raise RuntimeError(
+                f"{error}. Made for {self.arch} by {self.compiler.key.splitlines()[0]}; this driver goes up to CUDA "
+                f"{major}.{minor}. If the compiler is newer, update the driver or install torch for CUDA {major}"
+            ) from error
+
+    def launch(self, function: Function, grid: int, block: int, arguments: Sequence[Any], shared: int = 0) -> None:
+        """Launch `grid` blocks of `block` threads, with `shared` bytes of dynamic shared memory."""
+        if tuple(map(type, arguments)) not in function.seen:
+            function.check(arguments)
+        if not self.driver.is_current(self.context):
+            with self.driver.within(self.context):
+                return self.launch(function, grid, block, arguments, shared)
+        if shared > function.dynamic:
+            self.driver.allow_dynamic(function.handle, shared)
+            function.dynamic = shared
+        stream, module = self.stream(), function.module
+        pointers = (c_void_p * len(arguments))(*map(addressof, arguments))
+        with module.lock:
+            if module.stream != stream:
+                self._follow(module, stream)
+            code = self.driver.launch(function.handle, grid, 1, 1, block, 1, 1, shared, stream, pointers, None)
+        if code:
+            what = f"{grid} blocks of {block} threads with {shared} bytes of dynamic shared memory"
+            raise self.driver.error(code, f"launching {function.name}, {what}")
+
+    # ---- memory
+
+    def write(self, pointer: int, data: bytes) -> None:
+        """Copy bytes to the device, after what the stream has been given so far. `data` may be dropped at once."""
+        if not data:
+            return
+        stream = self.stream()
+        if self.driver.capturing(stream):
+            raise RuntimeError(
+                "host values cannot be written while a CUDA graph is captured: every replay would write them again. "
+                "Write them before, and let the graph copy them on the device"
+            )
+        with self.driver.within(self.context):
+            self._order(pointer, stream)
+            self._staging.write(pointer, data, stream)
+
+    def copy(self, target: int, source: int, size: int) -> None:
+        """Copy bytes on the device, after what the stream has been given so far."""
+        stream = self.stream()
+        with self.driver.within(self.context):
+            self._order(target, stream)
+            self._order(source, stream)
+            self.driver.copy(target, source, size, stream)
+
+    def capturing(self) -> bool:
+        """Whether a CUDA graph is being captured on the current stream."""
+        return self.driver.capturing(self.stream())
+
+    # ---- the order of streams
+
+    def owns(self, module: Module, pointer: int, size: int) -> None:
+        """Note a variable of a module, so that copies from and to it are ordered like its launches."""
+        with self._lock:
+            self._owned = sorted([*self._owned, (pointer, pointer + size, module)], key=lambda owned: owned[0])
+
+    def _order(self, pointer: int, stream: int) -> None:
+        owned = self._owned
+        k = bisect_right(owned, pointer, key=lambda owned: owned[0]) - 1
+        if k >= 0 and pointer < owned[k][1]:
+            module = owned[k][2]
+            with module.lock:
+                if module.stream != stream:
+                    self._follow(module, stream)
+
+    def _follow(self, module: Module, stream: int) -> None:
+        """Have a stream wait for the one on which the module was last in use.
+
+        While a graph is captured nothing runs, and whoever captures has waited for all streams before.
+        """
+        if self.driver.capturing(stream):
+            return
+        if module.stream is not None:
+            with self._lock:
+                self._event = self._event or self.driver.event()
+                self.driver.record(self._event, module.stream)
+                self.driver.wait(stream, self._event)
+        module.stream = stream
+
+
+class _Staging:
+    """Pinned memory from which copies to the device are made.
+
+    From other memory the driver may copy only after waiting for all that the stream has to do before:
+    https://docs.nvidia.com/cuda/cuda-driver-api/api-sync-behavior.html
+    """
+
+    def __init__(self, driver: Driver):
+        self.driver, self.lock = driver, Lock()
+        self.stages: list[list[int]] = []  # address, size, event: the copy from it is done
+
+    def write(self, pointer: int, data: bytes, stream: int) -> None:
+        with self.lock:
+            address, _, event = self._free(len(data))
+            ctypes.memmove(address, data, len(data))
+            self.driver.write(pointer, address, len(data), stream)
+            self.driver.record(event, stream)
+
+    def _free(self, size: int) -> list[int]:
+        for stage in self.stages:
+            if stage[1] >= size and self.driver.reached(stage[2]):
+                return stage
+        room = max(_LEAST_STAGE, 1 << (size - 1).bit_length())
+        self.stages.append([self.driver.pinned(room), room, self.driver.event()])
+        return self.stages[-1]
+
+
+# By device. Tests put others here.
+machines: dict[torch.device, Machine] = {}
+_making = Lock()
+
+
+def machine(device: torch.device) -> Machine:
+    """The machine of a device, made when it is first asked for.
+
+    Raises `NoDriver`, `NoCompiler` or `ValueError` with what is missing and the way out.
+    """
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    if (found := machines.get(device)) is not None:
+        return found
+    if device.type != "cuda":
+        raise ValueError(f"CUDA kernels run on CUDA tensors, and these are on {device}")
+    with _making:
+        if device not in machines:
+            machines[device] = _of(device)
+        return machines[device]
+
+
+def _of(device: torch.device) -> Machine:
+    torch.cuda.init()
+    driver = Driver()
+    compiler = nvrtc.compiler(torch.cuda.get_device_capability(device), driver.version())
+    return Machine(
+        driver, compiler, driver.primary_context(device.index), lambda: torch.cuda.current_stream(device).cuda_stream
+    )
