@@ -22,12 +22,14 @@ PAGE = timing.ROOT / "docs" / "gpu-speed.md"
 YARDSTICK = "torch AdamW fused"
 COPY = "probe: copy"
 HOST = "host"
+CODEC, LAYERS = "codec", "layers"
+DENSE = "torch bf16 linear"
 STEP_CAPTION = (
-    "Picoseconds a parameter: median [quartiles] of the rounds, and extent; × torch fused: time over that of torch's "
-    "fused fp32 AdamW, median of the ratios within each round. B/parameter: what must be moved at least (parameter and "
-    "states to and fro, the gradient once a sweep), what that makes in GB/s, and that as a share of what the copy "
-    "moved in the same round. States, and what a step needs beyond them, in bytes per parameter. First: seconds of the first "
-    "step, which compiles and allocates."
+    "Picoseconds a parameter: median [quartiles] of the rounds; × torch fused: time over that of torch's fused fp32 "
+    "AdamW, median of the ratios within each round. B/parameter: what must be moved at least (parameter and states to "
+    "and fro, the gradient once a sweep), what that makes in GB/s, and that as a share of what the copy moved in the "
+    "same round. States, and what a step needs beyond them, in bytes per parameter. First: seconds of the first step, "
+    "which compiles and allocates."
 )
 
 
@@ -49,7 +51,7 @@ def copy(results: dict[str, Any]) -> list[Grid]:
 
 def step(results: dict[str, Any]) -> list[Grid]:
     """A table for each list of parameters, and what a step costs the host."""
-    heads = ["step", "ps/parameter", "min–max", "× torch fused", "B/parameter", "GB/s", "× copy", "states B", "more B"]
+    heads = ["step", "ps/parameter", "× torch fused", "B/parameter", "GB/s", "× copy", "states B", "more B"]
     made = []
     for group in results["groups"]:
         if group["title"] == HOST:
@@ -64,10 +66,10 @@ def step(results: dict[str, Any]) -> list[Grid]:
             own, rate = times(case), case["bytes"] / statistics.median(times(case)) / 1e9
             share = timing.median_ratio(times(probe), own) * case["bytes"] / probe["bytes"]
             if name.startswith("probe"):
-                rows.append([name, *[NONE] * 4, f"{rate:.0f}", f"{share:.2f}", *[NONE] * 3])
+                rows.append([name, *[NONE] * 3, f"{rate:.0f}", f"{share:.2f}", *[NONE] * 3])
                 continue
             ratio = f"{timing.median_ratio(own, times(yardstick)):.2f}" if yardstick else NONE
-            speed = [spread(own, 1e12 / n), extent(own, 1e12 / n), ratio]
+            speed = [spread(own, 1e12 / n), ratio]
             moved = [f"{case['bytes'] / n:.2f}", f"{rate:.0f}", f"{share:.2f}"]
             more = case["peak_bytes"]
             held = [f"{case['state_bytes'] / n:.2f}", NONE if more is None else f"{more / n:.2f}"]
@@ -75,11 +77,46 @@ def step(results: dict[str, Any]) -> list[Grid]:
         title = (
             f"{group['title']}: a step of {n:,} parameters in {group['tensors']} tensor{'s'[: group['tensors'] > 1]}"
         )
-        made.append(Grid(title, [*heads, "first s"], rows, STEP_CAPTION))
+        made.append(Grid(title, [*heads, "first s"], rows, "" if made else STEP_CAPTION))
     return made
 
 
-TABLES = {"copy": copy, "step": step}
+def codec(results: dict[str, Any]) -> list[Grid]:
+    """Time and rate of each direction of each format."""
+    (group,) = results["groups"]
+    rows, cols = results["shape"]
+    probe, body = group["cases"][COPY], []
+    for name, case in group["cases"].items():
+        own = times(case)
+        share = timing.median_ratio(times(probe), own) * case["bytes"] / probe["bytes"]
+        rate = case["bytes"] / statistics.median(own) / 1e9
+        body.append([name, spread(own, 1e6), f"{case['bytes'] / rows / cols:.2f}", f"{rate:.0f}", f"{share:.2f}"])
+    caption = (
+        f"Microseconds: median [quartiles]; bytes a value that must be moved at least, what that makes in GB/s, and "
+        f"that as a share of what the copy moved in the same round. Blocks of {results['block']}; the copy is of 1 GiB."
+    )
+    title = f"Quantize and dequantize {rows} × {cols} bf16"
+    return [Grid(title, ["codec", "µs", "B/value", "GB/s", "× copy"], body, caption)]
+
+
+def layers(results: dict[str, Any]) -> list[Grid]:
+    """A layer's forward and backward, and the same as a multiple of the dense layer's."""
+    (group,) = results["groups"]
+    dense = times(group["cases"][DENSE])
+    flops = 6 * results["tokens"] * results["side"] ** 2
+    rows = []
+    for name, case in group["cases"].items():
+        if not name.startswith("probe"):
+            own = times(case)
+            rate = f"{flops / statistics.median(own) / 1e12:.0f}"
+            rows.append([name, spread(own, 1e3), f"{timing.median_ratio(own, dense):.2f}", rate])
+    side = results["side"]
+    title = f"Forward and backward of a layer of {side} × {side}, {results['tokens']} tokens, bf16"
+    caption = "Simulated: operands are rounded to what 4-bit codes would stand for, then multiplied in bf16."
+    return [Grid(title, ["layer", "ms", "× dense", "TFLOP/s"], rows, caption)]
+
+
+TABLES = {"copy": copy, "step": step, "codec": codec, "layers": layers}
 
 
 def conditions(results: dict[str, Any]) -> str:
@@ -89,7 +126,8 @@ def conditions(results: dict[str, Any]) -> str:
     packages = ", ".join(
         f"{n} {e[n]}" for n in ("torch", "triton", "torchao", "bitsandbytes", "flashoptim") if e.get(n)
     )
-    backends = {case["backend"] for g in results["groups"] for case in g["cases"].values() if case.get("backend")}
+    named = [its for g in results["groups"] for its in (g, *g["cases"].values())]
+    backends = {its["backend"] for its in named if its.get("backend")}
     ran = f" lowbit's backend: {', '.join(sorted(backends))}." if backends else ""
     said = [f"{n} did not run: {why}." for g in results["groups"] for n, why in g["failed"].items()]
     said += [

@@ -10,7 +10,7 @@ template <int K> using FormatOf = typename Moment<K>::Format;
 
 template <int K> constexpr int BITS = FormatOf<K>::BITS;
 template <int K> constexpr bool FLOATS = FormatOf<K>::KIND == LB_KIND_FLOAT;
-template <int K> constexpr int CODE_BYTES = V *BITS<K> >= 8 ? V * BITS<K> / 8 : 1;
+template <int K> constexpr int CODE_BYTES = (V * BITS<K> + 7) / 8;
 template <int K> constexpr int SCALE_BLOCK = FormatOf<K>::BLOCK < WIDTH ? FormatOf<K>::BLOCK : WIDTH;
 template <int K> constexpr int SCALE_LANES = SCALE_BLOCK<K> / V;  // that share a scale
 template <int K> using CodeWords = Words<CODE_BYTES<K>>;
@@ -55,7 +55,7 @@ LB_FN void keep_inside(const Place &place, float (&x)[V]) {
 // All moments from K on that are wanted, a bit of `WANTED` per slot.
 template <int K, uint32_t WANTED>
 LB_FN void load_moments([[maybe_unused]] const Job &job, [[maybe_unused]] const Place &place,
-                        [[maybe_unused]] const Tables<K> &tables, [[maybe_unused]] float (&x)[SLOTS][V]) {
+                        [[maybe_unused]] const Tables<K> &tables, [[maybe_unused]] float (&x)[LOADED][V]) {
   if constexpr (K < MOMENTS) {
     if constexpr ((WANTED >> (2 + K) & 1u) != 0u) {
       const CodeWords<K> codes =
@@ -90,7 +90,7 @@ LB_FN bool load_gradient(const Dynamic &now, const Place &place, float (&g)[V]) 
 // Vectors, broadcast over their values.
 template <int K, uint32_t WANTED>
 LB_FN void load_vectors([[maybe_unused]] const Job &job, [[maybe_unused]] const uint8_t *workspace,
-                        [[maybe_unused]] const Place &place, [[maybe_unused]] float (&x)[SLOTS][V]) {
+                        [[maybe_unused]] const Place &place, [[maybe_unused]] float (&x)[LOADED][V]) {
   if constexpr (K < VECTORS) {
     constexpr int slot = 2 + MOMENTS + K;
     if constexpr ((WANTED >> slot & 1u) != 0u) {

@@ -12,6 +12,7 @@ using namespace spec;
 
 constexpr int THREADS = 256, UNITS = 4;  // of a block of threads; of 32 * V numbers that a warp takes one after the other
 constexpr int CHUNK = THREADS * V * UNITS;  // element numbers of a block of threads
+constexpr int LOADED = 2 + MOMENTS + VECTORS;  // slots that lie in memory: p, g, the moments, vectors
 constexpr int LANES = WIDTH / V;            // that share a step block
 static_assert(WIDTH % V == 0 && LANES <= 32, "a step block belongs to one warp, and a lane to one step block");
 
@@ -158,7 +159,7 @@ LB_FN ParamWords narrow_parameter(const Key &key, const Place &place, const floa
   if (STOCHASTIC) draw(key, place.number, draws);
   LB_UNROLL for (int k = 0; k < V; ++k) {
     uint16_t narrowed;
-    if (MASTER == LB_SPLIT16 && PARAM == LB_BFLOAT16) narrowed = (uint16_t)((bits_of(p[k]) + 0x8000u) >> 16);  // ties up
+    if (MASTER == LB_SPLIT16 && PARAM == LB_BFLOAT16) narrowed = high_split16(p[k]);
     else if (PARAM == LB_BFLOAT16) narrowed = STOCHASTIC ? narrow_bf16(p[k], draws[k]) : narrow_bf16(p[k]);
     else narrowed = STOCHASTIC ? narrow_fp16(p[k], draws[k]) : narrow_fp16(p[k]);
     set_half_word(words.word, k, narrowed);
@@ -180,7 +181,7 @@ LB_FN void store_parameter(const Job &job, const Place &place, const float (&p)[
     } else {
       const uint16_t half = MASTER == LB_KAHAN ? (PARAM == LB_BFLOAT16 ? narrow_bf16(p[k] - own) : narrow_fp16(p[k] - own))
                             : PARAM == LB_BFLOAT16
-                                ? (uint16_t)(bits_of(p[k]) - ((uint32_t)half_word(stored.word, k) << 16))
+                                ? (uint16_t)low_split16(p[k], half_word(stored.word, k))
                                 : (uint16_t)(int16_t)(int32_t)store_share(p[k], own, 8192.0f, HALF);
       set_half_word(low.word, k, half);
     }

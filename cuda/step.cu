@@ -11,6 +11,8 @@
 
 namespace lb {
 
+using Update = Sweep<MEASURES>;  // all updates, after the last measurement
+
 // All moments from K on: prepare, find out whether the block can be stored, store.
 template <int K> struct Stored {
   Scaled scaled;
@@ -18,7 +20,7 @@ template <int K> struct Stored {
   Stored<K + 1> rest;
 
   // True if something of it is not finite.
-  LB_FN bool encode(const Place &place, const Key *keys, const Tables<K> &tables, float (&x)[SLOTS][V], Stored &to) {
+  LB_FN bool encode(const Place &place, const Key *keys, const Tables<K> &tables, float (&x)[LOADED][V], Stored &to) {
     keep_inside(place, x[2 + K]);
     bool bad = scale_moment<K>(x[2 + K], to.scaled);
     to.codes = encode_moment<K>(keys[1 + K], place, tables, x[2 + K], to.scaled);
@@ -32,7 +34,7 @@ template <int K> struct Stored {
   }
 };
 template <> struct Stored<MOMENTS> {
-  LB_FN bool encode(const Place &, const Key *, const Tables<MOMENTS> &, float (&)[SLOTS][V], Stored &) { return false; }
+  LB_FN bool encode(const Place &, const Key *, const Tables<MOMENTS> &, float (&)[LOADED][V], Stored &) { return false; }
   LB_FN void store(const Job &, const Place &, const Stored &) {}
 };
 
@@ -48,8 +50,8 @@ extern "C" __global__ void __launch_bounds__(lb::THREADS)
   const Job job = jobs[index];  // a copy: what is stored might change the original, as far as the compiler knows
   const Dynamic now = dynamic[index];
   const Run &run = runs[index];
-  if (MEASURES && GUARDED && run.skip) return;
-  const Scalars scalars = update_scalars(run.scalars);
+  if (MEASURES > 0 && GUARDED && run.skip) return;
+  const auto scalars = Update::scalars(run.scalars);
   Key keys[1 + MOMENTS];
   if (DRAWS) stream_keys(job, now, keys);
   const int64_t first = ((int64_t)blockIdx.x - job.first_chunk) * CHUNK + (int64_t)warp() * (32 * V * UNITS) + lane() * V;
@@ -57,15 +59,15 @@ extern "C" __global__ void __launch_bounds__(lb::THREADS)
   LB_ONE_AT_A_TIME for (int unit = 0; unit < UNITS; ++unit) {
     const Place here = place(job, first + (int64_t)unit * (32 * V));
     if (!any<32>(here.count > 0)) break;
-    float x[SLOTS][V];
+    float x[LOADED][V];
     bool bad = load_gradient(now, here, x[1]);
     const ParamWords old = load_parameter(job, here, x[0]);
     load_moments<0, ~0u>(job, here, tables, x);
-    load_vectors<0, UPDATE_READS>(job, workspace, here, x);
+    load_vectors<0, Update::READS>(job, workspace, here, x);
     LB_UNROLL for (int k = 0; k < V; ++k) {
       float values[SLOTS];
-      LB_UNROLL for (int slot = 0; slot < SLOTS; ++slot) values[slot] = x[slot][k];
-      run_updates(values, scalars);
+      LB_UNROLL for (int slot = 0; slot < LOADED; ++slot) values[slot] = x[slot][k];
+      Update::run(values, scalars);
       LB_UNROLL for (int slot = 0; slot < 2 + MOMENTS; ++slot) x[slot][k] = values[slot];
     }
     const ParamWords parameter = narrow_parameter(keys[0], here, x[0]);

@@ -13,11 +13,10 @@ from functools import lru_cache
 import torch
 
 from ..formats import Format
-from ..layout import step_width
-from ..native import abi
+from ..layout import STEP_BLOCK, step_width
 from ..stages import Job, Program
 from .formats import print_format
-from .stages import Printed, print_program
+from .stages import print_program
 
 DTYPES = {torch.float32: "LB_FLOAT32", torch.bfloat16: "LB_BFLOAT16", torch.float16: "LB_FLOAT16"}
 SIZES = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2}
@@ -51,7 +50,7 @@ def special(job: Job) -> Special:
     return Special(
         program=job.program,
         width=step_width(job.cols),
-        linear=aligned and job.cols % abi.BLOCK == 0,
+        linear=aligned and job.cols % STEP_BLOCK == 0,
         param=job.param.dtype,
         grad=job.grad.dtype,
         master=job.master if job.companion is not None else "none",
@@ -89,7 +88,6 @@ def print_spec(it: Special) -> str:
         f"constexpr int MEASURES = {len(it.program.measures)};",
         f"constexpr bool STOCHASTIC = {_bool('p' in it.noise)}, DRAWS = {_bool(bool(it.noise))};",
         f"constexpr int OVER[] = {{{', '.join(vectors) or '0'}}};  // of each vector",
-        f"constexpr uint32_t UPDATE_READS = {printed.update_reads:#x};  // a bit per slot",
         *(print_format(fmt, name) for fmt, name in formats.items()),
         "template <int K> struct Moment;",
         *moments,
@@ -107,5 +105,3 @@ def _bool(x: bool) -> str:
 def _master(master: str) -> str:
     return {"none": "NONE", "fp32": "MASTER32"}.get(master, master.upper())
 
-
-__all__ = ["Printed", "Special", "print_spec", "special"]
