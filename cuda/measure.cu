@@ -19,9 +19,9 @@
 
 namespace lb {
 
-constexpr int TILE = 512;       // rows of a tile
-constexpr int64_t STRIPS = 8192;  // of a tensor's rows
-constexpr int NARROW = 1024;    // step blocks of a row that a warp adds up; a longer row takes a block of threads
+[[maybe_unused]] constexpr int TILE = 512;  // rows of a tile
+constexpr int64_t STRIPS = 8192;            // of a tensor's rows
+constexpr int NARROW = 1024;                // step blocks of a row that a warp adds up; a longer row takes a block of threads
 
 LB_FN int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 LB_FN int64_t blocks_of_row(const Job &job) { return (job.cols + WIDTH - 1) / WIDTH; }
@@ -196,7 +196,7 @@ template <int M> LB_FN void reduce_rows(const Job &job, const Run &run, uint8_t 
   if (IN_ALL<M> && blocks == 1) {
     by_teams(strips_of(job), 1, share, [&](int64_t strip_number) {
       const auto read = [&](int64_t i) { return (double)partial[i]; };
-      if (strip_number < strips_of(job)) done(strip_number, strip<LARGEST, 8, 16>(rows, strip_number, STRIPS, read));
+      if (strip_number < strips_of(job)) done(strip_number, strip<LARGEST, 8, 15>(rows, strip_number, STRIPS, read));
     });
     return;
   }
@@ -205,12 +205,12 @@ template <int M> LB_FN void reduce_rows(const Job &job, const Run &run, uint8_t 
   by_teams(lines, lanes, share, [&](int64_t line) {
     const auto row_number = [&](int64_t row) {
       const auto read = [&](int64_t i) { return row < rows ? (double)partial[row * blocks + i] : 0.0; };
-      return halve_team<LARGEST>(strip<LARGEST, 8, 3>(blocks, lane() % lanes, lanes, read), blocks, lanes);
+      return halve_team<LARGEST>(strip<LARGEST, 4, 3>(blocks, lane() % lanes, lanes, read), blocks, lanes);
     };
     double number;
     if constexpr (IN_ALL<M>) {  // lanes stay together: what is beyond the last row is 0 rather than left out
       const int64_t whole = power_of_two(rows > STRIPS ? rows : STRIPS);
-      number = strip<LARGEST, 1, 20>(whole, line < lines ? line : 0, STRIPS, row_number);
+      number = strip<LARGEST, 1, 12>(whole, line < lines ? line : 0, STRIPS, row_number);
     } else {
       number = row_number(line);
     }
@@ -239,7 +239,7 @@ template <int M> LB_FN void reduce_groups(const Job &job, const Run &run, uint8_
     const double *line = sums + group * length;
     const int64_t n = group < groups ? size(group) : 1;
     const auto read = [&](int64_t i) { return group < groups ? line[i] : 0.0; };
-    const double sum = halve_team<MAX<M>>(strip<MAX<M>, 8, 3>(n, lane() % lanes, lanes, read), n, lanes);
+    const double sum = halve_team<MAX<M>>(strip<MAX<M>, 4, 3>(n, lane() % lanes, lanes, read), n, lanes);
     if (group < groups && lane() % lanes == 0) done(group, sum);
   });
 }
@@ -249,7 +249,7 @@ template <int M> LB_FN void reduce_columns(const Job &job, const Run &run, uint8
   by_teams(job.cols, 1, share, [&](int64_t column) {
     if (column >= job.cols) return;
     const auto read = [&](int64_t tile) { return sums[tile * job.cols + column]; };
-    const double sum = strip<MAX<M>, 8, 16>((job.rows + TILE - 1) / TILE, 0, 1, read);
+    const double sum = strip<MAX<M>, 8, 12>((job.rows + TILE - 1) / TILE, 0, 1, read);
     fold_element<M>(job, run, workspace, column, mean<M>(sum, job.rows, 1));
   });
 }

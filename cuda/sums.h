@@ -60,7 +60,7 @@ template <bool MAX, int BATCH, int LEVELS, class Read> LB_FN double strip(int64_
   const int64_t whole = power_of_two(n), length = whole > apart ? whole / apart : 1;
   const int batch = length < BATCH ? (int)length : BATCH;
   const int64_t batches = length / batch, step = batches * apart;
-  double waiting[LEVELS], last = 0.0;
+  double waiting[LEVELS] = {}, last = 0.0;
   int64_t place = 0;  // of the batch, its bits reversed
   LB_ONE_AT_A_TIME for (int64_t number = 0; number < batches; ++number) {
     double x[BATCH];
@@ -74,12 +74,13 @@ template <bool MAX, int BATCH, int LEVELS, class Read> LB_FN double strip(int64_
       }
     }
     last = x[0];
+    bool carried = true;  // selects, not branches: compilers would make of these a table in memory
     LB_UNROLL for (int level = 0; level < LEVELS; ++level) {
-      if ((number >> level & 1) == 0) {
-        waiting[level] = last;
-        break;
-      }
-      last = combined<MAX>(waiting[level], last);
+      const bool pair = (number >> level & 1) != 0;
+      const double both = combined<MAX>(waiting[level], last);
+      waiting[level] = carried && !pair ? last : waiting[level];
+      last = carried && pair ? both : last;
+      carried = carried && pair;
     }
     int64_t bit = batches / 2;
     for (; (place & bit) != 0; bit /= 2) place ^= bit;
@@ -100,7 +101,7 @@ template <bool MAX> LB_FN double halve_team(double x, int64_t n, int lanes) {
 // The whole block of THREADS threads on one line; thread 0 gets the result. `room` may be used again afterwards.
 template <bool MAX, int THREADS, class Read> LB_FN double halve_line(int64_t n, double (&room)[THREADS], Read read) {
   const int t = (int)threadIdx.x;
-  room[t] = strip<MAX, 8, 16>(n, t, THREADS, read);
+  room[t] = strip<MAX, 8, 12>(n, t, THREADS, read);
   __syncthreads();
   LB_UNROLL for (int apart = THREADS / 2; apart > 0; apart /= 2) {
     if (t < apart && apart < n) room[t] = combined<MAX>(room[t], room[t + apart]);

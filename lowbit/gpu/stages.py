@@ -175,6 +175,8 @@ class _Printer:
         self.scalars = {name: k for k, name in enumerate((*program.scalars, *program.temporaries))}
         self.constants: dict[str, int] = {}
         for text in self.texts:
+            for name in text.scalars:  # a scalar that a fold assigns need not be declared
+                self.scalars.setdefault(name, len(self.scalars))
             for name in text.constants:
                 self.constants.setdefault(name, len(self.constants))
         self.measures = [i for i, stage in enumerate(self.stages) if stage.kind == "measure"]
@@ -256,7 +258,7 @@ class _Printer:
             name = f"{stage.kind}{i}"
             lines.append(f"LB_FN {kind} {name}([[maybe_unused]] float (&x)[SLOTS]{scalars}) {{ {given}{call} }}")
             return lines
-        vectors = "float (&x)[VECTORS], " if stage.writes else ""
+        vectors = "float (&x)[VECTORS + 1], " if stage.writes else ""
         lines.append(f"LB_FN void fold{i}({vectors}[[maybe_unused]] float *s, [[maybe_unused]] float measured) {{")
         if "s" in stage.reads:
             lines.append(f"  {'' if text.assigns else 'const '}{own}::S own = scalars{i}(s);")
@@ -314,8 +316,7 @@ class _Printer:
             *(f"    fold{i}(s, measured);" for i in tensor),
             "  }",
             "  // With a copy of the scalars: what folds over the tensor assign is seen by those over vectors.",
-            "  template <class Vectors>",
-            "  LB_FN void on_element([[maybe_unused]] Vectors &x, [[maybe_unused]] float *s,",
+            "  LB_FN void on_element([[maybe_unused]] float (&x)[VECTORS + 1], [[maybe_unused]] float *s,",
             "                        [[maybe_unused]] float measured) {",
             *(calls if vector else []),
             "  }",
