@@ -376,13 +376,14 @@ extern "C" __global__ void __launch_bounds__(lb::THREADS) subtotal(LB_ARGUMENTS)
   });
 }
 
-// Of `count` tensors of any programs, in their order; one that is left alone counts as 0.
-extern "C" __global__ void __launch_bounds__(lb::THREADS) total(Run *const *waiting, int32_t count, int32_t max) {
+// Of `count` tensors of any programs, in the order of `places`; one that is left alone counts as 0.
+extern "C" __global__ void __launch_bounds__(lb::THREADS)
+    total(Run *runs, const int32_t *places, int32_t count, int32_t max) {
   using namespace lb;
   __shared__ double room[THREADS];
-  const auto read = [&](int64_t i) { return waiting[i]->skip ? 0.0 : waiting[i]->total; };
+  const auto read = [&](int64_t i) { return runs[places[i]].skip ? 0.0 : runs[places[i]].total; };
   const double number = max ? halve_line<true>(count, room, read) : halve_line<false>(count, room, read);
-  for (int i = (int)threadIdx.x; i < count; i += THREADS) waiting[i]->total = number;
+  for (int i = (int)threadIdx.x; i < count; i += THREADS) runs[places[i]].total = number;
 }
 
 extern "C" __global__ void __launch_bounds__(lb::THREADS) scalars(LB_ARGUMENTS) {
