@@ -33,6 +33,19 @@ class InspectError(RuntimeError):
 
 
 @dataclass(frozen=True)
+class Specialisation:
+    """Kernels as they are compiled for one purpose: a file of cuda/, and the `spec.h` that it includes.
+
+    `values`: of the kernels whose main loop is counted, how many values a thread handles in one turn.
+    """
+
+    name: str
+    file: str
+    spec: str
+    values: Mapping[str, int]
+
+
+@dataclass(frozen=True)
 class Resources:
     """What a kernel takes of a multiprocessor: registers of a thread, bytes of a thread's stack and of shared memory."""
 
