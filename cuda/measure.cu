@@ -32,6 +32,12 @@ LB_FN int64_t length_of(const Job &job, int over) {  // of a vector
   return over == LB_ROW ? job.rows : over == LB_COLUMN ? job.cols : (job.rows + job.group_rows - 1) / job.group_rows;
 }
 
+// Whether a thread is one of the first COUNT, of which there may be none.
+template <int COUNT> LB_FN bool among([[maybe_unused]] int t) {
+  if constexpr (COUNT > 0) return t < COUNT;
+  else return false;
+}
+
 template <int M> constexpr bool MAX = Sweep<M>::REDUCE == LB_MAX;
 template <int M> constexpr bool IN_ALL = Sweep<M>::OVER == LB_TENSOR || Sweep<M>::OVER == LB_ALL;
 
@@ -277,7 +283,7 @@ template <class F> LB_FN void each_vector(const Job &job, uint8_t *workspace, in
 
 LB_FN void persist(const Job &job, Run &run, uint8_t *workspace) {
   const int t = (int)threadIdx.x;
-  bool bad = GUARDED && t < SCALARS && !finite_bits(magnitude_bits(run.scalars[t]));
+  bool bad = GUARDED && among<SCALARS>(t) && !finite_bits(magnitude_bits(run.scalars[t]));
   if (GUARDED) {
     each_vector(job, workspace, VECTORS, [&](int, int64_t i, const float *working) {
       bad |= !finite_bits(magnitude_bits(working[i]));
@@ -289,7 +295,7 @@ LB_FN void persist(const Job &job, Run &run, uint8_t *workspace) {
     if (t == 0) job.skipped[0] += job.rows * blocks_of_row(job), job.skipped[1] += 1;
     return;
   }
-  if (t < KEPT) *job.scalars[t] = run.scalars[t];
+  if (among<KEPT>(t)) *job.scalars[t] = run.scalars[t];
   each_vector(job, workspace, KEPT_VECTORS, [&](int k, int64_t i, const float *working) {
     job.vectors[k][i] = working[i];
   });
@@ -307,13 +313,13 @@ extern "C" __global__ void __launch_bounds__(lb::THREADS) begin(LB_ARGUMENTS) {
   const Job &job = jobs[blockIdx.x];
   Run &run = runs[blockIdx.x];
   const int t = (int)threadIdx.x;
-  if (t < SCALARS) run.scalars[t] = t < KEPT ? *job.scalars[t] : initial(t);
+  if (among<SCALARS>(t)) run.scalars[t] = among<KEPT>(t) ? *job.scalars[t] : initial(t);
   if (t == 0) run.total = 0.0, run.most = 0u, run.skip = 0u;
   each_vector(job, workspace, KEPT_VECTORS, [&](int k, int64_t i, float *working) { working[i] = job.vectors[k][i]; });
   __syncthreads();
   if (t == 0) Folds<0>::on_tensor(run.scalars, 0.0f);
   __syncthreads();
-  if (MEASURES == 0 && t < KEPT) *job.scalars[t] = run.scalars[t];
+  if (MEASURES == 0 && among<KEPT>(t)) *job.scalars[t] = run.scalars[t];
 }
 
 extern "C" __global__ void __launch_bounds__(lb::THREADS) measure(LB_ARGUMENTS) {
