@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from ..gpu import Machine, Module, machine, sources
+from ..gpu import Module, machine, sources
 from ..gpu import jobs as structs
 from ..gpu.specialise import Special, print_spec, special
 from ..gpu.stages import TILE, Launch, elements, launches, lines, print_program, room
