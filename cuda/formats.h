@@ -31,8 +31,6 @@ LB_FN float add_down(float a, float b) { return __fadd_rd(a, b); }
 LB_FN float larger(float a, float b) { return fmaxf(a, b); }
 LB_FN float smaller(float a, float b) { return fminf(a, b); }
 LB_FN float size(float a) { return fabsf(a); }  // free where it is an operand
-LB_FN int64_t bits_of(double a) { return __double_as_longlong(a); }
-LB_FN double double_of(int64_t bits) { return __longlong_as_double(bits); }
 #else
 LB_FN uint32_t permute(uint32_t low, uint32_t high, uint32_t order) {  // of eight bytes, four by number
   const uint64_t both = (uint64_t)high << 32 | low;
@@ -46,22 +44,11 @@ LB_FN float add_down(float a, float b) {  // a + b, rounded down, where b's ulp 
 LB_FN float larger(float a, float b) { return maximum(a, b); }
 LB_FN float smaller(float a, float b) { return minimum(a, b); }
 LB_FN float size(float a) { return abs(a); }
-LB_FN int64_t bits_of(double a) {
-  int64_t bits;
-  __builtin_memcpy(&bits, &a, sizeof bits);
-  return bits;
-}
-LB_FN double double_of(int64_t bits) {
-  double a;
-  __builtin_memcpy(&a, &bits, sizeof a);
-  return a;
-}
 #endif
 
 constexpr float INTEGER = 12582912.0f;           // 1.5 * 2**23: what is added to it is rounded to an integer
 constexpr uint32_t INTEGER_BITS = 0x4B400000u;   // and stands in its low bits, in two's complement
 constexpr uint32_t NATURAL_BITS = 0x4B000000u;   // 2**23 as bits: integers below it, or'ed in, are added
-constexpr float LARGEST = 3.4028234663852886e38f;
 
 // ---- codes in words: a little-endian bit stream
 
@@ -438,20 +425,6 @@ template <int LANES> LB_FN uint32_t total(uint32_t x) {
   return x;
 }
 
-constexpr int ROOT_STEPS = 6;
-
-// The n-th root of x in [2**-126, 1], by a fixed course of IEEE operations (lowbit/codec.py has the same).
-LB_FN double fixed_root(double x, int n) {
-  const int64_t one = 0x3FF0000000000000, apart = bits_of(x) - one;  // not above 0
-  double y = double_of(one - (n - 1 - apart) / n);
-  for (int step = 0; step < ROOT_STEPS; ++step) {
-    double power = y;
-    for (int k = 2; k < n; ++k) power = power * y;
-    y = y - (y - x / power) / n;
-  }
-  return y;
-}
-
 // The base with which the lowest level is the 0.1 quantile of what is above 0 among V * LANES values: the rank-th
 // smallest, bit by bit from the highest. What lies beyond the end of a row is 0.
 template <class Fmt, int V, int LANES> LB_FN float log_base(const float (&x)[V], float scale) {
@@ -476,9 +449,7 @@ template <class Fmt, int V, int LANES> LB_FN float log_base(const float (&x)[V],
   }
   if (scale == 0.0f) return 1.0f;
   if (odd || scale != scale) return float_of(0x7FC00000u);
-  double ratio = (alive ? (double)float_of(found) : 0.0) / (double)scale;
-  ratio = ratio < 0x1p-126 ? 0x1p-126 : ratio > 1.0 ? 1.0 : ratio;
-  return (float)fixed_root(ratio, (1 << Fmt::BITS) - 1);
+  return base_of(alive ? float_of(found) : 0.0f, scale, 1 << Fmt::BITS);
 }
 
 }  // namespace lb
