@@ -18,6 +18,8 @@ from ..layout import row_bytes, row_stride, step_width
 from ..native.abi import DTYPE
 from ..rotation import Rotation
 from ..rows import part_shapes
+from .cuda_step import step as step
+from .cuda_step import unsupported as unsupported
 
 THREADS = 256
 VALUES = 8  # of a lane
@@ -25,6 +27,11 @@ WARP = 32 * VALUES
 EXTRA = {"affine": "zero", "log": "base"}
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 assert set(DTYPE) == {str(dtype).removeprefix("torch.") for dtype in _NAMES}
+
+
+def find(device: torch.device) -> None:
+    """Find what kernels need; raises a `RuntimeError` or `ValueError` with what is missing and the way out."""
+    machine(device)
 
 
 class Matrix(Structure):

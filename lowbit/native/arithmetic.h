@@ -108,6 +108,12 @@ LB_FN float store_share(float value, float p, float steps, Half f) {
   return rint((share < -1.0f ? -1.0f : share) * steps);
 }
 
+// The bits of which split16 stores the upper half, ties going up, and then what is left, so that it fits 16 bits; a NaN
+// must not carry into the sign.
+LB_FN uint32_t bits_to_split(float x) { return x == x ? bits_of(x) : 0x7FC00000u; }
+LB_FN uint16_t high_split16(float x) { return (uint16_t)((bits_to_split(x) + 0x8000u) >> 16); }
+LB_FN int16_t low_split16(float x, uint16_t high) { return (int16_t)(bits_to_split(x) - ((uint32_t)high << 16)); }
+
 LB_FN float load_split16(uint16_t p, int16_t low) {  // below the bits of 0 are those of NaNs
   const int32_t kept = (p & 0x7FFF) == 0 && low < 0 ? 0 : low;
   return float_of(((uint32_t)p << 16) + (uint32_t)kept);

@@ -262,7 +262,7 @@ static void scales(const lb_format &f, const float *absmax, int n, float *scale,
 }
 
 static float affine_scale(const lb_format &f, float low, float high, float *zero) {
-  return affine_scale(low, high, (float)f.limit, f.min_scale, f.max_scale, zero);
+  return lb::affine_scale(low, high, (float)f.limit, f.min_scale, f.max_scale, zero);
 }
 
 static void range(const float *x, int n, float *low, float *high) {  // a NaN stays

@@ -1,0 +1,264 @@
+"""What compiled kernels cost, read off their machine code: registers, spills, instructions for each value.
+
+A step streams memory, and while it does the chip can issue only so many instructions for each parameter; the count is
+known without a GPU. Counted is the loop that does the work: the innermost one with most of the 128-bit accesses. Left
+out of it are blocks that do not run on the aligned path: those that call a subroutine (IEEE division and square root
+of subnormals and the like), those that gather lanes which have drifted apart, and those that access single bytes.
+
+What ptxas says is in the log of the compiler (`VERBOSE`); the instructions come from NVIDIA's nvdisasm.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .nvrtc import CompileError
+
+# Options that make NVRTC's log say what `resources` reads, and warn of all that goes to memory for want of registers.
+VERBOSE = [f"--ptxas-options=-{said}" for said in ("v", "warn-spills", "warn-lmem-usage")]
+NO_NVDISASM = "nvdisasm is missing, which reads machine code: pip install nvidia-cuda-nvdisasm"
+WORD = 16  # bytes of an instruction, on every architecture since Volta
+
+
+class InspectError(RuntimeError):
+    """The machine code could not be read; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Specialisation:
+    """Kernels as they are compiled for one purpose: a file of cuda/, and the `spec.h` that it includes.
+
+    `values`: of the kernels whose main loop is counted, how many values a thread handles in one turn.
+    """
+
+    name: str
+    file: str
+    spec: str
+    values: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a kernel takes of a multiprocessor: registers of a thread, bytes of a thread's stack and of shared memory."""
+
+    registers: int
+    stack: int
+    spills: int  # bytes stored and loaded because registers ran out
+    shared: int
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One instruction: its opcode with all modifiers (`LDG.E.128`), its operands, its predicate or an empty string."""
+
+    opcode: str
+    operands: str = ""
+    predicate: str = ""
+
+    @property
+    def name(self) -> str:
+        """The opcode without modifiers.
+
+        >>> Instruction("LDG.E.128").name
+        'LDG'
+        """
+        return self.opcode.partition(".")[0]
+
+    @property
+    def target(self) -> int | None:
+        """The address that a branch or a barrier names, if it names one."""
+        found = re.search(r"0x[0-9a-f]+$", self.operands)
+        return int(found.group(), 16) if found else None
+
+    @property
+    def conditional(self) -> bool:
+        """Whether a branch may go on to the next instruction."""
+        return bool(self.predicate) or "," in self.operands
+
+    @property
+    def width(self) -> int:
+        """The bits that one lane accesses.
+
+        >>> [Instruction(name).width for name in ("LDG.E.128", "STG.E.U16", "LDG.E")]
+        [128, 16, 32]
+        """
+        sizes = [found.group(1) for part in self.opcode.split(".") if (found := _SIZE.fullmatch(part))]
+        return int(sizes[-1]) if sizes else 32
+
+
+_SIZE = re.compile(r"[US]?(8|16|64|128|256)")
+CLASSES = {
+    "fp32": "FADD FMUL FFMA FSETP FSEL FMNMX FMNMX3 FCHK FSET FADD2 FMUL2 FFMA2",
+    "convert": "I2F I2FP F2I F2F F2FP FRND I2I",
+    "mufu": "MUFU",
+    "shared": "LDS STS LDSM STSM SHFL REDUX CREDUX ATOMS",
+    "global": "LDG STG LD ST RED REDG ATOM ATOMG",
+    "local": "LDL STL",
+    "matrix": "HMMA IMMA QMMA",
+    "control": "BRA EXIT BSSY BSYNC BREAK WARPSYNC BAR NOP YIELD CALL RET",
+}
+_CLASS = {name: kind for kind, names in CLASSES.items() for name in names.split()}
+GLOBAL = frozenset(CLASSES["global"].split())
+
+
+@dataclass(frozen=True)
+class Mix:
+    """The instructions of a loop: how many, how many of each class, and of each kind of global access with its width."""
+
+    instructions: int
+    classes: Mapping[str, int]
+    accesses: Mapping[str, int]  # "LDG 128": count
+
+    @staticmethod
+    def of(instructions: Sequence[Instruction]) -> Mix:
+        """Count them; what is in none of `CLASSES` is integer."""
+        classes = Counter(_CLASS.get(one.name, "integer") for one in instructions)
+        accesses = Counter(f"{one.name} {one.width}" for one in instructions if one.name in GLOBAL)
+        return Mix(len(instructions), dict(classes), dict(accesses))
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that one thread moves from and to global memory in one turn of the loop."""
+        return sum(int(access.split()[1]) // 8 * count for access, count in self.accesses.items())
+
+
+def refuse_warnings(name: str, arch: str, log: str) -> None:
+    """Raise `CompileError` if a log has warnings: NVRTC itself goes on, and older ones cannot be told otherwise."""
+    if re.search(r"\bwarning\b", log):
+        raise CompileError(f"{name} for {arch}", log)
+
+
+def resources(log: str) -> dict[str, Resources]:
+    """What ptxas reported of each kernel, by name."""
+    found = {}
+    for name, report in re.findall(r"Compiling entry function '(\w+)'(.*?)(?=Compiling entry function|\Z)", log, re.S):
+
+        def number(pattern: str, report: str = report) -> int:
+            return sum(int(n) for n in re.findall(pattern, report))
+
+        if not (used := re.search(r"Used (\d+) registers", report)):
+            raise InspectError(f"ptxas said nothing of the registers of {name}; was it told {VERBOSE[0]}?")
+        found[name] = Resources(
+            registers=int(used.group(1)),
+            stack=number(r"(\d+) bytes stack frame"),
+            spills=number(r"(\d+) bytes spill"),
+            shared=number(r"(\d+) bytes smem"),
+        )
+    return found
+
+
+def nvdisasm() -> str | None:
+    """The path of nvdisasm: of NVIDIA's package, else on PATH, else in $CUDA_HOME."""
+    spec = importlib.util.find_spec("nvidia")
+    for folder in (spec and spec.submodule_search_locations) or []:
+        if packaged := sorted(Path(folder).glob("*/bin/nvdisasm")):
+            return str(packaged[-1])
+    return shutil.which("nvdisasm") or shutil.which("nvdisasm", path=os.environ.get("CUDA_HOME", "") + "/bin")
+
+
+def disassemble(cubin: bytes) -> dict[str, list[Instruction]]:
+    """The instructions of each kernel of a cubin, subroutines behind them."""
+    if not (tool := nvdisasm()):
+        raise InspectError(NO_NVDISASM)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernels.cubin")
+        path.write_bytes(cubin)
+        done = subprocess.run([tool, "-json", str(path)], capture_output=True, text=True)
+    if done.returncode:
+        raise InspectError(f"{tool} cannot read this machine code: {done.stderr.strip()}; a newer one may: {NO_NVDISASM}")
+    functions: list[dict[str, Any]] = json.loads(done.stdout)[1]
+    return {
+        function["function-name"]: [
+            Instruction(i["opcode"], i.get("operands", ""), i.get("predicate", "")) for i in function["sass-instructions"]
+        ]
+        for function in functions
+    }
+
+
+def hot_loop(kernel: Sequence[Instruction]) -> list[Instruction]:
+    """The instructions of one turn of a kernel's main loop, on its aligned path; of all of it if it has no loop."""
+    blocks = _blocks(kernel)
+    edges = {start: [to for to in _successors(kernel, blocks, start) if to in blocks] for start in blocks}
+    hot = {start for start, block in blocks.items() if not any(map(_cold, block))}
+    ways = {start: [to for to in edges[start] if to in hot] for start in hot}
+    back: dict[int, list[int]] = {start: [] for start in hot}
+    for start, targets in ways.items():
+        for to in targets:
+            back[to].append(start)
+    reached = _reach({0} & hot, ways)
+    ends = {start for start in reached if not edges[start]}
+    bodies = [reached & _reach(ends, back)]
+    for start in reached:
+        for head in ways[start]:
+            if head <= start:
+                body = _reach({start}, back, stop=head) & _reach({head}, ways)
+                if start in body:
+                    bodies.append(body & reached)
+
+    def wide(body: set[int]) -> int:
+        return sum(i.name in GLOBAL and i.width >= 128 for start in body for i in blocks[start])
+
+    def size(body: set[int]) -> int:
+        return sum(len(blocks[start]) for start in body)
+
+    loops = [body for body in bodies[1:] if wide(body)] or bodies[:1]
+    best = min(loops, key=lambda body: (-wide(body), size(body)))
+    return [i for start in sorted(best) for i in blocks[start]]
+
+
+def _cold(i: Instruction) -> bool:
+    byte = i.name in GLOBAL and i.width == 8
+    call = i.name == "CALL" and not i.predicate  # with one, it leaves a loop on sm_80
+    return byte or call or i.opcode.startswith("WARPSYNC.COLLECTIVE")
+
+
+def _blocks(kernel: Sequence[Instruction]) -> dict[int, Sequence[Instruction]]:
+    """Basic blocks by the address of their first instruction."""
+    cuts = {0}
+    for k, i in enumerate(kernel):
+        if i.name in ("BRA", "EXIT", "CALL", "RET", "BSYNC", "BRX", "BREAK"):
+            cuts.add(k + 1)
+        if i.name in ("BRA", "BSSY") and i.target is not None:
+            cuts.add(i.target // WORD)
+    starts = sorted(cut for cut in cuts if cut < len(kernel))
+    return {a * WORD: kernel[a:b] for a, b in zip(starts, [*starts[1:], len(kernel)], strict=True)}
+
+
+def _successors(kernel: Sequence[Instruction], blocks: Mapping[int, Sequence[Instruction]], start: int) -> Iterator[int]:
+    """Where a block goes on to. A BSYNC goes to where its BSSY says, and nearly always that is the next block."""
+    last, after = blocks[start][-1], start + len(blocks[start]) * WORD
+    if last.name == "BRA":
+        if last.target is not None:
+            yield last.target
+        if last.conditional:
+            yield after
+    elif last.name == "BSYNC":
+        barrier = last.operands.partition(",")[0]
+        meeting = {i.target for i in kernel if i.name == "BSSY" and i.operands.partition(",")[0] == barrier}
+        yield from [after] if after in meeting else [at for at in meeting if at is not None]
+    elif last.name == "BRX":
+        raise InspectError("a kernel with a computed jump (BRX): its loops are not known")
+    elif last.name not in ("EXIT", "RET") or last.predicate:
+        yield after
+
+
+def _reach(start: set[int], ways: Mapping[int, Sequence[int]], stop: int | None = None) -> set[int]:
+    """What can be reached from some blocks; not through `stop`, which may be reached itself."""
+    seen, todo = set(start), list(start)
+    while todo:
+        if (at := todo.pop()) != stop:
+            new = [to for to in ways.get(at, ()) if to not in seen]
+            seen.update(new)
+            todo += new
+    return seen
