@@ -63,7 +63,7 @@ template <int M> LB_FN bool measured(const Job &job, const Dynamic &now, const u
   load_moments<0, READS>(job, here, tables, x);
   load_vectors<0, READS>(job, workspace, here, x);
   LB_UNROLL for (int k = 0; k < V; ++k) {
-    float values[SLOTS];
+    float values[SLOTS] = {};
     LB_UNROLL for (int slot = 0; slot < SLOTS; ++slot) {
       if (READS >> slot & 1u) values[slot] = x[slot][k];
     }
@@ -157,7 +157,7 @@ LB_FN void sweep_columns(const Job &job, const Dynamic &now, Run &run, uint8_t *
 // Folds on one element of the vectors over what was measured.
 template <int M> LB_FN void fold_element(const Job &job, const Run &run, uint8_t *workspace, int64_t at, double number) {
   using Fold = Folds<M + 1>;
-  float x[VECTORS + 1], s[SCALARS + 1];
+  float x[VECTORS + 1] = {}, s[SCALARS + 1] = {};
   LB_UNROLL for (int k = 0; k < VECTORS; ++k) {
     if (Fold::READS >> k & 1u) x[k] = ((const float *)(workspace + job.work_vectors[k]))[at];
   }
@@ -267,6 +267,13 @@ template <int M> LB_FN double tensor_number(const Job &job, Run &run, const uint
 
 // ---- what persists
 
+template <int COUNT, class F> LB_FN void each_scalar([[maybe_unused]] F f) {
+  if constexpr (COUNT > 0) {
+    for (unsigned k = threadIdx.x; k < (unsigned)COUNT; k += THREADS) f(k);
+  }
+}
+
+// A thread's elements of the first `vectors` vectors.
 template <class F> LB_FN void each_vector(const Job &job, uint8_t *workspace, int vectors, F f) {
   LB_UNROLL for (int k = 0; k < VECTORS; ++k) {
     float *working = (float *)(workspace + job.work_vectors[k]);
@@ -277,8 +284,9 @@ template <class F> LB_FN void each_vector(const Job &job, uint8_t *workspace, in
 
 LB_FN void persist(const Job &job, Run &run, uint8_t *workspace) {
   const int t = (int)threadIdx.x;
-  bool bad = GUARDED && t < SCALARS && !finite_bits(magnitude_bits(run.scalars[t]));
+  bool bad = false;
   if (GUARDED) {
+    each_scalar<SCALARS>([&](unsigned k) { bad |= !finite_bits(magnitude_bits(run.scalars[k])); });
     each_vector(job, workspace, VECTORS, [&](int, int64_t i, const float *working) {
       bad |= !finite_bits(magnitude_bits(working[i]));
     });
@@ -289,7 +297,7 @@ LB_FN void persist(const Job &job, Run &run, uint8_t *workspace) {
     if (t == 0) job.skipped[0] += job.rows * blocks_of_row(job), job.skipped[1] += 1;
     return;
   }
-  if (t < KEPT) *job.scalars[t] = run.scalars[t];
+  each_scalar<KEPT>([&](unsigned k) { *job.scalars[k] = run.scalars[k]; });
   each_vector(job, workspace, KEPT_VECTORS, [&](int k, int64_t i, const float *working) {
     job.vectors[k][i] = working[i];
   });
@@ -307,13 +315,13 @@ extern "C" __global__ void __launch_bounds__(lb::THREADS) begin(LB_ARGUMENTS) {
   const Job &job = jobs[blockIdx.x];
   Run &run = runs[blockIdx.x];
   const int t = (int)threadIdx.x;
-  if (t < SCALARS) run.scalars[t] = t < KEPT ? *job.scalars[t] : initial(t);
+  each_scalar<SCALARS>([&](unsigned k) { run.scalars[k] = k < (unsigned)KEPT ? *job.scalars[k] : initial((int)k); });
   if (t == 0) run.total = 0.0, run.most = 0u, run.skip = 0u;
   each_vector(job, workspace, KEPT_VECTORS, [&](int k, int64_t i, float *working) { working[i] = job.vectors[k][i]; });
   __syncthreads();
   if (t == 0) Folds<0>::on_tensor(run.scalars, 0.0f);
   __syncthreads();
-  if (MEASURES == 0 && t < KEPT) *job.scalars[t] = run.scalars[t];
+  if (MEASURES == 0) each_scalar<KEPT>([&](unsigned k) { *job.scalars[k] = run.scalars[k]; });
 }
 
 extern "C" __global__ void __launch_bounds__(lb::THREADS) measure(LB_ARGUMENTS) {
