@@ -1,4 +1,4 @@
-"""How long does a step take on a GPU? Against torch, torchao, bitsandbytes and FlashOptim, and a copy of memory.
+"""Is it right on this GPU, and how fast? Against torch, torchao, bitsandbytes and FlashOptim, and a copy of memory.
 
     python benchmarks/gpu.py [--quick] [--sections copy,step] [--without torchao] [--out DIR]
 
@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gpu_check
 import gpu_codec
 import gpu_step
 import gpu_tables
@@ -42,6 +43,7 @@ def copy(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
 
 
 SECTIONS: dict[str, Callable[[argparse.Namespace, torch.device], dict[str, Any]]] = {
+    "check": gpu_check.check,
     "copy": copy,
     "step": gpu_step.step,
     "codec": gpu_codec.codec,

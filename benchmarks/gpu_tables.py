@@ -39,6 +39,17 @@ def times(case: dict[str, Any]) -> list[float]:
     return found
 
 
+def check(results: dict[str, Any]) -> list[Grid]:
+    """How many of the checks found the reference's bits, and which did not."""
+    verdicts = results["groups"][0]["verdicts"]
+    rows = []
+    for kind in dict.fromkeys(name.split()[0] for name in verdicts):
+        its = [said for name, said in verdicts.items() if name.startswith(f"{kind} ")]
+        rows.append([f"{kind}s with the reference's bits", f"{its.count('equal')} of {len(its)}"])
+    rows += [[name, said] for name, said in verdicts.items() if said != "equal"]
+    return [Grid("The same bits as the reference on the CPU", ["check", "result"], rows)]
+
+
 def copy(results: dict[str, Any]) -> list[Grid]:
     """What memory can do, by size."""
     rows = []
@@ -116,7 +127,7 @@ def layers(results: dict[str, Any]) -> list[Grid]:
     return [Grid(title, ["layer", "ms", "× dense", "TFLOP/s"], rows, caption)]
 
 
-TABLES = {"copy": copy, "step": step, "codec": codec, "layers": layers}
+TABLES = {"check": check, "copy": copy, "step": step, "codec": codec, "layers": layers}
 
 
 def conditions(results: dict[str, Any]) -> str:

@@ -108,7 +108,7 @@ template <int BYTES> LB_FN bool aligned(const void *at) {
 }
 
 // The first `count` elements of EACH bytes, the others 0: wherever they lie, but elements on multiples of their size.
-template <int BYTES, int EACH> LB_FN Words<BYTES> load(const void *from, int count) {
+template <int BYTES, int EACH = 1> LB_FN Words<BYTES> load(const void *from, int count) {
   if (count * EACH >= BYTES && aligned<BYTES>(from)) return load_aligned<BYTES>(from);
   Words<BYTES> to;
   LB_UNROLL for (int k = 0; k < Words<BYTES>::COUNT; ++k) to.word[k] = 0u;
@@ -121,7 +121,7 @@ template <int BYTES, int EACH> LB_FN Words<BYTES> load(const void *from, int cou
   return to;
 }
 
-template <int BYTES, int EACH> LB_FN void store(void *to, const Words<BYTES> &from, int count) {
+template <int BYTES, int EACH = 1> LB_FN void store(void *to, const Words<BYTES> &from, int count) {
   if (count * EACH >= BYTES && aligned<BYTES>(to)) return store_aligned<BYTES>(to, from);
   LB_UNROLL for (int k = 0; k < BYTES / EACH; ++k) {
     if (k >= count) break;

@@ -4,9 +4,9 @@
 // takes terms 8 t .. 8 t + 7 of 32: four pairs which lie side by side, a chunk of 16 bytes. Chunks are stored in such an
 // order that eight neighbouring lanes touch every bank of shared memory once, when they read and when they write.
 #pragma once
-#include "spec.h"
 #include "formats.h"
 #include "mma.h"
+#include "spec.h"
 
 namespace lb {
 

@@ -32,6 +32,12 @@ LB_FN int64_t length_of(const Job &job, int over) {  // of a vector
   return over == LB_ROW ? job.rows : over == LB_COLUMN ? job.cols : (job.rows + job.group_rows - 1) / job.group_rows;
 }
 
+// Whether a thread is one of the first COUNT, of which there may be none.
+template <int COUNT> LB_FN bool among([[maybe_unused]] int t) {
+  if constexpr (COUNT > 0) return t < COUNT;
+  else return false;
+}
+
 template <int M> constexpr bool MAX = Sweep<M>::REDUCE == LB_MAX;
 template <int M> constexpr bool IN_ALL = Sweep<M>::OVER == LB_TENSOR || Sweep<M>::OVER == LB_ALL;
 
@@ -136,7 +142,7 @@ LB_FN void sweep_columns(const Job &job, const Dynamic &now, Run &run, uint8_t *
   bool bad = false;
   int turn = 0;
   LB_ONE_AT_A_TIME for (int64_t row = top; row < bottom; row += ROWS, turn = 1 - turn) {
-    const Place here = place(job, (row + own) * stride_of(job) + left + t % LANES * V);
+    const Place here = place(job, smaller(row + own, bottom - 1) * stride_of(job) + left + t % LANES * V);
     float value[V];
     bad |= measured<M>(job, now, workspace, tables, scalars, here, value);
     LB_UNROLL for (int k = 0; k < V; ++k) room[turn][t * V + k] = value[k];
@@ -267,12 +273,6 @@ template <int M> LB_FN double tensor_number(const Job &job, Run &run, const uint
 
 // ---- what persists
 
-template <int COUNT, class F> LB_FN void each_scalar([[maybe_unused]] F f) {
-  if constexpr (COUNT > 0) {
-    for (unsigned k = threadIdx.x; k < (unsigned)COUNT; k += THREADS) f(k);
-  }
-}
-
 // A thread's elements of the first `vectors` vectors.
 template <class F> LB_FN void each_vector(const Job &job, uint8_t *workspace, int vectors, F f) {
   LB_UNROLL for (int k = 0; k < VECTORS; ++k) {
@@ -284,9 +284,8 @@ template <class F> LB_FN void each_vector(const Job &job, uint8_t *workspace, in
 
 LB_FN void persist(const Job &job, Run &run, uint8_t *workspace) {
   const int t = (int)threadIdx.x;
-  bool bad = false;
+  bool bad = GUARDED && among<SCALARS>(t) && !finite_bits(magnitude_bits(run.scalars[t]));
   if (GUARDED) {
-    each_scalar<SCALARS>([&](unsigned k) { bad |= !finite_bits(magnitude_bits(run.scalars[k])); });
     each_vector(job, workspace, VECTORS, [&](int, int64_t i, const float *working) {
       bad |= !finite_bits(magnitude_bits(working[i]));
     });
@@ -297,7 +296,7 @@ LB_FN void persist(const Job &job, Run &run, uint8_t *workspace) {
     if (t == 0) job.skipped[0] += job.rows * blocks_of_row(job), job.skipped[1] += 1;
     return;
   }
-  each_scalar<KEPT>([&](unsigned k) { *job.scalars[k] = run.scalars[k]; });
+  if (among<KEPT>(t)) *job.scalars[t] = run.scalars[t];
   each_vector(job, workspace, KEPT_VECTORS, [&](int k, int64_t i, const float *working) {
     job.vectors[k][i] = working[i];
   });
@@ -315,13 +314,13 @@ extern "C" __global__ void __launch_bounds__(lb::THREADS) begin(LB_ARGUMENTS) {
   const Job &job = jobs[blockIdx.x];
   Run &run = runs[blockIdx.x];
   const int t = (int)threadIdx.x;
-  each_scalar<SCALARS>([&](unsigned k) { run.scalars[k] = k < (unsigned)KEPT ? *job.scalars[k] : initial((int)k); });
+  if (among<SCALARS>(t)) run.scalars[t] = among<KEPT>(t) ? *job.scalars[t] : initial(t);
   if (t == 0) run.total = 0.0, run.most = 0u, run.skip = 0u;
   each_vector(job, workspace, KEPT_VECTORS, [&](int k, int64_t i, float *working) { working[i] = job.vectors[k][i]; });
   __syncthreads();
   if (t == 0) Folds<0>::on_tensor(run.scalars, 0.0f);
   __syncthreads();
-  if (MEASURES == 0) each_scalar<KEPT>([&](unsigned k) { *job.scalars[k] = run.scalars[k]; });
+  if (MEASURES == 0 && among<KEPT>(t)) *job.scalars[t] = run.scalars[t];
 }
 
 extern "C" __global__ void __launch_bounds__(lb::THREADS) measure(LB_ARGUMENTS) {
@@ -384,13 +383,14 @@ extern "C" __global__ void __launch_bounds__(lb::THREADS) subtotal(LB_ARGUMENTS)
   });
 }
 
-// Of `count` tensors of any programs, in their order; one that is left alone counts as 0.
-extern "C" __global__ void __launch_bounds__(lb::THREADS) total(Run *const *waiting, int32_t count, int32_t max) {
+// Of `count` tensors of any programs, in the order of `places`; one that is left alone counts as 0.
+extern "C" __global__ void __launch_bounds__(lb::THREADS)
+    total(Run *runs, const int32_t *places, int32_t count, int32_t max) {
   using namespace lb;
   __shared__ double room[THREADS];
-  const auto read = [&](int64_t i) { return waiting[i]->skip ? 0.0 : waiting[i]->total; };
+  const auto read = [&](int64_t i) { return runs[places[i]].skip ? 0.0 : runs[places[i]].total; };
   const double number = max ? halve_line<true>(count, room, read) : halve_line<false>(count, room, read);
-  for (int i = (int)threadIdx.x; i < count; i += THREADS) waiting[i]->total = number;
+  for (int i = (int)threadIdx.x; i < count; i += THREADS) runs[places[i]].total = number;
 }
 
 extern "C" __global__ void __launch_bounds__(lb::THREADS) scalars(LB_ARGUMENTS) {

@@ -27,18 +27,23 @@ struct Place {
 
 LB_FN int64_t stride_of(const Job &job) { return (job.cols + WIDTH - 1) / WIDTH * WIDTH; }
 
+LB_FN int64_t quotient(int64_t a, int64_t b) {  // of natural numbers: 64 bits take five times as long as 32
+  return ((uint64_t)a | (uint64_t)b) >> 32 == 0 ? (int64_t)((uint32_t)a / (uint32_t)b) : a / b;
+}
+
 LB_FN Place place(const Job &job, int64_t number) {
   Place to;
   to.number = number;
   to.block = number / WIDTH;
-  if (LINEAR) {
-    to.row = to.col = 0;
+  if (LINEAR) {  // only vectors ask for a row and a column
+    to.row = VECTORS > 0 ? quotient(number, job.cols) : 0;
+    to.col = VECTORS > 0 ? number - to.row * job.cols : 0;
     to.at = number;
     to.count = number < job.rows * job.cols ? V : 0;
     return to;
   }
   const int64_t stride = stride_of(job);
-  to.row = number / stride;
+  to.row = quotient(number, stride);
   to.col = number - to.row * stride;
   to.at = to.row * job.cols + to.col;
   const int64_t left = to.row < job.rows ? job.cols - to.col : 0;

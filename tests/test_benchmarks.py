@@ -1,6 +1,7 @@
 """The benchmarks run, pair what they compare, and their tables are what their results say."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import cpu_tables
+import gpu_check
 import gpu_tables
 import timing
 import torch
@@ -99,6 +101,20 @@ def test_the_gpu_benchmark_runs(on_no_gpu: tuple[str, dict[str, dict]]):
         assert all(grid.title in said and grid.rows for grid in grids)
         assert {len(row) - len(grid.heads) for grid in grids for row in grid.rows} == {0}
         assert not any(group["failed"] for group in results["groups"])
+    verdicts = every["check"]["groups"][0]["verdicts"]
+    assert len(verdicts) > 50 and set(verdicts.values()) == {"equal"}
+
+
+def test_the_gpu_benchmark_finds_wrong_bits():
+    cpu, right = torch.device("cpu"), gpu_check.coded("int4", False, torch.device("cpu"))
+    assert gpu_check.verdict(lambda device: right, cpu) == "equal"
+
+    def wrong(device: torch.device) -> gpu_check.Bits:
+        values = right["values"].clone()
+        values[3, 5] += "LOWBIT_BACKEND" in os.environ
+        return {**right, "values": values}
+
+    assert gpu_check.verdict(wrong, cpu) == f"values: 1 of {65 * 1023} values differ"
 
 
 def test_the_bytes_of_a_step_are_what_must_be_moved(on_no_gpu: tuple[str, dict[str, dict]]):
@@ -112,7 +128,7 @@ def test_the_bytes_of_a_step_are_what_must_be_moved(on_no_gpu: tuple[str, dict[s
 
 def test_the_gpu_benchmark_says_what_is_wrong():
     done = run("gpu", "--smoke", "--sections", "stpe")
-    assert done.returncode == 2 and "'stpe' is none of copy, step" in done.stderr
+    assert done.returncode == 2 and "'stpe' is none of check, copy, step" in done.stderr
     if not torch.cuda.is_available():
         done = run("gpu")
         assert done.returncode == 2 and "torch finds no CUDA device" in done.stderr

@@ -160,6 +160,7 @@ RULES = {"adamw": lambda its: AdamW(its, states="8bit"), "stablespam": lambda it
 every_rule = pytest.mark.parametrize("rule", RULES)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # torch calls it a prototype
 @every_rule
 def test_a_step_does_not_wait_for_the_device(rule: str, backend: str, no_waiting: None):
     if backend == "reference":

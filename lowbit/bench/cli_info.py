@@ -5,8 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from typing import TYPE_CHECKING
 
 from . import machine
+
+if TYPE_CHECKING:
+    from ..gpu.shipped import Report
 
 
 def formats_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,12 +55,17 @@ def formats_main(args: argparse.Namespace, argv: list[str]) -> int:
 def doctor_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `lowbit doctor`."""
     parser.description = "What this machine and installation can do, and what to do about what is missing."
-    parser.epilog = "examples\n  lowbit doctor\n  lowbit doctor --json"
+    parser.epilog = "examples\n  lowbit doctor\n  lowbit doctor --json\n  lowbit doctor --arch sm_90a"
     parser.add_argument("--json", action="store_true", help="print as JSON")
+    parser.add_argument(
+        "--arch",
+        metavar="sm_NN",
+        help="compile every CUDA kernel for this architecture, with or without a GPU, and say what each costs",
+    )
 
 
 def doctor_main(args: argparse.Namespace, argv: list[str]) -> int:
-    """Print the findings; 1 if the library itself cannot be imported or its backend cannot be chosen."""
+    """Print the findings; 1 if there is no backend, or kernels were to be compiled and cannot be."""
     found = machine.describe()
     found["packages"] = {p: machine.version(p) for p in ("numpy", "rich", "safetensors", "matplotlib", "datasets")}
     found["compiler"] = machine.compiler()
@@ -71,14 +80,48 @@ def doctor_main(args: argparse.Namespace, argv: list[str]) -> int:
         advice.append("no CUDA device: everything runs on the CPU")
     if not {"avx512_bf16", "amx_bf16"} & machine.cpu_flags() and found["cuda"] is None:
         advice.append("no bf16 instructions: benchmarks compute in fp32 and round what they store to bf16")
+    kernels = []
+    if args.arch:
+        kernels, missing = _kernels(args.arch)
+        advice += missing
     found["advice"] = advice
     if args.json:
-        print(json.dumps(found, indent=1))
+        print(json.dumps(found | ({"kernels": [one.as_dict() for one in kernels]} if args.arch else {}), indent=1))
     else:
         for key, value in found.items():
             for i, line in enumerate(_lines(value)):
                 print(f"{key if i == 0 else '':<14}{line}")
-    return 1 if problem else 0
+        if kernels:
+            _print_kernels(kernels)
+    return 1 if problem or (args.arch and not kernels) else 0
+
+
+def _kernels(arch: str) -> tuple[list[Report], list[str]]:
+    """What every shipped kernel costs on an architecture, and what is missing to know it."""
+    from ..gpu import inspect, nvrtc, shipped
+
+    try:
+        compiler = nvrtc.find()
+        found = [one for special in shipped.shipped() for one in shipped.report(special, arch, compiler)]
+    except (nvrtc.NoCompiler, nvrtc.CompileError, inspect.InspectError) as error:
+        return [], [f"the kernels are not compiled for {arch}: {error}"]
+    return found, [] if inspect.nvdisasm() else [inspect.NO_NVDISASM]
+
+
+def _print_kernels(kernels: list[Report]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"kernels for {kernels[0].arch}", title_justify="left")
+    for head in ("for", "kernel", "registers", "spills", "stack", "shared", "instructions/value", "global accesses"):
+        table.add_column(head, justify="left" if head in ("for", "kernel", "global accesses") else "right")
+    for one in kernels:
+        taken = one.resources
+        accesses = ", ".join(f"{n} × {access}" for access, n in sorted(one.mix.accesses.items())) if one.mix else "–"
+        numbers = [str(n) for n in (taken.registers, taken.spills, taken.stack, taken.shared)]
+        counted = "–" if one.per_value is None else f"{one.per_value:.1f}"
+        table.add_row(one.specialisation, one.kernel, *numbers, counted, accesses)
+    Console(width=140).print(table, highlight=False)
 
 
 def _backend() -> tuple[str | None, str]:

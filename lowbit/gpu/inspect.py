@@ -23,13 +23,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-VERBOSE = "--ptxas-options=-v"  # makes the compiler's log say what `resources` reads
+from .nvrtc import CompileError
+
+# Options that make NVRTC's log say what `resources` reads, and warn of all that goes to memory for want of registers.
+VERBOSE = [f"--ptxas-options=-{said}" for said in ("v", "warn-spills", "warn-lmem-usage")]
 NO_NVDISASM = "nvdisasm is missing, which reads machine code: pip install nvidia-cuda-nvdisasm"
 WORD = 16  # bytes of an instruction, on every architecture since Volta
 
 
 class InspectError(RuntimeError):
     """The machine code could not be read; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Specialisation:
+    """Kernels as they are compiled for one purpose: a file of cuda/, and the `spec.h` that it includes.
+
+    `values`: of the kernels whose main loop is counted, how many values a thread handles in one turn.
+    """
+
+    name: str
+    file: str
+    spec: str
+    values: Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -117,6 +133,12 @@ class Mix:
         return sum(int(access.split()[1]) // 8 * count for access, count in self.accesses.items())
 
 
+def refuse_warnings(name: str, arch: str, log: str) -> None:
+    """Raise `CompileError` if a log has warnings: NVRTC itself goes on, and older ones cannot be told otherwise."""
+    if re.search(r"\bwarning\b", log):
+        raise CompileError(f"{name} for {arch}", log)
+
+
 def resources(log: str) -> dict[str, Resources]:
     """What ptxas reported of each kernel, by name."""
     found = {}
@@ -126,7 +148,7 @@ def resources(log: str) -> dict[str, Resources]:
             return sum(int(n) for n in re.findall(pattern, report))
 
         if not (used := re.search(r"Used (\d+) registers", report)):
-            raise InspectError(f"ptxas said nothing of the registers of {name}; was it told {VERBOSE}?")
+            raise InspectError(f"ptxas said nothing of the registers of {name}; was it told {VERBOSE[0]}?")
         found[name] = Resources(
             registers=int(used.group(1)),
             stack=number(r"(\d+) bytes stack frame"),

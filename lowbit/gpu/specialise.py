@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import torch
 
-from ..formats import Format
+from ..formats import Format, format
 from ..layout import STEP_BLOCK, step_width
 from ..stages import Job, Program
 from .formats import print_format
@@ -20,6 +20,7 @@ from .stages import print_program
 
 DTYPES = {torch.float32: "LB_FLOAT32", torch.bfloat16: "LB_BFLOAT16", torch.float16: "LB_FLOAT16"}
 SIZES = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2}
+FP32 = format("fp32")
 LANE_VALUES = 8  # of a lane at most: two accesses of 16 bytes for fp32, one for bf16
 
 
@@ -41,6 +42,14 @@ class Special:
         """Of a lane: a power of two that divides the step block and every block of a format."""
         blocks = [fmt.block[1] for fmt in self.formats if fmt.compressed]
         return min(LANE_VALUES, self.width, *blocks)
+
+    @property
+    def folds(self) -> Special:
+        """What measuring and folding are compiled for: for folds alone, none of what is stored matters."""
+        if self.program.measures:
+            return self
+        plain = tuple(FP32 for _ in self.formats)
+        return Special(self.program, STEP_BLOCK, True, torch.float32, torch.float32, "none", plain, frozenset())
 
 
 def special(job: Job) -> Special:

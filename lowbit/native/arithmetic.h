@@ -132,6 +132,38 @@ LB_FN float derive_scale(float absmax, float top, float least, float most) {
 
 LB_FN float inverse(float scale) { return scale > 0.0f ? 1.0f / scale : 0.0f; }
 
+// The scale of an affine block from its range, low <= 0 <= high; and where 0 lies.
+LB_FN float affine_scale(float low, float high, float limit, float least, float most, float *zero) {
+  const float span = high - low;
+  const bool finite = finite_bits(magnitude_bits(low)) && finite_bits(magnitude_bits(high));
+  const bool overflow = finite && !finite_bits(magnitude_bits(span));
+  const float scale = overflow ? high / limit - low / limit : derive_scale(span, limit, least, most);
+  const float nearest = rint(-low * inverse(scale));
+  *zero = !(nearest > 0.0f) ? 0.0f : nearest > limit ? limit : nearest;
+  return scale;
+}
+
+enum { ROOT_STEPS = 6 };
+
+// The n-th root of x in [2**-126, 1], by a fixed course of IEEE operations (lowbit/codec.py has the same).
+LB_FN double fixed_root(double x, int n) {
+  const int64_t one = 0x3FF0000000000000, apart = bits_of(x) - one;  // not above 0
+  double y = double_of(one - (n - 1 - apart) / n);
+  for (int step = 0; step < ROOT_STEPS; ++step) {
+    double power = y;
+    for (int k = 2; k < n; ++k) power = power * y;
+    y = y - (y - x / power) / n;
+  }
+  return y;
+}
+
+// The base with which the lowest of `count` powers is `low` in units of the scale.
+LB_FN float base_of(float low, float scale, int count) {
+  double ratio = (double)low / (double)scale;
+  ratio = ratio < 0x1p-126 ? 0x1p-126 : ratio > 1.0 ? 1.0 : ratio;
+  return (float)fixed_root(ratio, count - 1);
+}
+
 // What codes of a block are taken from: x in units of the scale; NaN (a block that is not finite) counts as 0.
 LB_FN float in_units(float x, float inverse) {
   const float unit = x * inverse;
