@@ -69,7 +69,7 @@ template <int M> LB_FN bool measured(const Job &job, const Dynamic &now, const u
   load_moments<0, READS>(job, here, tables, x);
   load_vectors<0, READS>(job, workspace, here, x);
   LB_UNROLL for (int k = 0; k < V; ++k) {
-    float values[SLOTS];
+    float values[SLOTS] = {};
     LB_UNROLL for (int slot = 0; slot < SLOTS; ++slot) {
       if (READS >> slot & 1u) values[slot] = x[slot][k];
     }
@@ -142,7 +142,7 @@ LB_FN void sweep_columns(const Job &job, const Dynamic &now, Run &run, uint8_t *
   bool bad = false;
   int turn = 0;
   LB_ONE_AT_A_TIME for (int64_t row = top; row < bottom; row += ROWS, turn = 1 - turn) {
-    const Place here = place(job, (row + own) * stride_of(job) + left + t % LANES * V);
+    const Place here = place(job, smaller(row + own, bottom - 1) * stride_of(job) + left + t % LANES * V);
     float value[V];
     bad |= measured<M>(job, now, workspace, tables, scalars, here, value);
     LB_UNROLL for (int k = 0; k < V; ++k) room[turn][t * V + k] = value[k];
@@ -163,7 +163,7 @@ LB_FN void sweep_columns(const Job &job, const Dynamic &now, Run &run, uint8_t *
 // Folds on one element of the vectors over what was measured.
 template <int M> LB_FN void fold_element(const Job &job, const Run &run, uint8_t *workspace, int64_t at, double number) {
   using Fold = Folds<M + 1>;
-  float x[VECTORS + 1], s[SCALARS + 1];
+  float x[VECTORS + 1] = {}, s[SCALARS + 1] = {};
   LB_UNROLL for (int k = 0; k < VECTORS; ++k) {
     if (Fold::READS >> k & 1u) x[k] = ((const float *)(workspace + job.work_vectors[k]))[at];
   }
@@ -273,6 +273,7 @@ template <int M> LB_FN double tensor_number(const Job &job, Run &run, const uint
 
 // ---- what persists
 
+// A thread's elements of the first `vectors` vectors.
 template <class F> LB_FN void each_vector(const Job &job, uint8_t *workspace, int vectors, F f) {
   LB_UNROLL for (int k = 0; k < VECTORS; ++k) {
     float *working = (float *)(workspace + job.work_vectors[k]);

@@ -1,20 +1,27 @@
 """What CUDA kernels measure and fold, on the emulator: the bits of the reference, in every schedule."""
 
+import copy
+import sys
 from ctypes import c_int32, c_int64, c_void_p
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from cases import CASES, gradient, parameters
 from cases import one_thread as one_thread
 from cuda_measures import measure as measured_on_device
-from emulator.emulator import REVERSE, compiler, installed, sanitized
+from native_rules import Loose, Vectors
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent / "emulator"))
+from emulator import REVERSE, compiler, installed, sanitized
 
 from lowbit.backends import reference
 from lowbit.formats import format as storage
 from lowbit.gpu import machine, sources
 from lowbit.layout import rows_of
-from lowbit.optim import Moment
+from lowbit.optim import AdaClip, AdaGN, AdamW, GlobalClip, Moment, Rule
 from lowbit.rows import zeros
 from lowbit.stages import Job, Program, fold, measure, update
 from lowbit.words import abs, maximum, sqrt
@@ -216,12 +223,12 @@ def jobs_of(program: Program, shapes: list[tuple[int, ...]], seed: int = 0, dtyp
 
 
 def state(jobs: list[Job]) -> list[Tensor]:
-    return [x for job in jobs for x in (*job.scalars.values(), *job.vectors.values(), job.skipped[1])]
+    return [x.double() for job in jobs for x in (*job.scalars.values(), *job.vectors.values(), job.skipped[1])]
 
 
 def assert_equal(device: list[Job], expected: list[Job]) -> None:
     for k, (a, b) in enumerate(zip(state(device), state(expected), strict=True)):
-        assert same(a.double(), b.double()), k
+        assert same(a, b), k
 
 
 @pytest.mark.parametrize("reduce, over", list(MEASURES))
@@ -232,3 +239,158 @@ def test_every_measurement_has_the_references_bits(reduce: str, over: str):
     with installed(schedule=len(over) % 3):
         measured_on_device(device)
     assert_equal(device, expected)
+
+
+def test_a_tensor_of_many_long_rows_is_summed_in_strips():
+    shapes = [(8195, 257)]
+    program = kept("sum", "tensor")
+    device, expected = jobs_of(program, shapes), jobs_of(program, shapes)
+    reference.step(expected)
+    with installed():
+        measured_on_device(device)
+    assert_equal(device, expected)
+
+
+def broken(job: Job, how: str) -> Job:
+    """A gradient that is not finite; values that are, and their sum is not."""
+    flat = job.grad.view(-1)
+    if how == "huge":
+        flat.fill_(3e38)
+    elif flat.numel():
+        flat[len(flat) // 2] = float(how)
+    return job
+
+
+@pytest.mark.parametrize("over", ["tensor", "all", "row", "column", "group"])
+@pytest.mark.parametrize("guarded", [True, False])
+def test_what_is_not_finite_keeps_a_tensor_as_it_was(over: str, guarded: bool):
+    program, shapes = kept("sum", over, guarded), SHAPES[:3] + SHAPES[4:7] + SHAPES[:2]
+    how = ["inf", "nan", "huge", "-inf"]
+    device, expected = (
+        [broken(job, how[k]) if k < len(how) else job for k, job in enumerate(jobs_of(program, shapes))]
+        for _ in range(2)
+    )
+    before = state(copied(device))
+    reference.step(expected)
+    with installed():
+        buckets = measured_on_device(device)
+    assert_equal(device, expected)
+    assert [int(job.skipped[1]) for job in device] == [int(guarded and k < len(how)) for k in range(len(shapes))]
+    assert [int(job.skipped[0]) for job in device[:4]] == [int(job.skipped[0]) for job in expected[:4]] or not guarded
+    assert not all(map(same, before, state(device)))
+    skips = {id(job): bucket.run(k).skip for bucket in buckets for k, job in enumerate(bucket.jobs)}
+    assert [skips[id(job)] for job in device] == [int(job.skipped[1]) for job in device]
+
+
+def test_programs_share_what_is_measured_over_all_tensors():
+    programs = [kept("sum", "all"), kept("sum", "row"), kept("sum", "all", guarded=False)]
+
+    def jobs() -> list[Job]:
+        made = [jobs_of(program, SHAPES[k : 9 : 2], k) for k, program in enumerate(programs)]
+        broken(made[0][1], "nan")
+        mixed = [made[k % 3].pop(0) for k in range(12)]  # their order decides on the tree
+        return mixed
+
+    device, expected = jobs(), jobs()
+    reference.step(expected)
+    with installed(schedule=2):
+        measured_on_device(device)
+    assert_equal(device, expected)
+    assert len({float(job.scalars["seen"]) for job in device if "seen" in job.scalars}) > 1
+
+
+def test_gradients_may_begin_anywhere_and_have_16_bits():
+    program = kept("sum", "row")
+    for dtype, offset in ((torch.bfloat16, 1), (torch.float16, 3), (torch.float32, 1), (torch.bfloat16, 0)):
+        device, expected = (jobs_of(program, [(70, 512), (33, 300), (64, 16)], 1, dtype) for _ in range(2))
+        for job in device:
+            room = torch.empty(job.grad.numel() + offset, dtype=dtype)
+            room[offset:] = job.grad.flatten()
+            job.gathered = room[offset:].view_as(job.grad)
+        reference.step(expected)
+        with installed():
+            measured_on_device(device)
+        assert_equal(device, expected)
+
+
+# ---- rules that users run
+
+
+def copied(jobs: list[Job]) -> list[Job]:
+    """The same tensors, apart."""
+    made = []
+    for job in jobs:
+        mine = copy.copy(job)
+        mine.gathered, mine.prepared = job.grad.clone(), None
+        mine.param, mine.skipped = job.param.detach().clone(), job.skipped.clone()
+        mine.companion = None if job.companion is None else job.companion.clone()
+        mine.moments = {k: {part: x.clone() for part, x in parts.items()} for k, parts in job.moments.items()}
+        mine.scalars = {k: x.clone() for k, x in job.scalars.items()}
+        mine.vectors = {k: x.clone() for k, x in job.vectors.items()}
+        made.append(mine)
+    return made
+
+
+BUILT = {case.name: case.build for case in CASES}
+RULES: dict[str, Any] = {
+    **{name: BUILT[name] for name in ("stablespam", "adammini", "slimadam-column", "adafactor-relative", "scale")},
+    "stablespam-official": BUILT["stablespam-official"],
+    "fira": BUILT["fira"],
+    "stabilizers": lambda p, **more: AdamW(p, lr=1e-3, stabilizers=[AdaClip(), AdaGN(), GlobalClip(1.0)], **more),
+    "vectors": lambda p, **more: Vectors(p, {"lr": 1e-3}, **more),
+    "loose": lambda p, **more: Loose(p, {"lr": 1e-3}, **more),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_rules_measure_the_references_bits(name: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("LOWBIT_BACKEND", "reference")
+    named = parameters([(65, 300), (1030, 65), (80, 256), (7,), ()], torch.bfloat16)
+    states = "fp32" if name == "fira" else "4bit"
+    opt: Rule = RULES[name](named, states=states)
+    step, seen = reference.step, 0
+
+    def both(jobs: list[Job]) -> None:
+        nonlocal seen
+        device = copied(jobs)
+        step(jobs)
+        with installed(schedule=seen % 3):
+            measured_on_device(device, share=1 + seen)
+        assert_equal(device, jobs)
+        seen += 1
+
+    monkeypatch.setattr(reference, "step", both)
+    for t in range(1, 4):
+        for k, (_, p) in enumerate(named):
+            p.grad = gradient(tuple(p.shape), t, k, p.dtype)
+        if t == 3:
+            named[0][1].grad[3, 3] = float("inf")
+        opt.step()
+    assert seen >= 3
+
+
+# ---- faults
+
+
+def test_no_schedule_and_no_share_changes_a_bit():
+    found = []
+    for schedule in range(4):
+        jobs = [job for over in ("row", "column", "all") for job in jobs_of(kept("sum", over), SHAPES[:4])]
+        with installed(schedule):
+            measured_on_device(jobs, share=1 + schedule)
+        found.append(state(jobs))
+    assert all(all(map(same, found[0], other)) for other in found[1:])
+
+
+def under_sanitizer() -> None:
+    """What sanitizers watch: every way to measure, on small tensors."""
+    for reduce, over in MEASURES:
+        jobs = jobs_of(kept(reduce, over), [(33, 300), (520, 3), (50,), (3, 70)])
+        with installed(schedule=2):
+            measured_on_device(jobs)
+
+
+@pytest.mark.parametrize("sanitizer", ["thread", "address"])
+def test_sanitizers_find_nothing(sanitizer: str):
+    done = sanitized(sanitizer, "import test_cuda_measure; test_cuda_measure.under_sanitizer(); print('well')")
+    assert done.returncode == 0 and "well" in done.stdout, done.stderr[-3000:]
