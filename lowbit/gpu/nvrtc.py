@@ -178,8 +178,8 @@ def architecture(capability: tuple[int, int], nvrtc: Nvrtc) -> str:
     major, minor = capability
     if capability < LEAST:
         raise NoCompiler(
-            f"this GPU is of compute capability {major}.{minor}, and the kernels need {LEAST[0]}.{LEAST[1]} (A100, RTX 30 "
-            "series) or newer: use LOWBIT_BACKEND=reference"
+            f"this GPU is of compute capability {major}.{minor}, and the kernels need {LEAST[0]}.{LEAST[1]} "
+            "(A100, RTX 30 series) or newer: use LOWBIT_BACKEND=reference"
         )
     known = nvrtc.architectures()
     if major * 10 + minor in known:
