@@ -12,6 +12,7 @@ import re
 import statistics
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import timing
@@ -218,20 +219,25 @@ TABLES = {"step": step, "codec": codec, "many_tensors": many_tensors}
 
 def show(name: str, results: dict[str, Any]) -> None:
     """The tables on the terminal."""
+    show_grids([*TABLES[name](results), goals(name, results)], conditions(results))
+
+
+def show_grids(grids: list[Grid], said: str) -> None:
+    """Tables on the terminal, and under what conditions they hold."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     console = Console(width=None if sys.stdout.isatty() else 160)
-    for grid in (*TABLES[name](results), goals(name, results)):
+    for grid in grids:
         table = Table(title=grid.title, caption=escape(grid.caption), title_justify="left", box=SIMPLE_HEAD)
         for k, head in enumerate(grid.heads):
             table.add_column(head, justify="right" if k else "left", no_wrap=k == 0)
         for row in grid.rows:
             table.add_row(*(escape(cell.replace("**", "")) for cell in row))
         console.print(table, highlight=False)
-    console.print(conditions(results), highlight=False, markup=False, soft_wrap=True)
+    console.print(said, highlight=False, markup=False, soft_wrap=True)
 
 
 def section(name: str) -> str:
@@ -240,32 +246,36 @@ def section(name: str) -> str:
     if not path.exists():
         return f"Not measured yet: `python benchmarks/{name}.py`."
     results = json.loads(path.read_text())
-    grids = [goals(name, results), *TABLES[name](results)]
+    return prose([goals(name, results), *TABLES[name](results)], conditions(results))
+
+
+def prose(grids: list[Grid], said: str) -> str:
+    """Tables in Markdown, and under what conditions they hold."""
     parts = [f"**{g.title}.** {g.caption}".strip() + f"\n\n{markdown_grid(g).strip()}" for g in grids]
-    return "\n\n".join([*parts, conditions(results)])
+    return "\n\n".join([*parts, said])
 
 
-def page() -> str:
-    """docs/cpu-speed.md with the tables as they are now."""
-    text = PAGE.read_text(encoding="utf-8")
-    for name in TABLES:
+def write(page: Path, sections: dict[str, str], check: bool) -> int:
+    """Put each section between its marks on a page; to check is to change nothing and say whether it is current."""
+    text = wanted = page.read_text(encoding="utf-8")
+    for name, body in sections.items():
         begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-        made = f"{begin}\n{section(name)}\n{end}"
-        text = re.sub(f"{begin}.*?{end}", lambda _, made=made: made, text, flags=re.DOTALL)
-    return text
+        made = f"{begin}\n{body}\n{end}"
+        wanted = re.sub(f"{begin}.*?{end}", lambda _, made=made: made, wanted, flags=re.DOTALL)
+    if stale := text != wanted:
+        if check:
+            script = Path(sys.argv[0]).name
+            print(f"docs/{page.name} is not what the results say: run python benchmarks/{script}", file=sys.stderr)
+        else:
+            page.write_text(wanted, encoding="utf-8")
+    return int(stale and check)
 
 
 def main() -> int:
     """Write, or check."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
-    check, wanted = parser.parse_args().check, page()
-    stale = PAGE.read_text(encoding="utf-8") != wanted
-    if stale and check:
-        print("docs/cpu-speed.md is not what the results say: run python benchmarks/cpu_tables.py", file=sys.stderr)
-    elif stale:
-        PAGE.write_text(wanted, encoding="utf-8")
-    return int(stale and check)
+    return write(PAGE, {name: section(name) for name in TABLES}, parser.parse_args().check)
 
 
 if __name__ == "__main__":

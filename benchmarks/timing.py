@@ -127,8 +127,13 @@ def _attempt(name: str, case: Case, failed: dict[str, str]) -> float | None:
     except Exception as error:
         if name.startswith("lowbit"):
             raise
-        failed[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:200]
+        failed[name] = reason(error)
         return None
+
+
+def reason(error: Exception) -> str:
+    """Why a rival cannot run, on one line."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:200]
 
 
 def group(
@@ -171,10 +176,13 @@ def environment() -> dict[str, Any]:
     packages = {name: machine.version(name) for name in ("torchao", "bitsandbytes")}
     native = library.load()
     compiler = found.get("version"), found.get("flags")
-    return {**machine.describe(), **packages, "isa": native.isa, "compiler": compiler, "commit": _commit()}
+    return {**machine.describe(), **packages, "isa": native.isa, "compiler": compiler, "commit": commit()}
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
+    """Which version of the sources this is; `LOWBIT_COMMIT` says so where they were copied without their history."""
+    if told := os.environ.get("LOWBIT_COMMIT"):
+        return told
     git = ["git", "describe", "--always", "--abbrev=12", "--dirty", "--exclude=*"]
     try:
         return subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
@@ -191,10 +199,10 @@ def noise() -> dict[str, Any]:
     return {"time": time.time(), "load_average": os.getloadavg(), "steal_seconds": steal}
 
 
-def start(args: argparse.Namespace, **about: Any) -> dict[str, Any]:
-    """Results with nothing measured yet."""
+def start(args: argparse.Namespace, found: dict[str, Any] | None = None, **about: Any) -> dict[str, Any]:
+    """Results with nothing measured yet; `found` is the environment where it is not a CPU's."""
     command = " ".join(["python", *(os.path.relpath(w, ROOT) if w.endswith(".py") else w for w in sys.argv)])
-    return {"command": command, "environment": environment(), **about, "before": noise(), "groups": []}
+    return {"command": command, "environment": found or environment(), **about, "before": noise(), "groups": []}
 
 
 def add(results: dict[str, Any], made: dict[str, Any], args: argparse.Namespace) -> None:

@@ -7,10 +7,14 @@
 
 #ifdef __CUDACC__
 #define LB_UNROLL _Pragma("unroll")
+#define LB_ONE_AT_A_TIME _Pragma("unroll 1")
+#define LB_GLOBAL(pointer) __builtin_assume(__isGlobal(pointer))  // else every access finds out what it accesses
 // The bytes of shared memory that the launch asks for; the shim has its own.
 #define LB_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 #else
+#define LB_GLOBAL(pointer)
 #define LB_UNROLL
+#define LB_ONE_AT_A_TIME
 #endif
 
 namespace lb {
@@ -105,21 +109,27 @@ template <int BYTES> LB_FN bool aligned(const void *at) {
   return ((uintptr_t)at & (uintptr_t)((BYTES < 16 ? BYTES : 16) - 1)) == 0;
 }
 
-// The first `count` bytes, the others 0: wherever they lie.
-template <int BYTES> LB_FN Words<BYTES> load(const void *from, int count) {
-  if (count >= BYTES && aligned<BYTES>(from)) return load_aligned<BYTES>(from);
+// The first `count` elements of EACH bytes, the others 0: wherever they lie, but elements on multiples of their size.
+template <int BYTES, int EACH = 1> LB_FN Words<BYTES> load(const void *from, int count) {
+  if (count * EACH >= BYTES && aligned<BYTES>(from)) return load_aligned<BYTES>(from);
   Words<BYTES> to;
   LB_UNROLL for (int k = 0; k < Words<BYTES>::COUNT; ++k) to.word[k] = 0u;
-  LB_UNROLL for (int k = 0; k < BYTES; ++k) {
-    if (k < count) to.word[k / 4] |= (uint32_t)((const uint8_t *)from)[k] << (k % 4 * 8);
+  LB_UNROLL for (int k = 0; k < BYTES / EACH; ++k) {
+    if (k >= count) break;
+    if (EACH == 4) to.word[k] = ((const uint32_t *)from)[k];
+    else if (EACH == 2) to.word[k / 2] |= (uint32_t)((const uint16_t *)from)[k] << (k % 2 * 16);
+    else to.word[k / 4] |= (uint32_t)((const uint8_t *)from)[k] << (k % 4 * 8);
   }
   return to;
 }
 
-template <int BYTES> LB_FN void store(void *to, const Words<BYTES> &from, int count) {
-  if (count >= BYTES && aligned<BYTES>(to)) return store_aligned<BYTES>(to, from);
-  LB_UNROLL for (int k = 0; k < BYTES; ++k) {
-    if (k < count) ((uint8_t *)to)[k] = (uint8_t)(from.word[k / 4] >> (k % 4 * 8));
+template <int BYTES, int EACH = 1> LB_FN void store(void *to, const Words<BYTES> &from, int count) {
+  if (count * EACH >= BYTES && aligned<BYTES>(to)) return store_aligned<BYTES>(to, from);
+  LB_UNROLL for (int k = 0; k < BYTES / EACH; ++k) {
+    if (k >= count) break;
+    if (EACH == 4) ((uint32_t *)to)[k] = from.word[k];
+    else if (EACH == 2) ((uint16_t *)to)[k] = (uint16_t)(from.word[k / 2] >> (k % 2 * 16));
+    else ((uint8_t *)to)[k] = (uint8_t)(from.word[k / 4] >> (k % 4 * 8));
   }
 }
 

@@ -28,8 +28,9 @@ namespace lb {
 #ifdef __CUDACC__
 LB_FN uint32_t permute(uint32_t low, uint32_t high, uint32_t order) { return __byte_perm(low, high, order); }
 LB_FN float add_down(float a, float b) { return __fadd_rd(a, b); }
-LB_FN int64_t bits_of(double a) { return __double_as_longlong(a); }
-LB_FN double double_of(int64_t bits) { return __longlong_as_double(bits); }
+LB_FN float larger(float a, float b) { return fmaxf(a, b); }
+LB_FN float smaller(float a, float b) { return fminf(a, b); }
+LB_FN float size(float a) { return fabsf(a); }  // free where it is an operand
 #else
 LB_FN uint32_t permute(uint32_t low, uint32_t high, uint32_t order) {  // of eight bytes, four by number
   const uint64_t both = (uint64_t)high << 32 | low;
@@ -40,22 +41,14 @@ LB_FN uint32_t permute(uint32_t low, uint32_t high, uint32_t order) {  // of eig
 LB_FN float add_down(float a, float b) {  // a + b, rounded down, where b's ulp is 1 and |a| is small against it
   return floor(a) + b;
 }
-LB_FN int64_t bits_of(double a) {
-  int64_t bits;
-  __builtin_memcpy(&bits, &a, sizeof bits);
-  return bits;
-}
-LB_FN double double_of(int64_t bits) {
-  double a;
-  __builtin_memcpy(&a, &bits, sizeof a);
-  return a;
-}
+LB_FN float larger(float a, float b) { return maximum(a, b); }
+LB_FN float smaller(float a, float b) { return minimum(a, b); }
+LB_FN float size(float a) { return abs(a); }
 #endif
 
 constexpr float INTEGER = 12582912.0f;           // 1.5 * 2**23: what is added to it is rounded to an integer
 constexpr uint32_t INTEGER_BITS = 0x4B400000u;   // and stands in its low bits, in two's complement
 constexpr uint32_t NATURAL_BITS = 0x4B000000u;   // 2**23 as bits: integers below it, or'ed in, are added
-constexpr float LARGEST = 3.4028234663852886e38f;
 
 // ---- codes in words: a little-endian bit stream
 
@@ -124,20 +117,23 @@ template <class Fmt> struct Integers {
   // A signed code plus HALF is not negative. Encoding adds it where codes are packed by addition.
   static constexpr uint32_t HALF = Fmt::SIGNED ? 1u << (Fmt::BITS - 1) : 0u, BIAS = Fmt::BITS < 8 ? HALF : 0u;
 
+  // A word whose bytes are codes plus HALF, that of the i-th value among them; and which byte that is.
+  template <int V> LB_FN uint32_t bytes_at(const Codes<Fmt, V> &codes, int i) {
+    constexpr uint32_t MASK = (1u << Fmt::BITS) - 1u;
+    const uint32_t word = codes.word[i / EACH] ^ ONES<Fmt::BITS, EACH> * HALF;
+    return word >> i * Fmt::BITS % 8 & ONES<8, 4> * MASK;
+  }
+  LB_FN uint32_t byte_of(int i) { return (uint32_t)(i % EACH * Fmt::BITS / 8); }
+
   template <int V>
   LB_FN void decode(const Codes<Fmt, V> &codes, float scale, float, const Shared &, float (&x)[V]) {
     LB_UNROLL for (int i = 0; i < V; ++i) {
-      const uint32_t word = codes.word[i / EACH] ^ ONES<Fmt::BITS, EACH> * HALF;
-      const int at = i % EACH * Fmt::BITS;
+      const uint32_t bytes = bytes_at<V>(codes, i);
       float value;
-      if constexpr (Fmt::BITS == 8 && !Fmt::SIGNED && Fmt::SQUARE) {  // 2**15 + code, and 2**15 * scale is finite
-        value = fma(float_of(permute(word, 0x47000000u, 0x7404u | i % EACH << 4)), scale, -0x1p15f * scale);
-      } else if constexpr (Fmt::BITS == 8) {
-        value = (float_of(permute(word, NATURAL_BITS, 0x7440u | i % EACH)) - (0x1p23f + HALF)) * scale;
-      } else {  // 2**(23 - k) + code, where the code has k bits below it; the upper codes of a word are moved down
-        const int down = at + Fmt::BITS > 23 ? 16 : 0, k = at - down;
-        const uint32_t code = word >> down & ((1u << Fmt::BITS) - 1u) << k;
-        value = (float_of(code | (uint32_t)(150 - k) << 23) - ((float)(1 << (23 - k)) + HALF)) * scale;
+      if constexpr (!Fmt::SIGNED && Fmt::SQUARE) {  // 2**15 + code, and 2**15 * scale is finite
+        value = fma(float_of(permute(bytes, 0x47000000u, 0x7404u | byte_of(i) << 4)), scale, -0x1p15f * scale);
+      } else {
+        value = (float_of(permute(bytes, NATURAL_BITS, 0x7440u | byte_of(i))) - (0x1p23f + HALF)) * scale;
       }
       x[i] = Fmt::SQUARE ? value * value : value;
     }
@@ -149,9 +145,9 @@ template <class Fmt> struct Integers {
     constexpr float LIMIT = (float)Fmt::LIMIT, LEAST = Fmt::SIGNED ? -LIMIT : 0.0f;
     constexpr bool RAISED = LIVE || !Fmt::SIGNED;
     float u = unit_of<BOUNDED>(source, inverse);
-    if (STOCHASTIC || !BOUNDED) u = clip(u, LEAST, LIMIT);  // a whole step up from a little beyond the top is too much
+    if (STOCHASTIC || !BOUNDED) u = smaller(larger(u, LEAST), LIMIT);  // a whole step up from a little beyond the top is too much
     if constexpr (!STOCHASTIC) {
-      if (RAISED) u = maximum(u, x > 0.0f ? 1.0f : LEAST);
+      if (RAISED) u = larger(u, x > 0.0f ? 1.0f : LEAST);
       return bits_of(u + (INTEGER + BIAS));
     } else {
       const float sum = add_down(u, INTEGER + BIAS), low = sum - (INTEGER + BIAS);
@@ -199,7 +195,7 @@ template <class Fmt> struct Ways<Fmt, true> {
   LB_FN uint32_t rung(float u, const Ways &ways) {
     const uint32_t offset = bits_of(fma(u, Fmt::TIMES, Fmt::PLUS)) & (Fmt::BINS - 1) * (uint32_t)sizeof(Bin);
     const Bin bin = *(const Bin *)((const char *)ways.bins + offset);
-    return bin.rung + (bin.threshold < u ? 1u : 0u);
+    return bin.rung + (bits_of(bin.threshold - u) >> 31);  // the sign of a difference is exact
   }
 };
 template <class Fmt> struct Ways<Fmt, false> {
@@ -250,39 +246,54 @@ template <class Fmt> struct Codebook {
     else return float_of(Fmt::ladder((int)rung));
   }
 
-  template <bool STOCHASTIC, bool LIVE, bool BOUNDED>
-  LB_FN uint32_t code(float x, float source, float inverse, uint32_t draw, const Shared &shared) {
-    constexpr bool RAISED = (LIVE || !Fmt::SIGNED) && Fmt::HAS_ZERO;
-    const float signed_u = unit_of<BOUNDED>(source, inverse);
-    float u = Fmt::SIGN_MAGNITUDE ? lb::abs(signed_u) : signed_u;
-    if (!BOUNDED || STOCHASTIC) u = u < Fmt::TOP ? u : Fmt::TOP;
-    if (!Fmt::SIGN_MAGNITUDE && (!BOUNDED || STOCHASTIC || !Fmt::SIGNED)) u = u > Fmt::BOTTOM ? u : Fmt::BOTTOM;
-    uint32_t rung = To::rung(u, shared.ways);
-    if constexpr (STOCHASTIC) {  // from the nearest rung to the one at or below, and up again by chance
-      int32_t r = (int32_t)rung - (ladder(rung, shared) > u ? 1 : 0);
-      r = r < 0 ? 0 : r > Fmt::RUNGS - 2 ? Fmt::RUNGS - 2 : r;
-      const float low = ladder((uint32_t)r, shared), gap = ladder((uint32_t)r + 1u, shared) - low;
-      rung = (uint32_t)r + (u - low >= share_of(draw) * gap ? 1u : 0u);
-    }
-    // The bins of an unsigned format know what is above 0, as long as a product with `inverse` does.
-    constexpr bool KNOWN = !STOCHASTIC && !Fmt::SIGNED && Fmt::BINS > 0;
-    if (RAISED && (!KNOWN || inverse <= 0.5f)) {
-      const uint32_t least = x > 0.0f ? (uint32_t)Fmt::LEAST : 0u;
-      rung = rung > least ? rung : least;
-    }
-    if constexpr (!Fmt::SAME) rung = Fmt::codes((int)rung);
-    if constexpr (Fmt::SIGN_MAGNITUDE) rung |= (bits_of(signed_u) & 0x80000000u) >> (32 - Fmt::BITS);
-    return rung;
+  static constexpr int EACH = 32 / Fmt::BITS;
+  static constexpr uint32_t SIGN = Fmt::SIGN_MAGNITUDE ? 1u << (Fmt::BITS - 1) : 0u;
+
+  // The rung before it is raised.
+  template <bool STOCHASTIC, bool BOUNDED>
+  LB_FN uint32_t rung_of(float u, uint32_t draw, const Shared &shared) {
+    constexpr bool HELD = !BOUNDED || STOCHASTIC;
+    if (HELD) u = smaller(u, Fmt::TOP);
+    if (!Fmt::SIGN_MAGNITUDE && (HELD || !Fmt::SIGNED)) u = larger(u, Fmt::BOTTOM);
+    const uint32_t rung = To::rung(u, shared.ways);
+    if (!STOCHASTIC) return rung;
+    // From the nearest rung to the one at or below, and up again by chance.
+    int32_t r = (int32_t)rung - (ladder(rung, shared) > u ? 1 : 0);
+    r = r < 0 ? 0 : r > Fmt::RUNGS - 2 ? Fmt::RUNGS - 2 : r;
+    const float low = ladder((uint32_t)r, shared), gap = ladder((uint32_t)r + 1u, shared) - low;
+    return (uint32_t)r + (u - low >= share_of(draw) * gap ? 1u : 0u);
+  }
+
+  LB_FN uint32_t raised(uint32_t rung, float x) {
+    const uint32_t least = x > 0.0f ? (uint32_t)Fmt::LEAST : 0u;
+    return rung > least ? rung : least;
   }
 
   template <int V, bool STOCHASTIC, bool LIVE, bool BOUNDED>
   LB_FN Codes<Fmt, V> encode(const float (&x)[V], const float (&source)[V], float inverse, float,
                              const uint32_t (&draws)[V], const Shared &shared) {
+    constexpr bool RAISED = (LIVE || !Fmt::SIGNED) && Fmt::HAS_ZERO;
+    // Bins of an unsigned format know by themselves what is above 0, as long as its product with `inverse` is.
+    constexpr bool KNOWN = !STOCHASTIC && !Fmt::SIGNED && Fmt::BINS > 0;
     uint32_t c[V];
     LB_UNROLL for (int i = 0; i < V; ++i) {
-      c[i] = code<STOCHASTIC, LIVE, BOUNDED>(x[i], source[i], inverse, STOCHASTIC ? draws[i] : 0u, shared);
+      const float u = unit_of<BOUNDED>(Fmt::SIGN_MAGNITUDE ? size(source[i]) : source[i], inverse);
+      c[i] = rung_of<STOCHASTIC, BOUNDED>(u, STOCHASTIC ? draws[i] : 0u, shared);
+      if (RAISED && !KNOWN) c[i] = raised(c[i], x[i]);
+      if constexpr (!Fmt::SAME) c[i] = Fmt::codes((int)c[i]);
+      if constexpr (Fmt::SIGN_MAGNITUDE) {
+        const float sign = BOUNDED ? source[i] : in_units(source[i], inverse);  // a NaN has none
+        c[i] |= bits_of(sign) >> (32 - Fmt::BITS) & SIGN;
+      }
     }
-    return pack<Fmt, V>(c);
+    Codes<Fmt, V> packed = pack<Fmt, V>(c);
+    if (RAISED && KNOWN && __builtin_expect(inverse <= 0.5f, 0)) {
+      LB_UNROLL for (int i = 0; i < V; ++i) {
+        const uint32_t least = x[i] > 0.0f && code_at<Fmt, V>(packed, i) == 0u ? 1u : 0u;
+        packed.word[i / EACH] |= least << i % EACH * Fmt::BITS;
+      }
+    }
+    return packed;
   }
 };
 
@@ -414,20 +425,6 @@ template <int LANES> LB_FN uint32_t total(uint32_t x) {
   return x;
 }
 
-constexpr int ROOT_STEPS = 6;
-
-// The n-th root of x in [2**-126, 1], by a fixed course of IEEE operations (lowbit/codec.py has the same).
-LB_FN double fixed_root(double x, int n) {
-  const int64_t one = 0x3FF0000000000000, apart = bits_of(x) - one;  // not above 0
-  double y = double_of(one - (n - 1 - apart) / n);
-  for (int step = 0; step < ROOT_STEPS; ++step) {
-    double power = y;
-    for (int k = 2; k < n; ++k) power = power * y;
-    y = y - (y - x / power) / n;
-  }
-  return y;
-}
-
 // The base with which the lowest level is the 0.1 quantile of what is above 0 among V * LANES values: the rank-th
 // smallest, bit by bit from the highest. What lies beyond the end of a row is 0.
 template <class Fmt, int V, int LANES> LB_FN float log_base(const float (&x)[V], float scale) {
@@ -452,9 +449,7 @@ template <class Fmt, int V, int LANES> LB_FN float log_base(const float (&x)[V],
   }
   if (scale == 0.0f) return 1.0f;
   if (odd || scale != scale) return float_of(0x7FC00000u);
-  double ratio = (alive ? (double)float_of(found) : 0.0) / (double)scale;
-  ratio = ratio < 0x1p-126 ? 0x1p-126 : ratio > 1.0 ? 1.0 : ratio;
-  return (float)fixed_root(ratio, (1 << Fmt::BITS) - 1);
+  return base_of(alive ? float_of(found) : 0.0f, scale, 1 << Fmt::BITS);
 }
 
 }  // namespace lb

@@ -15,10 +15,10 @@ struct Job {
   int64_t rows, cols, group_rows;
   int64_t tensor;  // its number in random bits
   int64_t first_chunk;  // the first of its chunks in the launch
+  int64_t first_tile;   // the first of its tiles of columns in a launch over those
   int64_t work_vectors[LB_ARRAYS];  // offsets of this step's copies of vectors, persistent ones first
-  int64_t partial;  // offset: a float for each step block
-  int64_t sums;     // offset: a double for each row, or for each column of each tile of 512 rows
-  int64_t x;        // offset: what was measured over rows, columns or groups
+  int64_t partial;  // offset: a float for each step block (lowbit/gpu/stages.py says how many)
+  int64_t sums;     // offset: a double for each strip of rows, each row, or each column of each tile of 512 rows
 };
 
 // What a step changes about a tensor.
@@ -33,5 +33,4 @@ struct Run {
   double total;   // what was measured over the tensor
   uint32_t most;  // the largest magnitude so far, as bits
   uint32_t skip;  // whether the tensor is left as it is
-  uint64_t lost;  // blocks that were left as they were
 };

@@ -59,7 +59,7 @@ def store(master: str, value: Tensor, dtype: torch.dtype, bits: Tensor | None) -
     if companion_dtype(master, dtype) is None:
         return narrow(value, dtype, bits), None
     if master == "split16" and dtype == torch.bfloat16:
-        raw = value.view(torch.int32)
+        raw = torch.where(value == value, value.view(torch.int32), 0x7FC00000)  # no NaN carries into the sign
         high = (raw + 0x8000) & ~0xFFFF  # ties go up, so that what is left fits int16
         return high.view(torch.float32).to(dtype), (raw - high).to(torch.int16)
     p = value.to(dtype)

@@ -193,23 +193,28 @@ def train(opt: Rule, named: list[tuple[str, Parameter]], steps: range, seed: int
 def injected(tape: list[Any], replay: bool) -> Iterator[None]:
     """While it lasts, matrix stages are recorded; or, once what they are given has the same bits, not run again.
 
-    A matmul has no bits of its own: they change with the number of threads.
+    A matmul has no bits of its own: they change with the number of threads, and with the device. The tape is kept on
+    the CPU.
     """
     own, rest = Stage.written, iter(tape)
+
+    def copied(values: dict[str, Any]) -> dict[str, Any]:
+        return {k: x.cpu().clone() if isinstance(x, Tensor) else copy.copy(x) for k, x in values.items()}
 
     def written(self: Stage, operands: dict[str, Any]) -> dict[str, Any]:
         if self.kind != "matrix":
             return own(self, operands)
-        given = {k: x.clone() if isinstance(x, Tensor) else copy.copy(x) for k, x in operands.items()}
+        given = copied(operands)
         if not replay:
             result = own(self, operands)
-            kept = {k: None if x is operands.get(k) else x.clone() for k, x in result.items()}
+            kept = {k: None if x is operands.get(k) else x.cpu().clone() for k, x in result.items()}
             tape.append((given, dict(operands["host"]), kept))
             return result
         expected, host, result = next(rest)
         assert_same(given, expected)
         operands["host"].update(host)
-        return {k: operands[k] if x is None else x.clone() for k, x in result.items()}
+        device = next(x.device for x in operands.values() if isinstance(x, Tensor))
+        return {k: operands[k] if x is None else x.to(device, copy=True) for k, x in result.items()}
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Stage, "written", written)

@@ -289,7 +289,7 @@ def stored(name: str, block: int) -> str:
     return f"{name}:{block}" if block and lowbit.format(name).compressed else name
 
 
-def build(s: Setting) -> tuple[Rule, list[tuple[str, Parameter]]]:
+def build(s: Setting, device: str = "cpu") -> tuple[Rule, list[tuple[str, Parameter]]]:
     of = OPTIMIZERS[s.optimizer]
     seed = zlib.crc32(str(s._replace(threads=0)).encode())
     generator = torch.Generator().manual_seed(seed)
@@ -298,7 +298,7 @@ def build(s: Setting) -> tuple[Rule, list[tuple[str, Parameter]]]:
         x = 0.1 * torch.randn(shape, generator=generator)
         if s.wrong == "broken" and k % 2 == 0 and x.numel():
             x.view(-1)[x.numel() // 2] = (torch.nan, torch.inf, 7e4)[k // 2 % 3]
-        named.append((f"p{k}", Parameter(lay(x.to(DTYPES[s.p]), how))))
+        named.append((f"p{k}", Parameter(lay(x.to(device, DTYPES[s.p]), how))))
     third = STATE_FORMATS[seed % len(STATE_FORMATS)]
     every = {
         name: stored(third if name == "max_exp_avg_sq" else s.m if signed else s.v, s.block)
@@ -320,7 +320,7 @@ class AsAsked(Policy):
 
 
 @lru_cache(maxsize=2 * STEPS)
-def gradients(s: Setting, t: int) -> list[Tensor | None]:
+def gradients(s: Setting, t: int, device: str = "cpu") -> list[Tensor | None]:
     """The same for every backend and instruction set; an optimizer does not write to them."""
     made: list[Tensor | None] = []
     for k, (shape, _, how) in enumerate(SHAPES[s.shapes]):
@@ -329,7 +329,7 @@ def gradients(s: Setting, t: int) -> list[Tensor | None]:
             g.view(-1)[g.numel() // 2] = SPOILT[s.wrong][k % 2]
         if t == 3 and k % 3 == 0:
             g.zero_()
-        made.append(None if t == 4 and k % 4 == 1 else lay(g.to(DTYPES[s.g]), how))
+        made.append(None if t == 4 and k % 4 == 1 else lay(g.to(device, DTYPES[s.g]), how))
     return made
 
 
@@ -337,7 +337,7 @@ SPOILT = {"nan": (torch.nan, torch.inf), "huge": (3e38, 5e4)}
 
 
 def feed(s: Setting, named: list[tuple[str, Parameter]], t: int) -> None:
-    for (_, p), g in zip(named, gradients(s, t), strict=True):
+    for (_, p), g in zip(named, gradients(s, t, named[0][1].device.type), strict=True):
         p.grad = None
         if g is not None and g.dtype != p.dtype:
             if hasattr(p, "grad_dtype"):
@@ -347,17 +347,17 @@ def feed(s: Setting, named: list[tuple[str, Parameter]], t: int) -> None:
         p.grad = g
 
 
-def run(s: Setting, backend: str, isa: str = "", steps: int = STEPS) -> dict[str, Any]:
-    """Everything an optimizer has after a few steps."""
+def run(s: Setting, backend: str, isa: str = "", steps: int = STEPS, device: str = "cpu") -> dict[str, Any]:
+    """Everything an optimizer has after a few steps on a device, copied to the CPU."""
     with using(backend, isa, s.threads if backend == "native" else 1), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="lr=.* is below the resolution")
-        opt, named = build(s)
+        opt, named = build(s, device)
         for t in range(1, steps + 1):
             feed(s, named, t)
             opt.step()
     found: dict[str, Any] = {"counters": opt.counters()}
     for name, p in named:
-        found[f"{name} p"] = p.detach().clone()
+        found[f"{name} p"] = p.detach().clone().cpu()
         for key, value in opt.state[p].items():
-            found[f"{name} {key}"] = value
+            found[f"{name} {key}"] = value.cpu() if isinstance(value, Tensor) else value
     return found

@@ -1,6 +1,7 @@
 """The benchmarks run, pair what they compare, and their tables are what their results say."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,10 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import cpu_tables
+import gpu_check
+import gpu_tables
 import timing
+import torch
 
 ROOT = timing.ROOT
 
@@ -21,8 +25,9 @@ def run(script: str, *arguments: str) -> subprocess.CompletedProcess:
     )
 
 
-def test_cpu_tables_are_current():
-    done = run("cpu_tables", "--check")
+@pytest.mark.parametrize("script", ["cpu_tables", "gpu_tables"])
+def test_tables_are_current(script: str):
+    done = run(script, "--check")
     assert done.returncode == 0, done.stderr
 
 
@@ -77,3 +82,53 @@ def test_benchmarks_run(script: str, tmp_path: Path):
         goal for goal in cpu_tables.GOALS[script] if "bitsandbytes" not in goal.case and "torchao" not in goal.case
     ]
     assert goals and all("measured" not in goal.verdict(results, "1") for goal in goals)
+
+
+@pytest.fixture(scope="module")
+def on_no_gpu(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, dict]]:
+    """What every section of gpu.py says and writes in tiny sizes on the CPU."""
+    folder = tmp_path_factory.mktemp("gpu")
+    done = run("gpu", "--smoke", "--without", "torchao,bitsandbytes,flashoptim", "--out", str(folder))
+    assert done.returncode == 0, done.stderr
+    return done.stdout, {name: json.loads((folder / f"gpu_{name}.json").read_text()) for name in gpu_tables.TABLES}
+
+
+def test_the_gpu_benchmark_runs(on_no_gpu: tuple[str, dict[str, dict]]):
+    said, every = on_no_gpu
+    for name, table in gpu_tables.TABLES.items():
+        results, grids = every[name], table(every[name])
+        assert results["environment"]["commit"] and results["environment"]["gpu"]["name"]
+        assert all(grid.title in said and grid.rows for grid in grids)
+        assert {len(row) - len(grid.heads) for grid in grids for row in grid.rows} == {0}
+        assert not any(group["failed"] for group in results["groups"])
+    verdicts = every["check"]["groups"][0]["verdicts"]
+    assert len(verdicts) > 50 and set(verdicts.values()) == {"equal"}
+
+
+def test_the_gpu_benchmark_finds_wrong_bits():
+    cpu, right = torch.device("cpu"), gpu_check.coded("int4", False, torch.device("cpu"))
+    assert gpu_check.verdict(lambda device: right, cpu) == "equal"
+
+    def wrong(device: torch.device) -> gpu_check.Bits:
+        values = right["values"].clone()
+        values[3, 5] += "LOWBIT_BACKEND" in os.environ
+        return {**right, "values": values}
+
+    assert gpu_check.verdict(wrong, cpu) == f"values: 1 of {65 * 1023} values differ"
+
+
+def test_the_bytes_of_a_step_are_what_must_be_moved(on_no_gpu: tuple[str, dict[str, dict]]):
+    """8-bit states of 16-bit parameters: 2 + 2 for p, 2 for g, 2 · 2 for the codes, 2 · 2 · 4 / 256 for the scales."""
+    group = on_no_gpu[1]["step"]["groups"][0]
+    moved = {name: case["bytes"] / group["parameters"] for name, case in group["cases"].items()}
+    assert moved["torch AdamW fused"] == pytest.approx(28, abs=0.01)
+    assert moved["lowbit AdamW 8bit, bf16 p"] == pytest.approx(10.06, abs=0.01)
+    assert moved["lowbit StableSPAM 4bit, bf16 p"] == pytest.approx(12.12, abs=0.01)  # its gradient is read 3 times
+
+
+def test_the_gpu_benchmark_says_what_is_wrong():
+    done = run("gpu", "--smoke", "--sections", "stpe")
+    assert done.returncode == 2 and "'stpe' is none of check, copy, step" in done.stderr
+    if not torch.cuda.is_available():
+        done = run("gpu")
+        assert done.returncode == 2 and "torch finds no CUDA device" in done.stderr

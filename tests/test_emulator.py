@@ -181,7 +181,7 @@ def test_without_a_barrier_the_schedule_shows(there):
 FAULTS = {
     "a barrier in a branch": (
         "  if (threadIdx.x < 40) __syncthreads();\n  x[threadIdx.x] = 1.0f;",
-        r"kernel.cu:5: thread \(\d+,0,0\) of block \(0,0,0\) of f (exits while \d+ threads wait here|waits at a __sync)",
+        r"kernel.cu:5: thread \(\d+,0,0\) of block \(0,0,0\) of f (exits while \d+ threads wait|waits at a __sync)",
     ),
     "an exit before a barrier": (
         "  if (threadIdx.x >= (unsigned)n) return;\n  __syncthreads();\n  x[threadIdx.x] = 1.0f;",

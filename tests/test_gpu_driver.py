@@ -1,4 +1,4 @@
-"""The launcher, on the emulator's driver: arguments, grids, memory, streams, graphs, the cache, and errors that say so."""
+"""The launcher, on the emulator's driver: arguments, grids, memory, streams, graphs, the cache, and errors."""
 
 import ctypes
 import subprocess

@@ -1,8 +1,8 @@
 """Where the work runs. A backend is a module with a few functions: `encode`, `decode`, `fake` and `step`.
 
-`reference` is torch on any device and defines every bit; `native` is C++, gives the same bits and is taken for tensors
-on the CPU. `LOWBIT_BACKEND` forces a backend. Where the native one cannot be had (no compiler, a rule that cannot be
-printed), the reference does the work and a warning says so, once.
+`reference` is torch on any device and defines every bit. `native` gives the same bits much faster: C++ for tensors on
+the CPU, CUDA for those on a GPU. `LOWBIT_BACKEND` forces one of the two. Where the native one cannot be had (no
+compiler, no driver, a rule that cannot be printed), the reference does the work and a warning says so, once.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from ..formats import Format, nearest
+from ..gpu import NoCompiler, NoDriver
 from ..native.build import BuildError
-from ..native.library import load
 from ..stages import Job, Program
-from . import native, reference
+from . import cuda, native, reference
 
-BACKENDS = {"reference": reference, "native": native}
+NAMES = ("reference", "native")
 
 
 def choose(device: torch.device) -> ModuleType:
@@ -32,30 +32,34 @@ def choose(device: torch.device) -> ModuleType:
 
     Raises:
         ValueError: `LOWBIT_BACKEND` names no backend, or one that does not run on the device.
-        RuntimeError: the native backend is asked for and cannot be had (a `BuildError`, which says what is missing).
+        RuntimeError: the native backend is asked for and cannot be had; says what is missing.
     """
     forced = os.environ.get("LOWBIT_BACKEND", "")
-    if forced and forced not in BACKENDS:
-        known = ", ".join(BACKENDS)
-        raise ValueError(
-            f"LOWBIT_BACKEND={forced!r} is no backend{nearest(forced, list(BACKENDS))}; there are: {known}"
-        )
-    if forced == "native" and device.type != "cpu":
-        raise ValueError(f"LOWBIT_BACKEND='native' runs on the CPU only, and a tensor is on {device}; unset it")
-    if forced == "native":
-        load()
+    if forced and forced not in NAMES:
+        known = ", ".join(NAMES)
+        raise ValueError(f"LOWBIT_BACKEND={forced!r} is no backend{nearest(forced, NAMES)}; there are: {known}")
+    if forced == "reference" or (not forced and device.type not in _NATIVE):
+        return reference
+    if device.type not in _NATIVE:
+        raise ValueError(f"LOWBIT_BACKEND='native' runs on the CPU and on CUDA, and a tensor is on {device}; unset it")
+    backend = _NATIVE[device.type]
     if forced:
-        return BACKENDS[forced]
-    return native if device.type == "cpu" and _available() else reference
+        backend.find(device)
+        return backend
+    return backend if _available(device) else reference
+
+
+_NATIVE = {"cpu": native, "cuda": cuda}
 
 
 @cache
-def _available() -> bool:
-    """Whether the native library can be had; if not, says why, once."""
+def _available(device: torch.device) -> bool:
+    """Whether the native backend can be had; if not, says why, once."""
     try:
-        load()
-    except BuildError as error:
-        warnings.warn(f"lowbit works without its native library, 20 to 50 times slower: {error}", stacklevel=2)
+        _NATIVE[device.type].find(device)
+    except (BuildError, NoDriver, NoCompiler, ValueError) as error:
+        what = "without its native library" if device.type == "cpu" else f"without its kernels on {device}"
+        warnings.warn(f"lowbit works {what}, 20 to 50 times slower: {error}", stacklevel=2)
         return False
     return True
 
@@ -63,7 +67,7 @@ def _available() -> bool:
 def for_program(program: Program, device: torch.device) -> ModuleType:
     """The backend for steps of a program: rules that cannot be printed as C++ run on the reference."""
     backend = choose(device)
-    if backend is native and (reason := native.unsupported(program)):
+    if backend is not reference and (reason := backend.unsupported(program)):
         _tell(program, reason)
         return reference
     return backend

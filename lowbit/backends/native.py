@@ -96,6 +96,11 @@ def _program(program: Program) -> _Program | str:
     return known[1]
 
 
+def find(device: torch.device) -> None:
+    """Find or build the library; raises `BuildError` with what is missing."""
+    load()
+
+
 def unsupported(program: Program) -> str:
     """Why a program cannot run here, or an empty string."""
     made = _program(program)

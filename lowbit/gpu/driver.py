@@ -1,6 +1,6 @@
 """The CUDA driver, by ctypes: modules, launches and copies, in the context and on the streams that torch uses.
 
-Every machine with an NVIDIA GPU has this library, and its C interface stays: nothing is built for some version of torch,
+Every machine with an NVIDIA GPU has this library, and its C interface stays: nothing is built for a version of torch,
 Python or CUDA. NVIDIA's cuda-bindings wraps the same functions. It is not used: it would be a second way through all of
 this, and on a machine without a GPU a test could not run it, for it takes no other library in the driver's place.
 """

@@ -21,7 +21,8 @@ from typing import Any
 from ..native import build
 
 # Products and sums are not contracted; the others are NVRTC's own defaults, said because bits depend on them.
-OPTIONS = ["--std=c++17", "-fmad=false", "-ftz=false", "-prec-div=true", "-prec-sqrt=true"]
+# A lambda in a kernel has no place to say that it is for the device.
+OPTIONS = ["--std=c++17", "-fmad=false", "-ftz=false", "-prec-div=true", "-prec-sqrt=true", "-default-device"]
 
 LEAST = (8, 0)  # what the kernels use: a warp's maximum in one instruction, bf16 in tensor cores
 
@@ -178,8 +179,8 @@ def architecture(capability: tuple[int, int], nvrtc: Nvrtc) -> str:
     major, minor = capability
     if capability < LEAST:
         raise NoCompiler(
-            f"this GPU is of compute capability {major}.{minor}, and the kernels need {LEAST[0]}.{LEAST[1]} (A100, RTX 30 "
-            "series) or newer: use LOWBIT_BACKEND=reference"
+            f"this GPU is of compute capability {major}.{minor}, and the kernels need {LEAST[0]}.{LEAST[1]} "
+            "(A100, RTX 30 series) or newer: use LOWBIT_BACKEND=reference"
         )
     known = nvrtc.architectures()
     if major * 10 + minor in known:

@@ -108,6 +108,12 @@ LB_FN float store_share(float value, float p, float steps, Half f) {
   return rint((share < -1.0f ? -1.0f : share) * steps);
 }
 
+// The bits of which split16 stores the upper half, ties going up, and then what is left, so that it fits 16 bits; a NaN
+// must not carry into the sign.
+LB_FN uint32_t bits_to_split(float x) { return x == x ? bits_of(x) : 0x7FC00000u; }
+LB_FN uint16_t high_split16(float x) { return (uint16_t)((bits_to_split(x) + 0x8000u) >> 16); }
+LB_FN int16_t low_split16(float x, uint16_t high) { return (int16_t)(bits_to_split(x) - ((uint32_t)high << 16)); }
+
 LB_FN float load_split16(uint16_t p, int16_t low) {  // below the bits of 0 are those of NaNs
   const int32_t kept = (p & 0x7FFF) == 0 && low < 0 ? 0 : low;
   return float_of(((uint32_t)p << 16) + (uint32_t)kept);
@@ -125,6 +131,38 @@ LB_FN float derive_scale(float absmax, float top, float least, float most) {
 }
 
 LB_FN float inverse(float scale) { return scale > 0.0f ? 1.0f / scale : 0.0f; }
+
+// The scale of an affine block from its range, low <= 0 <= high; and where 0 lies.
+LB_FN float affine_scale(float low, float high, float limit, float least, float most, float *zero) {
+  const float span = high - low;
+  const bool finite = finite_bits(magnitude_bits(low)) && finite_bits(magnitude_bits(high));
+  const bool overflow = finite && !finite_bits(magnitude_bits(span));
+  const float scale = overflow ? high / limit - low / limit : derive_scale(span, limit, least, most);
+  const float nearest = rint(-low * inverse(scale));
+  *zero = !(nearest > 0.0f) ? 0.0f : nearest > limit ? limit : nearest;
+  return scale;
+}
+
+enum { ROOT_STEPS = 6 };
+
+// The n-th root of x in [2**-126, 1], by a fixed course of IEEE operations (lowbit/codec.py has the same).
+LB_FN double fixed_root(double x, int n) {
+  const int64_t one = 0x3FF0000000000000, apart = bits_of(x) - one;  // not above 0
+  double y = double_of(one - (n - 1 - apart) / n);
+  for (int step = 0; step < ROOT_STEPS; ++step) {
+    double power = y;
+    for (int k = 2; k < n; ++k) power = power * y;
+    y = y - (y - x / power) / n;
+  }
+  return y;
+}
+
+// The base with which the lowest of `count` powers is `low` in units of the scale.
+LB_FN float base_of(float low, float scale, int count) {
+  double ratio = (double)low / (double)scale;
+  ratio = ratio < 0x1p-126 ? 0x1p-126 : ratio > 1.0 ? 1.0 : ratio;
+  return (float)fixed_root(ratio, count - 1);
+}
 
 // What codes of a block are taken from: x in units of the scale; NaN (a block that is not finite) counts as 0.
 LB_FN float in_units(float x, float inverse) {

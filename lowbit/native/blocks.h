@@ -237,24 +237,6 @@ static uint32_t select_bits(uint32_t *x, int n, int rank) {  // the rank-th smal
   return x[rank];
 }
 
-enum { ROOT_STEPS = 6 };
-
-// The n-th root of x in [2**-126, 1], by a fixed course of IEEE operations (lowbit/codec.py has the same).
-static double fixed_root(double x, int n) {
-  int64_t bits, one = 0x3FF0000000000000;
-  memcpy(&bits, &x, 8);
-  const int64_t apart = bits - one;
-  bits = one + (apart >= 0 ? apart / n : -((-apart + n - 1) / n));
-  double y;
-  memcpy(&y, &bits, 8);
-  for (int step = 0; step < ROOT_STEPS; ++step) {
-    double power = y;
-    for (int k = 2; k < n; ++k) power = power * y;
-    y = y - (y - x / power) / n;
-  }
-  return y;
-}
-
 // SOLO's base: the lowest level is the 0.1 quantile of the values above 0. `work` has room for n numbers.
 static float log_base(const lb_format &f, const float *x, int64_t n, float scale, uint32_t *work) {
   int alive = 0;
@@ -266,9 +248,7 @@ static float log_base(const lb_format &f, const float *x, int64_t n, float scale
   if (scale == 0.0f) return 1.0f;
   if (odd || scale != scale) return float_of(0x7FC00000u);
   const float low = alive ? float_of(select_bits(work, alive, (alive - 1) / 10)) : 0.0f;
-  double ratio = (double)low / (double)scale;
-  ratio = ratio < 0x1p-126 ? 0x1p-126 : ratio > 1.0 ? 1.0 : ratio;
-  return (float)fixed_root(ratio, (1 << f.bits) - 1);
+  return base_of(low, scale, 1 << f.bits);
 }
 
 // Scales and their reciprocals from the largest magnitudes of n blocks. Runs over multiples of 16.
@@ -281,15 +261,8 @@ static void scales(const lb_format &f, const float *absmax, int n, float *scale,
   }
 }
 
-// The scale of an affine block from its range, low <= 0 <= high; and where 0 lies.
 static float affine_scale(const lb_format &f, float low, float high, float *zero) {
-  const float span = high - low, limit = (float)f.limit;
-  const bool finite = finite_bits(magnitude_bits(low)) && finite_bits(magnitude_bits(high));
-  const bool overflow = finite && !finite_bits(magnitude_bits(span));
-  const float scale = overflow ? high / limit - low / limit : derive_scale(span, f.top, f.min_scale, f.max_scale);
-  const float nearest = rint(-low * inverse(scale));
-  *zero = !(nearest > 0.0f) ? 0.0f : nearest > limit ? limit : nearest;
-  return scale;
+  return lb::affine_scale(low, high, (float)f.limit, f.min_scale, f.max_scale, zero);
 }
 
 static void range(const float *x, int n, float *low, float *high) {  // a NaN stays

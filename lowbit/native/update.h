@@ -122,8 +122,8 @@ static bool prepare_parameter(const Run &run, const Span &s, int piece, bool *go
     fine = finite_bits(peak_of(room.peaks[0], run.written & 1 ? piece : 0, p, 0, s.n));
   } else {
     uint16_t *to = room.parameter;
-    if (job.master == LB_SPLIT16 && dtype == LB_BFLOAT16) {  // ties go up, so that what is left fits int16
-      LB_IVDEP for (int i = 0; i < s.n; ++i) to[i] = (uint16_t)((bits_of(p[i]) + 0x8000u) >> 16);
+    if (job.master == LB_SPLIT16 && dtype == LB_BFLOAT16) {
+      LB_IVDEP for (int i = 0; i < s.n; ++i) to[i] = high_split16(p[i]);
     } else {
       const uint16_t *draws = job.stochastic ? room.draws.fill(run.key[0], s.number, s.n) : nullptr;
       narrow(p, dtype, s.n, draws, to);
@@ -162,7 +162,7 @@ static void store_companion(const Run &run, int64_t at, int from, int n, Room &r
   }
   if (job.master == LB_SPLIT16 && dtype == LB_BFLOAT16) {
     int16_t *to = (int16_t *)job.companion + at;
-    LB_IVDEP for (int i = 0; i < n; ++i) to[i] = (int16_t)(bits_of(p[i]) - ((uint32_t)stored[i] << 16));
+    LB_IVDEP for (int i = 0; i < n; ++i) to[i] = low_split16(p[i], stored[i]);
     return;
   }
   float *wide = room.companion;

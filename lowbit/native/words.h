@@ -7,7 +7,7 @@
 #include <stdint.h>
 
 #if defined(__CUDACC__) || defined(LB_DEVICE)
-#define LB_FN static __device__ __forceinline__
+#define LB_FN [[maybe_unused]] static __device__ __forceinline__
 #else
 #define LB_FN static inline __attribute__((always_inline))
 #endif
@@ -31,6 +31,8 @@ template <class F> using constant = typename Same<F>::type;
 LB_FN uint32_t bits_of(float a) { return __float_as_uint(a); }
 LB_FN float float_of(uint32_t bits) { return __uint_as_float(bits); }
 LB_FN float sqrt(float a) { return __fsqrt_rn(a); }
+LB_FN int64_t bits_of(double a) { return __double_as_longlong(a); }
+LB_FN double double_of(int64_t bits) { return __longlong_as_double(bits); }
 #else
 LB_FN uint32_t bits_of(float a) {
   uint32_t bits;
@@ -43,6 +45,16 @@ LB_FN float float_of(uint32_t bits) {
   return a;
 }
 LB_FN float sqrt(float a) { return __builtin_sqrtf(a); }
+LB_FN int64_t bits_of(double a) {
+  int64_t bits;
+  __builtin_memcpy(&bits, &a, sizeof bits);
+  return bits;
+}
+LB_FN double double_of(int64_t bits) {
+  double a;
+  __builtin_memcpy(&a, &bits, sizeof a);
+  return a;
+}
 #endif
 
 // The larger of a magnitude, as its bits, and that of a value: NaN > infinity > finite. Signed, for SSE2's sake.

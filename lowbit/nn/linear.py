@@ -133,11 +133,16 @@ def _checksum(x: Tensor) -> Tensor:
     return x.detach().contiguous().view(torch.int16).sum()  # stays on its device: nothing waits for it
 
 
+@torch.compiler.assume_constant_result  # compilers before torch 2.13 do not trace the question
+def _has_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
+
+
 def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     """What F.linear would compute in: autocast's dtype where it is on (float64 is left alone), else the wider one."""
     dtype = torch.promote_types(x.dtype, weight.dtype)
     device = x.device.type
-    if dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if dtype != torch.float64 and _has_autocast(device) and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return dtype
 

@@ -1,0 +1,222 @@
+// A lane's values of every operand of a step: from memory to fp32 registers and back.
+//
+// A warp works on 32 * V neighbouring element numbers, its lanes on V of them each. An element's number is row * stride
+// + column, where stride is a row's length in whole step blocks of WIDTH values (lowbit/layout.py).
+#pragma once
+#include "device.h"
+#include "job.h"
+#include "spec.h"
+
+namespace lb {
+using namespace spec;
+
+constexpr int THREADS = 256, UNITS = 4;  // of a block of threads; of 32 * V numbers that a warp takes one after the other
+constexpr int CHUNK = THREADS * V * UNITS;  // element numbers of a block of threads
+constexpr int LOADED = 2 + MOMENTS + VECTORS;  // slots that lie in memory: p, g, the moments, vectors
+constexpr int LANES = WIDTH / V;            // that share a step block
+static_assert(WIDTH % V == 0 && LANES <= 32, "a step block belongs to one warp, and a lane to one step block");
+
+// Where a lane's values are.
+struct Place {
+  int64_t row, col;  // of the first
+  int64_t number;    // for random bits
+  int64_t block;     // number of the step block
+  int64_t at;        // offset of the first value
+  int count;         // how many of the V values exist: those beyond a row's or the tensor's end do not
+};
+
+LB_FN int64_t stride_of(const Job &job) { return (job.cols + WIDTH - 1) / WIDTH * WIDTH; }
+
+LB_FN int64_t quotient(int64_t a, int64_t b) {  // of natural numbers: 64 bits take five times as long as 32
+  return ((uint64_t)a | (uint64_t)b) >> 32 == 0 ? (int64_t)((uint32_t)a / (uint32_t)b) : a / b;
+}
+
+LB_FN Place place(const Job &job, int64_t number) {
+  Place to;
+  to.number = number;
+  to.block = number / WIDTH;
+  if (LINEAR) {  // only vectors ask for a row and a column
+    to.row = VECTORS > 0 ? quotient(number, job.cols) : 0;
+    to.col = VECTORS > 0 ? number - to.row * job.cols : 0;
+    to.at = number;
+    to.count = number < job.rows * job.cols ? V : 0;
+    return to;
+  }
+  const int64_t stride = stride_of(job);
+  to.row = quotient(number, stride);
+  to.col = number - to.row * stride;
+  to.at = to.row * job.cols + to.col;
+  const int64_t left = to.row < job.rows ? job.cols - to.col : 0;
+  to.count = left < V ? (int)(left > 0 ? left : 0) : V;
+  return to;
+}
+
+// ---- memory
+
+template <int BYTES, int EACH> LB_FN Words<BYTES> fetch(const void *from, int64_t index, int count) {
+  const uint8_t *at = (const uint8_t *)from + index;
+  LB_GLOBAL(at);
+  if (LINEAR) return load_aligned<BYTES>(at);
+  return load<BYTES, EACH>(at, count);
+}
+
+template <int BYTES, int EACH> LB_FN void put(void *to, int64_t index, const Words<BYTES> &words, int count) {
+  uint8_t *at = (uint8_t *)to + index;
+  LB_GLOBAL(at);
+  if (LINEAR) store_aligned<BYTES>(at, words);
+  else store<BYTES, EACH>(at, words, count);
+}
+
+LB_FN float load_float(const float *from) {
+  LB_GLOBAL(from);
+  return *from;
+}
+
+LB_FN void store_float(float *to, float value) {
+  LB_GLOBAL(to);
+  *to = value;
+}
+
+template <int DTYPE> constexpr int SIZE = DTYPE == LB_FLOAT32 ? 4 : 2;  // bytes of a value
+
+LB_FN uint16_t half_word(const uint32_t *words, int k) { return (uint16_t)(words[k / 2] >> (k % 2 * 16)); }
+
+LB_FN void set_half_word(uint32_t *words, int k, uint16_t x) {
+  words[k / 2] = k % 2 ? words[k / 2] | (uint32_t)x << 16 : (uint32_t)x;
+}
+
+template <int DTYPE> LB_FN float value(const uint32_t *words, int k) {
+  if (DTYPE == LB_FLOAT32) return float_of(words[k]);
+  if (DTYPE == LB_FLOAT16) return widen_fp16(half_word(words, k));
+  return float_of(k % 2 ? words[k / 2] & 0xFFFF0000u : words[k / 2] << 16);
+}
+
+// ---- random bits
+
+struct Key {
+  uint32_t first, second;
+};
+
+// rounding.key of (seed, step, tensor, operand); the lanes of a warp share the work.
+template <int COUNT> LB_FN void stream_keys(const Job &job, const Dynamic &now, Key (&keys)[COUNT]) {
+  static_assert(2 * COUNT <= 32, "a lane for each word of each key");
+  const uint32_t words[6] = {(uint32_t)now.seed, (uint32_t)(now.seed >> 32), (uint32_t)now.step,
+                             (uint32_t)(now.step >> 32), (uint32_t)job.tensor, (uint32_t)(lane() / 2)};
+  uint32_t mixed = lane() % 2 ? 0x5BF03635u : 0u;
+  LB_UNROLL for (int k = 0; k < 6; ++k) mixed = mix(mixed * 0x9E3779B9u + words[k] + 1u);
+  LB_UNROLL for (int k = 0; k < COUNT; ++k) {
+    keys[k].first = __shfl_sync(WHOLE_WARP, mixed, 2 * k);
+    keys[k].second = __shfl_sync(WHOLE_WARP, mixed, 2 * k + 1);
+  }
+}
+
+// 16 random bits for each of the V values from a number on.
+LB_FN void draw(const Key &key, int64_t number, uint32_t (&draws)[V]) {
+  const int64_t pair = number / 2;
+  const uint32_t second = (uint32_t)(pair >> 32) * 0x9E3779B1u + key.second;
+  LB_UNROLL for (int k = 0; k < (V + 1) / 2; ++k) {
+    const uint32_t both = hash((uint32_t)pair + (uint32_t)k, key.first, second);
+    draws[2 * k % V] = V == 1 && number % 2 ? both >> 16 : both & 0xFFFFu;
+    if (V > 1) draws[(2 * k + 1) % V] = both >> 16;
+  }
+}
+
+// ---- the parameter, with its low bits (lowbit/masters.py)
+
+constexpr int COMPANION = MASTER == LB_SPLIT8 ? 1 : MASTER == LB_MASTER32 ? 4 : 2;  // bytes of a value's low bits
+constexpr Half HALF = PARAM == LB_BFLOAT16 ? BF16 : FP16;
+
+using ParamWords = Words<V * SIZE<PARAM>>;
+using CompanionWords = Words<V * COMPANION>;
+
+LB_FN float load_low(uint32_t raw, float p, const uint32_t *kept, int k) {
+  if (MASTER == LB_MASTER32) {
+    const float whole = float_of(kept[k]);
+    const uint32_t rounded = PARAM == LB_BFLOAT16 ? narrow_bf16(whole) : narrow_fp16(whole);
+    const bool same = rounded == raw || ((rounded | raw) & 0x7FFFu) == 0u;  // -0 equals 0, NaN nothing
+    return same && p == p ? whole : p;
+  }
+  if (MASTER == LB_KAHAN) return load_kahan(p, value<PARAM>(kept, k), HALF);
+  if (MASTER == LB_SPLIT8) return load_share(p, (float)(int8_t)(uint8_t)(kept[k / 4] >> (k % 4 * 8)), 127.0f, HALF);
+  const int16_t low = (int16_t)half_word(kept, k);
+  return PARAM == LB_BFLOAT16 ? load_split16((uint16_t)raw, low) : load_share(p, (float)low, 8192.0f, HALF);
+}
+
+LB_FN ParamWords load_parameter(const Job &job, const Place &place, float (&p)[V]) {
+  const ParamWords raw = fetch<V * SIZE<PARAM>, SIZE<PARAM>>(job.param, place.at * SIZE<PARAM>, place.count);
+  LB_UNROLL for (int k = 0; k < V; ++k) p[k] = value<PARAM>(raw.word, k);
+  if (MASTER != LB_NONE) {
+    const CompanionWords kept =
+        fetch<V * COMPANION, COMPANION>(job.companion, place.at * COMPANION, place.count);
+    LB_UNROLL for (int k = 0; k < V; ++k) p[k] = load_low(half_word(raw.word, k), p[k], kept.word, k);
+  }
+  return raw;
+}
+
+// The parameter as it will be stored.
+LB_FN ParamWords narrow_parameter(const Key &key, const Place &place, const float (&p)[V]) {
+  ParamWords words;
+  if (PARAM == LB_FLOAT32) {
+    LB_UNROLL for (int k = 0; k < V; ++k) words.word[k] = bits_of(p[k]);
+    return words;
+  }
+  uint32_t draws[V] = {};
+  if (STOCHASTIC) draw(key, place.number, draws);
+  LB_UNROLL for (int k = 0; k < V; ++k) {
+    uint16_t narrowed;
+    if (MASTER == LB_SPLIT16 && PARAM == LB_BFLOAT16) narrowed = high_split16(p[k]);
+    else if (PARAM == LB_BFLOAT16) narrowed = STOCHASTIC ? narrow_bf16(p[k], draws[k]) : narrow_bf16(p[k]);
+    else narrowed = STOCHASTIC ? narrow_fp16(p[k], draws[k]) : narrow_fp16(p[k]);
+    set_half_word(words.word, k, narrowed);
+  }
+  return words;
+}
+
+LB_FN void store_parameter(const Job &job, const Place &place, const float (&p)[V], const ParamWords &stored) {
+  put<V * SIZE<PARAM>, SIZE<PARAM>>(job.param, place.at * SIZE<PARAM>, stored, place.count);
+  if (MASTER == LB_NONE) return;
+  CompanionWords low = {};
+  LB_UNROLL for (int k = 0; k < V; ++k) {
+    const float own = value<PARAM>(stored.word, k);
+    if (MASTER == LB_MASTER32) {
+      low.word[k % CompanionWords::COUNT] = bits_of(p[k]);
+    } else if (MASTER == LB_SPLIT8) {
+      const uint32_t share = (uint32_t)(int32_t)store_share(p[k], own, 127.0f, HALF) & 0xFFu;
+      low.word[k / 4] |= share << (k % 4 * 8);
+    } else {
+      const uint16_t half = MASTER == LB_KAHAN ? (PARAM == LB_BFLOAT16 ? narrow_bf16(p[k] - own) : narrow_fp16(p[k] - own))
+                            : PARAM == LB_BFLOAT16
+                                ? (uint16_t)low_split16(p[k], half_word(stored.word, k))
+                                : (uint16_t)(int16_t)(int32_t)store_share(p[k], own, 8192.0f, HALF);
+      set_half_word(low.word, k, half);
+    }
+  }
+  put<V * COMPANION, COMPANION>(job.companion, place.at * COMPANION, low, place.count);
+}
+
+// ---- what is not finite
+
+// Whether stored numbers are finite. A 16-bit exponent of ones, and only that, carries into the sign's place.
+template <int DTYPE, int BYTES> LB_FN bool all_finite(const Words<BYTES> &words) {
+  float sum = 0.0f;
+  uint32_t carried = 0u;
+  LB_UNROLL for (int k = 0; k < Words<BYTES>::COUNT; ++k) {
+    if (DTYPE == LB_FLOAT32) sum = fma(float_of(words.word[k]), 0.0f, sum);  // 0 * x is NaN for infinities and NaNs
+    else if (DTYPE == LB_BFLOAT16) carried |= (words.word[k] & 0x7F807F80u) + 0x00800080u;
+    else carried |= (words.word[k] & 0x7C007C00u) + 0x04000400u;
+  }
+  return sum == 0.0f && (carried & 0x80008000u) == 0u;
+}
+
+// Whether a finite parameter would be so no longer: one that is broken already must not freeze its neighbours.
+LB_FN bool spoiled(const Place &place, const ParamWords &old, const ParamWords &fresh) {
+  if (all_finite<PARAM>(fresh)) return false;
+  bool found = false;
+  LB_UNROLL for (int k = 0; k < V; ++k) {
+    const bool was = finite_bits(magnitude_bits(value<PARAM>(old.word, k)));
+    found |= k < place.count && was && !finite_bits(magnitude_bits(value<PARAM>(fresh.word, k)));
+  }
+  return found;
+}
+
+}  // namespace lb

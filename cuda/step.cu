@@ -1,0 +1,85 @@
+// The updating sweep of an optimizer step: every tensor of a bucket in one launch.
+//
+// A warp takes a step block: 32 lanes decode 8 values each of the parameter, the gradient and every moment, run the
+// printed updates on them, agree by shuffles on the block's scales and on whether all of it is finite, encode and store.
+// Nothing is fp32 outside registers, nothing waits for the host, and a block that is not finite is left as it was.
+//
+// Memory, bytes of a parameter: what is stored of p (read and written), g (read), and each moment (read and written).
+//   AdamW, bf16 p and g, 8-bit moments: 2 + 2 + 2 + 2 * 2 * (1 + 4/256) = 10.06; with 4 bits 2 * 2 * (1/2 + 4/128) = 8.13.
+// Instructions, of a parameter, on the aligned path for sm_90: docs/gpu-speed.md; an H100 can issue 99 and 80 meanwhile.
+#include "moments.h"
+
+namespace lb {
+
+using Update = Sweep<MEASURES>;  // all updates, after the last measurement
+
+// All moments from K on: prepare, find out whether the block can be stored, store.
+template <int K> struct Stored {
+  Scaled<K> scaled;
+  CodeWords<K> codes;
+  Stored<K + 1> rest;
+
+  // True if something of it is not finite.
+  LB_FN bool encode(const Place &place, const Key *keys, const Tables<K> &tables, float (&x)[LOADED][V], Stored &to) {
+    keep_inside(place, x[2 + K]);
+    bool bad = scale_moment<K>(x[2 + K], to.scaled);
+    to.codes = encode_moment<K>(keys[1 + K], place, tables, x[2 + K], to.scaled);
+    if constexpr (FLOATS<K>) bad = !all_finite<FormatOf<K>::DTYPE>(to.codes);
+    return bad | Stored<K + 1>::encode(place, keys, tables.rest, x, to.rest);
+  }
+
+  LB_FN void store(const Job &job, const Place &place, const Stored &from) {
+    store_moment<K>(job, place, from.codes, from.scaled);
+    Stored<K + 1>::store(job, place, from.rest);
+  }
+};
+template <> struct Stored<MOMENTS> {
+  LB_FN bool encode(const Place &, const Key *, const Tables<MOMENTS> &, float (&)[LOADED][V], Stored &) { return false; }
+  LB_FN void store(const Job &, const Place &, const Stored &) {}
+};
+
+}  // namespace lb
+
+extern "C" __global__ void __launch_bounds__(lb::THREADS)
+    update(const Job *jobs, const Dynamic *dynamic, const Run *runs, const int32_t *owner, uint8_t *workspace) {
+  using namespace lb;
+  __shared__ Tables<0> tables;
+  prepare_tables<0>(tables);
+  __syncthreads();
+  const int32_t index = owner[blockIdx.x];
+  const Job job = jobs[index];  // a copy: what is stored might change the original, as far as the compiler knows
+  const Dynamic now = dynamic[index];
+  const Run &run = runs[index];
+  if (MEASURES > 0 && GUARDED && run.skip) return;
+  const auto scalars = Update::scalars(run.scalars);
+  Key keys[1 + MOMENTS];
+  if (DRAWS) stream_keys(job, now, keys);
+  const int64_t first = ((int64_t)blockIdx.x - job.first_chunk) * CHUNK + (int64_t)warp() * (32 * V * UNITS) + lane() * V;
+  uint32_t lost = 0u;
+  LB_ONE_AT_A_TIME for (int unit = 0; unit < UNITS; ++unit) {
+    const Place here = place(job, first + (int64_t)unit * (32 * V));
+    if (!any<32>(here.count > 0)) break;
+    float x[LOADED][V];
+    bool bad = load_gradient(now, here, x[1]);
+    const ParamWords old = load_parameter(job, here, x[0]);
+    load_moments<0, ~0u>(job, here, tables, x);
+    load_vectors<0, Update::READS>(job, workspace, here, x);
+    LB_UNROLL for (int k = 0; k < V; ++k) {
+      float values[SLOTS];
+      LB_UNROLL for (int slot = 0; slot < LOADED; ++slot) values[slot] = x[slot][k];
+      Update::run(values, scalars);
+      LB_UNROLL for (int slot = 0; slot < 2 + MOMENTS; ++slot) x[slot][k] = values[slot];
+    }
+    const ParamWords parameter = narrow_parameter(keys[0], here, x[0]);
+    bad |= spoiled(here, old, parameter);
+    Stored<0> stored;
+    bad |= Stored<0>::encode(here, keys, tables, x, stored);
+    if (GUARDED && any<LANES>(bad)) {
+      lost += lane() % LANES == 0 && here.count > 0;
+    } else {
+      store_parameter(job, here, x[0], parameter);
+      Stored<0>::store(job, here, stored);
+    }
+  }
+  if (lost) atomicAdd((unsigned long long *)job.skipped, (unsigned long long)lost);
+}

@@ -1,0 +1,196 @@
+"""The CUDA backend: kernels that are compiled for what they are to do, and launched on torch's current stream.
+
+What they compute is what `reference` says, bit for bit. This file has codecs of whole matrices (cuda/codec.cu).
+"""
+
+from __future__ import annotations
+
+from ctypes import Structure, c_int64, c_uint32, c_void_p
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ..formats import Format, format
+from ..gpu import Module, machine, sources
+from ..gpu.formats import print_format
+from ..layout import row_bytes, row_stride, step_width
+from ..native.abi import DTYPE
+from ..rotation import Rotation
+from ..rows import part_shapes
+from .cuda_step import step as step
+from .cuda_step import unsupported as unsupported
+
+THREADS = 256
+VALUES = 8  # of a lane
+WARP = 32 * VALUES
+EXTRA = {"affine": "zero", "log": "base"}
+_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+assert set(DTYPE) == {str(dtype).removeprefix("torch.") for dtype in _NAMES}
+
+
+def find(device: torch.device) -> None:
+    """Find what kernels need; raises a `RuntimeError` or `ValueError` with what is missing and the way out."""
+    machine(device)
+
+
+class Matrix(Structure):
+    """As in cuda/codec.cu."""
+
+    _fields_ = [
+        ("values", c_void_p),
+        ("codes", c_void_p),
+        ("scale", c_void_p),
+        ("extra", c_void_p),
+        ("rows", c_int64),
+        ("cols", c_int64),
+        ("stride", c_int64),
+        ("row_bytes", c_int64),
+        ("scales", c_int64),
+        ("across", c_int64),
+        ("key", c_uint32 * 2),
+        ("signs", c_uint32 * 2),
+    ]
+
+
+@lru_cache(maxsize=1024)
+def _spec(fmt: Format, dtype: torch.dtype, stochastic: bool, live: bool, rotation: int) -> str:
+    constants = {"bool STOCHASTIC": stochastic, "bool LIVE": live, "int ROTATION": rotation}
+    lines = [f"constexpr {name} = {str(value).lower()};\n" for name, value in constants.items()]
+    values = print_format(format(_NAMES[dtype]), "Values")
+    return f'#pragma once\n#include "arithmetic.h"\n{print_format(fmt, "Fmt")}{values}{"".join(lines)}'
+
+
+@lru_cache(maxsize=1)
+def _texts() -> dict[str, str]:
+    return sources()
+
+
+def _module(
+    device: torch.device,
+    fmt: Format,
+    dtype: torch.dtype,
+    stochastic: bool = False,
+    live: bool = False,
+    rotation: int = 0,
+) -> Module:
+    texts = _texts()
+    headers = {name: texts[name] for name in HEADERS}
+    return machine(device).module(
+        texts["codec.cu"], {**headers, "spec.h": _spec(fmt, dtype, stochastic, live, rotation)}
+    )
+
+
+HEADERS = ("stdint.h", "abi.h", "words.h", "arithmetic.h", "device.h", "formats.h")
+
+
+def _at_once(fmt: Format) -> bool:
+    """Whether a warp finds a block's scale by itself."""
+    block = fmt.block[1]
+    return not fmt.compressed or (VALUES <= block <= WARP and block & (block - 1) == 0)
+
+
+def _matrix(
+    fmt: Format,
+    values: Tensor,
+    parts: dict[str, Tensor],
+    noise: tuple[int, int] | None = None,
+    rotation: Rotation | None = None,
+) -> tuple[Matrix, int]:
+    """The argument of a kernel, and how many lanes there are."""
+    rows, cols = values.shape
+    bits, block = fmt.bits, fmt.block[1] if fmt.compressed else VALUES
+    scales = -(-cols // block)
+    # Lanes that share a scale, or rotate values together, are neighbours.
+    run = max(block if _at_once(fmt) else VALUES, rotation.size if rotation else 0)
+    stride = row_stride(cols)
+    if rows > 1 and cols % step_width(cols) == 0 and cols % run == 0 and cols % block == 0 and not rotation:
+        rows, cols, stride, scales = 1, rows * cols, rows * cols, rows * scales  # one long row: no division
+    across = -(-cols // run) * run // VALUES
+    matrix = Matrix(values=values.data_ptr(), rows=rows, cols=cols, stride=stride, scales=scales, across=across)
+    matrix.row_bytes = row_bytes(cols, bits)
+    matrix.key[:], matrix.signs[:] = noise or (0, 0), rotation.keys if rotation else (0, 0)
+    if parts:
+        matrix.codes = parts["codes"].data_ptr()
+        if fmt.compressed:
+            matrix.scale = parts["scale"].data_ptr()
+        if fmt.kind in EXTRA:
+            matrix.extra = parts[EXTRA[fmt.kind]].data_ptr()
+    return matrix, rows * across
+
+
+def _launch(module: Module, name: str, lanes: int, *arguments: object) -> None:
+    module.machine.launch(module.function(name), -(-lanes // THREADS), THREADS, arguments)
+
+
+def _empty(fmt: Format, x: Tensor) -> dict[str, Tensor]:
+    shapes = part_shapes(fmt, (x.shape[0], x.shape[1]))
+    return {part: torch.empty(shape, dtype=dtype, device=x.device) for part, (shape, dtype) in shapes.items()}
+
+
+def _encode(
+    name: str,
+    fmt: Format,
+    x: Tensor,
+    parts: dict[str, Tensor],
+    noise: tuple[int, int] | None,
+    live: bool,
+    rotation: Rotation | None,
+    *arguments: object,
+) -> None:
+    module = _module(x.device, fmt, x.dtype, noise is not None, live, rotation.size if rotation else 0)
+    if not _at_once(fmt):
+        matrix, _ = _matrix(fmt, x, parts)
+        blocks = matrix.rows * matrix.scales
+        threads = THREADS if fmt.block[1] > WARP else 32
+        module.machine.launch(module.function("scales"), blocks, threads, (matrix,))
+    matrix, lanes = _matrix(fmt, x, parts, noise, rotation)
+    _launch(module, name, lanes, matrix, *arguments)
+
+
+def _ready(fmt: Format, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, Rotation | None]:
+    """Contiguous; and rotated already where a block takes two passes."""
+    x = x.detach().resolve_neg().contiguous()
+    if rotation is not None:
+        rotation.check(x.shape[1])
+        if not _at_once(fmt):
+            return fake(format("fp32"), x, rotation=rotation), None
+    return x, rotation
+
+
+def encode(
+    fmt: Format,
+    x: Tensor,
+    noise: tuple[int, int] | None = None,
+    *,
+    live: bool = False,
+    rotation: Rotation | None = None,
+) -> dict[str, Tensor]:
+    """See `backends.encode`. With a rotation, of the matrix as `rotation.rotate` leaves it."""
+    x, rotation = _ready(fmt, x, rotation)
+    parts = _empty(fmt, x)
+    if x.numel():
+        _encode("encode", fmt, x, parts, noise, live, rotation)
+    return parts
+
+
+def decode(fmt: Format, parts: dict[str, Tensor], cols: int) -> Tensor:
+    """See `backends.decode`."""
+    parts = {part: tensor.contiguous() for part, tensor in parts.items()}
+    codes = parts["codes"]
+    rows = codes.shape[0] if fmt.compressed or not cols else codes.numel() // cols
+    values = torch.empty(rows, cols, dtype=torch.float32, device=codes.device)
+    if values.numel():
+        matrix, lanes = _matrix(fmt, values, parts)
+        _launch(_module(codes.device, fmt, torch.float32), "decode", lanes, matrix)
+    return values
+
+
+def fake(fmt: Format, x: Tensor, noise: tuple[int, int] | None = None, *, rotation: Rotation | None = None) -> Tensor:
+    """decode(encode(x)), without making the codes."""
+    x, rotation = _ready(fmt, x, rotation)
+    values = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    if x.numel():
+        parts = {} if _at_once(fmt) else _empty(fmt, x)
+        _encode("fake", fmt, x, parts, noise, False, rotation, c_void_p(values.data_ptr()))
+    return values

@@ -1,0 +1,265 @@
+"""A step on a GPU: every tensor of an optimizer in a few launches, none of which waits for the host.
+
+Jobs that the same kernels can step (one program, the same formats and types: `gpu.specialise.Special`) and that share
+their constants are a bucket. A bucket's kernels are compiled for it and are launched once each for all of its tensors:
+
+    begin      the working copies of scalars and vectors, and folds up to the first measurement
+    measure    for each measurement a sweep over the gradient, then reductions, then folds
+    judge      whether a tensor must be left as it is
+    update     the sweep that writes
+    finish     the scalars and vectors that persist
+
+What a job is (pointers, shapes) is a table on the device for as long as the job's storage lasts. What a step changes
+(gradients' addresses, seeds, step numbers, constants) is one small buffer, filled by one asynchronous copy: a captured
+CUDA graph is replayed after that copy alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import struct
+from collections.abc import Iterator
+from ctypes import c_int32, c_uint64, sizeof
+from weakref import WeakKeyDictionary, ref
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from ..gpu import Module, machine, sources
+from ..gpu import jobs as structs
+from ..gpu.specialise import Special, print_spec, special
+from ..gpu.stages import TILE, Launch, elements, launches, lines, print_program, room
+from ..layout import row_stride
+from ..native import abi
+from ..stages import Job, Program, Stage
+
+THREADS, UNITS = 256, 4  # as in cuda/operands.h
+CONSTANTS = 4 * abi.CONSTANTS  # bytes of a bucket's
+ENOUGH = 2048  # blocks of threads that keep a GPU busy
+_LOW = 2**64 - 1
+
+
+@torch.no_grad()
+def step(jobs: list[Job]) -> None:
+    """Step every job: parameters, moments, scalars and skip counts, in place."""
+    plan = _plans.get(jobs[0])
+    if plan is None or not plan.fits(jobs):
+        plan = _plans[jobs[0]] = _Plan(jobs)
+    with torch.cuda.device(plan.device) if plan.device.type == "cuda" else contextlib.nullcontext():
+        grads = plan.refresh(jobs)
+        plan.launch(jobs)
+        del grads  # contiguous copies were needed until now
+    increment_version([job.param for job in jobs])  # a graph that saved an old value must notice
+
+
+def unsupported(program: Program) -> str:
+    """Why a program cannot run here, or an empty string."""
+    try:
+        print_program(program)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+class _Plan:
+    """A list of jobs on one device, ready to be launched."""
+
+    def __init__(self, jobs: list[Job]):
+        self.device = jobs[0].param.device
+        self.machine = machine(self.device)
+        self.jobs, self.pattern = [ref(job) for job in jobs], _pattern(jobs)
+        kinds: dict[tuple[Special, int], list[int]] = {}
+        for number, (job, (_, constants)) in enumerate(zip(jobs, self.pattern, strict=True)):
+            kinds.setdefault((special(job), constants), []).append(number)
+        self.order = [number for numbers in kinds.values() for number in numbers]  # of the jobs in the tables
+        self.places = {number: place for place, number in enumerate(self.order)}
+        # What is measured over all tensors is added up program by program, in the order of the jobs.
+        programs = {program: k for k, program in enumerate(dict.fromkeys(job.program for job in jobs))}
+        self.in_total = sorted(range(len(jobs)), key=lambda number: programs[jobs[number].program])
+        self.totals: dict[tuple[int, ...], Tensor] = {}  # the places of the jobs of buckets that share a total
+        # A parameter that is not contiguous is worked on in a copy and written back.
+        odd = {k: job.param for k, job in enumerate(jobs) if not _is_plain(job.param)}
+        self.copies = {k: torch.empty(param.shape, dtype=param.dtype, device=self.device) for k, param in odd.items()}
+        table = (structs.Job * len(jobs))()
+        self.room = sizeof(structs.Run) * len(jobs)  # bytes of the workspace
+        for target, number in zip(table, self.order, strict=True):
+            self.room = _fill(target, jobs[number], self.copies.get(number, jobs[number].param), self.room)
+        changing = sizeof(structs.Dynamic) * len(jobs)
+        self.buffer = torch.empty(changing + CONSTANTS * len(kinds), dtype=torch.uint8, device=self.device)
+        self.constants = self.buffer.data_ptr() + changing
+        self.buckets = [
+            _Bucket(self, index, kind, numbers, [table[self.places[number]] for number in numbers])
+            for index, ((kind, _), numbers) in enumerate(kinds.items())
+        ]
+        self.table = torch.frombuffer(bytearray(table), dtype=torch.uint8).to(self.device)
+
+    def fits(self, jobs: list[Job]) -> bool:
+        """Whether it was made for these jobs, as they are now."""
+        return (
+            len(jobs) == len(self.jobs)
+            and all(known() is job for known, job in zip(self.jobs, jobs, strict=True))
+            and _pattern(jobs) == self.pattern
+        )
+
+    def refresh(self, jobs: list[Job]) -> list[Tensor]:
+        """Tell the device what this step changes: gradients' addresses, seeds, step numbers, constants.
+
+        Returns the gradients, contiguous, to be kept until the launches.
+        """
+        grads = [_plain(job.grad) for job in jobs]
+        changing: list[int] = []
+        for number in self.order:
+            seed, step, _ = jobs[number].stream
+            changing += (grads[number].data_ptr(), seed & _LOW, step & _LOW)
+        constants: list[float] = []
+        for bucket in self.buckets:
+            constants += bucket.packed(jobs[bucket.numbers[0]])
+        data = struct.pack(f"={len(changing)}Q{len(constants)}f", *changing, *constants)
+        self.machine.write(self.buffer.data_ptr(), data)
+        return grads
+
+    def launch(self, jobs: list[Job]) -> None:
+        """Launch a step, on what `refresh` has told."""
+        for number, copy in self.copies.items():
+            copy.copy_(jobs[number].param)
+        workspace = torch.empty(self.room, dtype=torch.uint8, device=self.device)
+        running = [(bucket, bucket.run(workspace.data_ptr())) for bucket in self.buckets]
+        while running:
+            waiting = [(bucket, run, stage) for bucket, run in running if (stage := next(run, None))]
+            if waiting:
+                self._total(workspace, [bucket for bucket, _, _ in waiting], waiting[0][2])
+            running = [(bucket, run) for bucket, run, _ in waiting]
+        for number, copy in self.copies.items():
+            jobs[number].param.copy_(copy)
+
+    def _total(self, workspace: Tensor, buckets: list[_Bucket], stage: Stage) -> None:
+        """One number for all tensors of these buckets."""
+        key = tuple(bucket.index for bucket in buckets)
+        if key not in self.totals:
+            theirs = {number for bucket in buckets for number in bucket.numbers}
+            order = [self.places[number] for number in self.in_total if number in theirs]
+            self.totals[key] = torch.tensor(order, dtype=torch.int32).to(self.device)
+        places = self.totals[key]
+        pointers = c_uint64(workspace.data_ptr()), c_uint64(places.data_ptr())
+        numbers = c_int32(len(places)), c_int32(stage.reduce == "max")
+        self.machine.launch(buckets[0].measuring.function("total"), 1, THREADS, (*pointers, *numbers))
+
+
+class _Bucket:
+    """Jobs that are stepped by the same launches; they follow each other in the plan's tables."""
+
+    def __init__(self, plan: _Plan, index: int, kind: Special, numbers: list[int], table: list[structs.Job]):
+        self.plan, self.index, self.kind, self.numbers = plan, index, kind, numbers
+        self.names = print_program(kind.program).constants
+        self.updating, self.measuring = plan.machine.prefetch([_text("step.cu", kind), _text("measure.cu", kind.folds)])
+        strides = [(job.rows, row_stride(job.cols)) for job in table]
+        chunk = THREADS * kind.values * UNITS
+        self.chunks = _owners(table, "first_chunk", [-(-rows * stride // chunk) for rows, stride in strides])
+        tiles = [-(-rows // TILE) * (stride // kind.width) for rows, stride in strides]
+        self.owners = {"chunks": self.chunks.to(plan.device)}
+        if any(stage.over == "column" for stage in kind.program.measures):
+            self.owners["tiles"] = _owners(table, "first_tile", tiles).to(plan.device)
+        self.launches = [(launch, _share(launch, kind.program, table)) for launch in launches(kind.program)]
+
+    def packed(self, job: Job) -> list[float]:
+        """The constants of its jobs, with room for more."""
+        return [job.constants[name] for name in self.names] + [0.0] * (abi.CONSTANTS - len(self.names))
+
+    def run(self, workspace: int) -> Iterator[Stage]:
+        """Launch its kernels; yields where a number over all tensors must be made first."""
+        plan, first = self.plan, self.plan.places[self.numbers[0]]
+        pointers = (
+            plan.table.data_ptr() + first * sizeof(structs.Job),
+            plan.buffer.data_ptr() + first * sizeof(structs.Dynamic),
+            workspace + first * sizeof(structs.Run),
+        )
+        tables = [c_uint64(pointer) for pointer in pointers]
+        room = c_uint64(workspace)
+        self._set_constants(self.measuring)
+        for launch, share in self.launches:
+            if launch.kernel == "total":
+                yield self.kind.program.measures[launch.measure]
+                self._set_constants(self.measuring)
+                continue
+            owner = self.owners.get(launch.over)
+            grid = len(self.numbers) * share if owner is None else len(owner)
+            arguments = [*tables, c_uint64(0 if owner is None else owner.data_ptr()), room]
+            arguments += [c_int32(launch.measure), c_int32(share)]
+            plan.machine.launch(self.measuring.function(launch.kernel), grid, THREADS, arguments)
+        self._set_constants(self.updating)
+        owner = self.owners["chunks"]
+        arguments = [*tables, c_uint64(owner.data_ptr()), room]
+        plan.machine.launch(self.updating.function("update"), len(owner), THREADS, arguments)
+
+    def _set_constants(self, module: Module) -> None:
+        """Another bucket may have launched this module with other constants."""
+        self.plan.machine.copy(module.symbol("constants")[0], self.plan.constants + self.index * CONSTANTS, CONSTANTS)
+
+
+_plans: WeakKeyDictionary[Job, _Plan] = WeakKeyDictionary()  # by the first job
+
+
+def _pattern(jobs: list[Job]) -> list[tuple[torch.dtype, int]]:
+    """What of the jobs decides on buckets and may differ from step to step: who shares constants with whom."""
+    numbers: dict[int, int] = {}
+    return [(job.grad.dtype, numbers.setdefault(id(job.constants), len(numbers))) for job in jobs]
+
+
+def _is_plain(x: Tensor) -> bool:
+    return x.is_contiguous() and not x.is_neg()
+
+
+def _plain(x: Tensor) -> Tensor:
+    return x if _is_plain(x) else x.detach().resolve_neg().contiguous()
+
+
+def _text(name: str, kind: Special) -> tuple[str, dict[str, str]]:
+    """A kernel file and its headers."""
+    texts = sources()
+    headers = {header: text for header, text in texts.items() if header.endswith(".h")}
+    return texts[name], {**headers, "spec.h": print_spec(kind)}
+
+
+def _owners(table: list[structs.Job], first: str, counts: list[int]) -> Tensor:
+    """For each block of threads of a launch the number of its job, which is told where its blocks begin."""
+    start = 0
+    for job, count in zip(table, counts, strict=True):
+        setattr(job, first, start)
+        start += count
+    return torch.arange(len(counts), dtype=torch.int32).repeat_interleave(torch.tensor(counts))
+
+
+def _share(launch: Launch, program: Program, table: list[structs.Job]) -> int:
+    """How many blocks of threads share the lines of each job in a launch over lines: eight lines each are worth one."""
+    if launch.over != "lines":
+        return 1
+    most = max(lines(launch, program, job.rows, job.cols, job.group_rows) for job in table)
+    return max(1, min(-(-most // 8), ENOUGH // len(table)))
+
+
+def _fill(target: structs.Job, job: Job, param: Tensor, at: int) -> int:
+    """Point a struct to a job's tensors and lay out its part of the workspace, from byte `at` on; returns the end."""
+    target.param, target.skipped = param.data_ptr(), job.skipped.data_ptr()
+    target.companion = None if job.companion is None else job.companion.data_ptr()
+    for k, letter in enumerate(job.program.values):
+        parts = job.moments[letter]
+        target.codes[k] = parts["codes"].data_ptr()
+        target.scale[k] = parts["scale"].data_ptr() if "scale" in parts else None
+        target.base[k] = parts["base"].data_ptr() if "base" in parts else None
+    for k, name in enumerate(job.program.scalars):
+        target.scalars[k] = job.scalars[name].data_ptr()
+    target.rows, target.cols, target.group_rows = job.rows, job.cols, job.group_rows
+    target.tensor = job.stream[2] & 0xFFFFFFFF
+    for k, letter in enumerate(print_program(job.program).vectors):
+        if letter in job.vectors:
+            target.vectors[k] = job.vectors[letter].data_ptr()
+        target.work_vectors[k] = at
+        at += _padded(4 * elements(job.program.vectors[letter], job.rows, job.cols, job.group_rows))
+    floats, doubles = room(job.program, job.rows, job.cols)
+    target.partial, target.sums = at, at + _padded(4 * floats)
+    return target.sums + _padded(8 * doubles)
+
+
+def _padded(size: int) -> int:
+    return -(-size // 16) * 16

@@ -1,0 +1,309 @@
+"""On a real GPU: the reference's bits, the CUDA backend's bits, layers, graphs; skipped where there is none.
+
+Everything is compared with the reference on the CPU. The reference on CUDA is not what users run, but what it shows is
+worth knowing: torch's own operations have the same bits there.
+"""
+
+import functools
+import io
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from cases import CASES, gradient, injected, parameters
+from cases import one_thread as one_thread
+from native_cases import COVERING, DIMENSIONS, Setting, differences, run, same
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+import lowbit
+from lowbit import backends
+from lowbit.nn import Operand, QuantLinear, Recipe
+from lowbit.optim import AdamW, Rule, StableSPAM
+from lowbit.rounding import key
+
+pytestmark = pytest.mark.gpu
+
+CUDA = torch.device("cuda")
+BACKENDS = ["reference", "native"]
+
+
+def every_value(settings: list[Setting]) -> list[Setting]:
+    """The first settings that have a value of some dimension that none before them has."""
+    chosen, seen = [], set()
+    for s in settings:
+        if new := set(zip(Setting._fields, s, strict=True)) - seen:
+            chosen.append(s)
+            seen |= new
+    assert len(seen) == sum(len(values) for values in DIMENSIONS)
+    return chosen
+
+
+FEW = every_value(COVERING)
+REST = [s for s in COVERING if s not in FEW]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a backend that runs on CUDA tensors, and is asked to."""
+    monkeypatch.setenv("LOWBIT_BACKEND", request.param)
+    try:
+        backends.choose(CUDA)
+    except ValueError as error:  # one that is there but cannot be had is a failure
+        pytest.skip(str(error))
+    return request.param
+
+
+@pytest.fixture
+def no_waiting() -> Iterator[None]:
+    """While it lasts, whatever makes the host wait for the device is an error."""
+    torch.cuda.synchronize()
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+# ---- codecs
+
+
+@pytest.mark.parametrize("name", lowbit.formats())
+@pytest.mark.parametrize("stochastic", [False, True], ids=["nearest", "stochastic"])
+def test_a_codec_has_the_same_bits(name: str, stochastic: bool, backend: str, monkeypatch: pytest.MonkeyPatch):
+    fmt, noise = lowbit.format(name), key(3, 1, 4, 1) if stochastic else None
+    for k, (shape, dtype) in enumerate(
+        [((64, 64), torch.float32), ((7, 5461), torch.bfloat16), ((33, 301), torch.float16)]
+    ):
+        x = gradient(shape, 5, k, dtype)
+        x = x if fmt.signed else x.abs()
+        x[1] = 0
+        x[-1, :2] = torch.tensor([torch.inf, torch.nan])
+        with monkeypatch.context() as patch:
+            patch.setenv("LOWBIT_BACKEND", "reference")
+            expected = backends.encode(fmt, x, noise)
+            values, fake = backends.decode(fmt, expected, shape[1]), backends.fake(fmt, x, noise)
+        parts = backends.encode(fmt, x.to(CUDA), noise)
+        found = {
+            "values": backends.decode(fmt, parts, shape[1]),
+            "fake": backends.fake(fmt, x.to(CUDA), noise),
+            **parts,
+        }
+        assert all(its.is_cuda for its in found.values())
+        wrong = differences({"values": values, "fake": fake, **expected}, {k: its.cpu() for k, its in found.items()})
+        assert not wrong, wrong
+
+
+# ---- steps
+
+
+@functools.lru_cache(maxsize=1)
+def expected(s: Setting) -> tuple[dict[str, Any], list[Any]]:
+    """By the reference on the CPU, and its matrix stages."""
+    tape: list[Any] = []
+    with injected(tape, replay=False):
+        return run(s, "reference"), tape
+
+
+def agree(s: Setting, backend: str) -> None:
+    values, tape = expected(s)
+    with injected(tape, replay=True):
+        found = differences(values, run(s, backend, device="cuda"))
+    assert not found, f"{len(found)} differ: {'; '.join(found[:4])}"
+
+
+@pytest.mark.parametrize("s", FEW, ids=str)
+def test_steps_have_the_same_bits(s: Setting, backend: str):
+    agree(s, backend)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("s", REST, ids=str)
+def test_steps_have_the_same_bits_in_every_pair_of_settings(s: Setting, backend: str):
+    agree(s, backend)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if not case.mixes and not case.low_rank], ids=str)
+@pytest.mark.parametrize("states", ["8bit", "4bit"])
+def test_presets_have_the_same_bits(case: Any, states: str, backend: str, monkeypatch: pytest.MonkeyPatch):
+    """As users have them: bf16 parameters, rounded stochastically, of a model's shapes."""
+    shapes = [(512, 64), (33, 300), (3, 5461), (300,), ()]
+
+    def trained(device: str) -> dict[str, Tensor]:
+        named = [(n, Parameter(p.detach().to(device))) for n, p in parameters(shapes, torch.bfloat16)]
+        opt = case.build(named, states=states)
+        for t in range(1, 4):
+            for k, (_, p) in enumerate(named):
+                p.grad = gradient(tuple(p.shape), t, k, p.dtype).to(device)
+            opt.step()
+        values = {f"{n} {k}": v.cpu() for n, p in named for k, v in opt.state[p].items() if isinstance(v, Tensor)}
+        return {**values, **{n: p.detach().cpu() for n, p in named}}
+
+    on_gpu = trained("cuda")
+    monkeypatch.setenv("LOWBIT_BACKEND", "reference")
+    assert not (wrong := differences(trained("cpu"), on_gpu)), wrong
+
+
+def two_matrices(device: torch.device = CUDA) -> list[tuple[str, Parameter]]:
+    return [(n, Parameter(p.detach().to(device))) for n, p in parameters([(512, 256), (300,)], torch.bfloat16)]
+
+
+def give(named: list[tuple[str, Parameter]], t: int) -> None:
+    """Gradients of step t, in the memory where the last were: what a captured graph reads."""
+    for k, (_, p) in enumerate(named):
+        g = gradient(tuple(p.shape), t, k, p.dtype).to(p.device)
+        if p.grad is None:
+            p.grad = g
+        else:
+            p.grad.copy_(g)
+
+
+RULES = {"adamw": lambda its: AdamW(its, states="8bit"), "stablespam": lambda its: StableSPAM(its, states="4bit")}
+every_rule = pytest.mark.parametrize("rule", RULES)
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # torch calls it a prototype
+@every_rule
+def test_a_step_does_not_wait_for_the_device(rule: str, backend: str, no_waiting: None):
+    if backend == "reference":
+        pytest.skip("the reference copies numbers from the host and waits for it")
+    named = two_matrices()
+    opt = RULES[rule](named)
+    give(named, 1)
+    opt.step()  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    opt.step()
+    torch.cuda.set_sync_debug_mode("default")
+    assert opt.counters() == {"skipped_blocks": 0, "skipped_tensors": 0}
+
+
+@every_rule
+def test_a_step_runs_on_the_current_stream(rule: str, backend: str):
+    """What is on the stream before it is done before it."""
+    named, late = two_matrices(), two_matrices()
+    give(named, 1)
+    opt = RULES[rule](named)
+    opt.step()
+    other, stream = RULES[rule](late), torch.cuda.Stream()
+    for _, p in late:
+        p.grad = torch.zeros_like(p)
+    grads = [p.grad.clone() for _, p in named]
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(200_000_000)  # a tenth of a second
+        for (_, p), g in zip(late, grads, strict=True):
+            p.grad.copy_(g)
+        other.step()
+    stream.synchronize()
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(named, late, strict=True))
+
+
+@every_rule
+def test_a_captured_step_can_be_replayed(rule: str, backend: str):
+    """20 replays are 20 steps."""
+    if not hasattr(Rule, "prepare_replay") or backend == "reference":
+        pytest.skip("a step of this backend cannot be captured")
+    eager, replayed = two_matrices(), two_matrices()
+    opt, other = RULES[rule](eager), RULES[rule](replayed)
+    for t in (1, 2):
+        for named, its in ((eager, opt), (replayed, other)):
+            give(named, t)
+            its.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        other.step()
+    for t in range(3, 23):
+        give(eager, t)
+        opt.step()
+        give(replayed, t)
+        if t > 3:  # the step that was captured has been counted
+            other.prepare_replay()
+        graph.replay()
+    torch.cuda.synchronize()
+    for (name, p), (_, q) in zip(eager, replayed, strict=True):
+        assert torch.equal(p, q), name
+        wrong = differences(
+            {k: v.cpu() for k, v in opt.state[p].items()}, {k: v.cpu() for k, v in other.state[q].items()}
+        )
+        assert not wrong, wrong
+
+
+# ---- checkpoints
+
+
+@every_rule
+@pytest.mark.parametrize("way", [("cuda", "cpu"), ("cpu", "cuda")], ids="-to-".join)
+def test_a_checkpoint_goes_on_on_another_device(rule: str, way: tuple[str, str], backend: str, monkeypatch):
+    """As if it had never moved, to the bit."""
+
+    def use(device: torch.device) -> None:
+        monkeypatch.setenv("LOWBIT_BACKEND", backend if device.type == "cuda" else "reference")
+
+    first, second = map(torch.device, way)
+    use(first)
+    named = two_matrices(first)
+    opt = RULES[rule](named)
+    for t in (1, 2):
+        give(named, t)
+        opt.step()
+    file = io.BytesIO()
+    torch.save({"opt": opt.state_dict(), "model": [p.detach() for _, p in named]}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True, map_location=second)
+    moved = [(n, Parameter(p.to(second))) for (n, _), p in zip(named, saved["model"], strict=True)]
+    other = RULES[rule](moved)
+    other.load_state_dict(saved["opt"])
+    for its, ours in ((opt, named), (other, moved)):
+        use(ours[0][1].device)
+        for t in (3, 4):
+            give(ours, t)
+            its.step()
+    assert all(same(p.detach().cpu(), q.detach().cpu()) for (_, p), (_, q) in zip(named, moved, strict=True))
+
+
+# ---- layers
+
+NOISY = Recipe(weight="int4:32", activation="int4:32", gradient=Operand("int4:32", rounding="stochastic"), seed=3)
+
+
+@pytest.mark.parametrize("recipe", [*lowbit.recipes(), NOISY], ids=str)
+@pytest.mark.parametrize("cols", [256, 200])
+def test_a_layer_computes_the_same(recipe: str | Recipe, cols: int, backend: str, monkeypatch):
+    """What is multiplied has the same bits; the matmuls round in another order."""
+
+    def made(device: torch.device) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        layer = QuantLinear(cols, 96, recipe=recipe)
+        with torch.no_grad():
+            for p in layer.parameters():
+                p.copy_(torch.randn(p.shape, generator=generator) / cols**0.5)
+        x, gy = (torch.randn(64, n, generator=generator).to(device) for n in (cols, 96))
+        layer.to(device)
+        x.requires_grad_()
+        y = layer(x)
+        y.backward(gy)
+        found = {"y": y, "x": x.grad, **{n: p.grad for n, p in layer.named_parameters()}}
+        return {name: its.detach().cpu() for name, its in found.items()}
+
+    on_gpu = made(CUDA)
+    monkeypatch.setenv("LOWBIT_BACKEND", "reference")
+    for name, its in made(torch.device("cpu")).items():
+        torch.testing.assert_close(
+            on_gpu[name], its, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+# torch's own tracing of autograd functions does what it warns of; and fp32 matmuls are meant to be fp32.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning", "ignore:TensorFloat32")
+def test_a_quantized_model_compiles(backend: str):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(256, 128), nn.GELU(), nn.Linear(128, 64)).to(CUDA)
+    lowbit.quantize_(model, "stablespam-int4")
+    x = torch.randn(64, 256, device=CUDA)
+    compiled, found = torch.compile(model, fullgraph=True), []
+    for its in (model, compiled):
+        model.zero_grad()
+        y = its(x)
+        y.square().sum().backward()
+        found.append([y.detach(), *(p.grad.clone() for p in model.parameters())])
+    for eager, other in zip(*found, strict=True):  # fused kernels may round a value to the next code
+        assert (eager - other).norm() < 0.02 * eager.norm()
