@@ -26,6 +26,7 @@ from ..stages import VECTORS, Program, Stage
 
 TILE = 512  # rows that a sum over a column adds one after the other
 STRIPS, NARROW = 8192, 1024  # as in cuda/measure.cu
+LONGEST = 1 << 23  # what its trees have levels for: rows, or step blocks of a row
 
 HEAD = """#ifdef __GNUC__  // a rule need not use all it has
 #pragma GCC diagnostic push
@@ -144,14 +145,24 @@ def strips(rows: int, cols: int) -> int:
 
 
 def room(program: Program, rows: int, cols: int) -> tuple[int, int]:
-    """How many floats (`Job.partial`) and doubles (`Job.sums`) a job needs for its measurements."""
+    """How many floats (`Job.partial`) and doubles (`Job.sums`) a job needs for its measurements.
+
+    Raises `ValueError` for a tensor larger than the trees of cuda/measure.cu.
+    """
+    across = row_stride(cols) // step_width(cols)
+    flat = across == 1 and all(stage.over not in ("column", "group") for stage in program.measures)
+    if program.measures and (across > LONGEST or rows > (LONGEST << 8 if flat else LONGEST)):
+        raise ValueError(
+            f"a tensor of {rows} rows of {cols} values is too large for what is measured on a GPU: split it"
+        )
     blocks = sums = 0
     for stage in program.measures:
         if stage.over == "column":
             sums = max(sums, -(-rows // TILE) * cols)
         elif stage.over in VECTORS or stage.reduce != "max":
-            blocks = rows * row_stride(cols) // step_width(cols)
-            sums = max(sums, rows if stage.over == "group" else strips(rows, cols) if stage.over != "row" else 0)
+            blocks = rows * across
+            if stage.over != "row":
+                sums = max(sums, rows if stage.over == "group" else strips(rows, cols))
     return blocks, sums
 
 
@@ -193,7 +204,9 @@ class _Printer:
         over = tuple(self.program.vectors[name] for name in self.vectors)
         sweeps = [*self.measures, len(self.stages)]
         folds = segments(self.program)
-        initial = [f"  if (scalar == {self.scalars[k]}) return {_float(v)};" for k, v in self.program.temporaries.items()]
+        initial = [
+            f"  if (scalar == {self.scalars[k]}) return {_float(v)};" for k, v in self.program.temporaries.items()
+        ]
         lines = [
             HEAD,
             *(f"{text}\n" for text in self._functors().values()),
