@@ -9,6 +9,8 @@
 #define LB_UNROLL _Pragma("unroll")
 #define LB_ONE_AT_A_TIME _Pragma("unroll 1")
 #define LB_GLOBAL(pointer) __builtin_assume(__isGlobal(pointer))  // else every access finds out what it accesses
+// The bytes of shared memory that the launch asks for; the shim has its own.
+#define LB_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 #else
 #define LB_GLOBAL(pointer)
 #define LB_UNROLL

@@ -210,7 +210,7 @@ template <class Fmt> struct Ways<Fmt, false> {
     int32_t held = magnitude > Fmt::CELL_LOW ? magnitude : Fmt::CELL_LOW;
     held = held < Fmt::CELL_HIGH ? held : Fmt::CELL_HIGH;
     const bool negative = (int32_t)bits_of(u) < 0;
-    const int32_t at = (held - Fmt::CELL_LOW >> Fmt::CELL_SHIFT) + (negative ? Fmt::CELL_HALF : 0);
+    const int32_t at = ((held - Fmt::CELL_LOW) >> Fmt::CELL_SHIFT) + (negative ? Fmt::CELL_HALF : 0);
     const uint32_t cell = NEAR ? ways.cells[NEAR ? at : 0] : Fmt::cells(at);
     const uint32_t over = ((uint32_t)held & BELOW) >= (cell & 0xFFFFFFu) ? 1u : 0u;
     return (cell >> 24) + (negative ? 0u - over : over);

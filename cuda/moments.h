@@ -11,8 +11,11 @@ template <int K> using FormatOf = typename Moment<K>::Format;
 template <int K> constexpr int BITS = FormatOf<K>::BITS;
 template <int K> constexpr bool FLOATS = FormatOf<K>::KIND == LB_KIND_FLOAT;
 template <int K> constexpr int CODE_BYTES = (V * BITS<K> + 7) / 8;
-template <int K> constexpr int SCALE_BLOCK = FormatOf<K>::BLOCK < WIDTH ? FormatOf<K>::BLOCK : WIDTH;
-template <int K> constexpr int SCALE_LANES = SCALE_BLOCK<K> / V;  // that share a scale
+template <int K> constexpr int SCALE_BLOCK = FLOATS<K> || FormatOf<K>::BLOCK > WIDTH ? WIDTH : FormatOf<K>::BLOCK;
+// Lanes share a scale; or, with blocks that are shorter than what a lane has, its values are in parts, each with a scale.
+template <int K> constexpr int SCALE_LANES = SCALE_BLOCK<K> > V ? SCALE_BLOCK<K> / V : 1;
+template <int K> constexpr int PARTS = SCALE_BLOCK<K> < V ? V / SCALE_BLOCK<K> : 1;
+template <int K> constexpr int PART = V / PARTS<K>;
 template <int K> using CodeWords = Words<CODE_BYTES<K>>;
 
 template <int K> struct Tables {  // of all moments' formats from K on, in shared memory
@@ -46,28 +49,45 @@ template <int K> LB_FN int code_count(const Place &place) {              // acce
 }
 
 // What a stage makes of what lies beyond a row's end is no value.
-LB_FN void keep_inside(const Place &place, float (&x)[V]) {
+LB_FN void keep_inside([[maybe_unused]] const Place &place, [[maybe_unused]] float (&x)[V]) {
   if constexpr (!LINEAR) {
     LB_UNROLL for (int k = 0; k < V; ++k) x[k] = k < place.count ? x[k] : 0.0f;
   }
 }
 
+template <int K> LB_FN void take_part(int part, const float (&x)[V], float (&to)[PART<K>]) {
+  LB_UNROLL for (int k = 0; k < PART<K>; ++k) to[k] = x[part * PART<K> + k];
+}
+
+template <int K> LB_FN void decode_moment(const Job &job, const Place &place, const Tables<K> &tables,
+                                          const CodeWords<K> &codes, float (&x)[V]) {
+  using F = FormatOf<K>;
+  constexpr int bits = PART<K> * BITS<K>;
+  LB_UNROLL for (int part = 0; part < PARTS<K>; ++part) {
+    float scale = 1.0f, base = 1.0f, values[PART<K>];
+    if (!FLOATS<K> && place.count > part * PART<K>) {
+      const int64_t index = scale_index<K>(job, place) + part;
+      scale = load_float(job.scale[K] + index);
+      if (F::KIND == LB_KIND_LOG) base = load_float(job.base[K] + index);
+    }
+    Codes<F, PART<K>> own;
+    if constexpr (PARTS<K> == 1) own = codes;
+    else own.word[0] = codes.word[part * bits / 32] >> part * bits % 32 & (uint32_t)((1ull << bits) - 1u);
+    Codec<F>::template decode<PART<K>>(own, scale, base, tables.own, values);
+    LB_UNROLL for (int k = 0; k < PART<K>; ++k) x[part * PART<K> + k] = values[k];
+  }
+  keep_inside(place, x);
+}
+
 // All moments from K on that are wanted, a bit of `WANTED` per slot.
-template <int K, uint32_t WANTED>
+template <int K, uint32_t WANTED, int COUNT>
 LB_FN void load_moments([[maybe_unused]] const Job &job, [[maybe_unused]] const Place &place,
-                        [[maybe_unused]] const Tables<K> &tables, [[maybe_unused]] float (&x)[LOADED][V]) {
+                        [[maybe_unused]] const Tables<K> &tables, [[maybe_unused]] float (&x)[COUNT][V]) {
   if constexpr (K < MOMENTS) {
     if constexpr ((WANTED >> (2 + K) & 1u) != 0u) {
       const CodeWords<K> codes =
           fetch<CODE_BYTES<K>, CODE_EACH<K>>(job.codes[K], code_index<K>(job, place), code_count<K>(place));
-      float scale = 1.0f, base = 1.0f;
-      if (!FLOATS<K> && place.count > 0) {
-        const int64_t index = scale_index<K>(job, place);
-        scale = load_float(job.scale[K] + index);
-        if (FormatOf<K>::KIND == LB_KIND_LOG) base = load_float(job.base[K] + index);
-      }
-      Codec<FormatOf<K>>::template decode<V>(codes, scale, base, tables.own, x[2 + K]);
-      keep_inside(place, x[2 + K]);
+      decode_moment<K>(job, place, tables, codes, x[2 + K]);
     }
     load_moments<K + 1, WANTED>(job, place, tables.rest, x);
   }
@@ -88,9 +108,9 @@ LB_FN bool load_gradient(const Dynamic &now, const Place &place, float (&g)[V]) 
 }
 
 // Vectors, broadcast over their values.
-template <int K, uint32_t WANTED>
+template <int K, uint32_t WANTED, int COUNT>
 LB_FN void load_vectors([[maybe_unused]] const Job &job, [[maybe_unused]] const uint8_t *workspace,
-                        [[maybe_unused]] const Place &place, [[maybe_unused]] float (&x)[LOADED][V]) {
+                        [[maybe_unused]] const Place &place, [[maybe_unused]] float (&x)[COUNT][V]) {
   if constexpr (K < VECTORS) {
     constexpr int slot = 2 + MOMENTS + K;
     if constexpr ((WANTED >> slot & 1u) != 0u) {
@@ -108,36 +128,54 @@ LB_FN void load_vectors([[maybe_unused]] const Job &job, [[maybe_unused]] const 
 
 // ---- storing
 
-struct Scaled {  // what a lane knows of the block that its values of one moment are in
+template <int K> struct Scaled {  // what a lane knows of the blocks that its values of a moment are in
   float source[V];  // what codes are taken from: roots for a format of roots
-  float scale, inverse, base;
+  float scale[PARTS<K>], inverse[PARTS<K>], base[PARTS<K>];
 };
 
-// A moment's scale; true if it cannot be stored.
-template <int K> LB_FN bool scale_moment(const float (&x)[V], Scaled &to) {
+// A moment's scales; true if it cannot be stored.
+template <int K> LB_FN bool scale_moment(const float (&x)[V], Scaled<K> &to) {
   using F = FormatOf<K>;
   LB_UNROLL for (int k = 0; k < V; ++k) to.source[k] = F::SQUARE ? sqrt(x[k]) : x[k];
-  to.scale = to.inverse = to.base = 0.0f;
-  if constexpr (FLOATS<K>) return false;  // known when it has been narrowed
-  uint32_t most = 0u;
-  LB_UNROLL for (int k = 0; k < V; ++k) {
-    const uint32_t bits = magnitude_bits(to.source[k]);
-    most = bits > most ? bits : most;
+  bool bad = false;
+  LB_UNROLL for (int part = 0; part < PARTS<K>; ++part) {
+    to.scale[part] = to.inverse[part] = to.base[part] = 0.0f;
+    if constexpr (!FLOATS<K>) {  // floats can be stored or not as they are narrowed
+      uint32_t most = 0u;
+      float values[PART<K>];
+      take_part<K>(part, to.source, values);
+      LB_UNROLL for (int k = 0; k < PART<K>; ++k) {
+        const uint32_t bits = magnitude_bits(values[k]);
+        most = bits > most ? bits : most;
+      }
+      to.scale[part] = scale_of<F>(float_of(largest<SCALE_LANES<K>>(most)));
+      to.inverse[part] = inverse(to.scale[part]);
+      if constexpr (F::KIND == LB_KIND_LOG) to.base[part] = log_base<F, PART<K>, SCALE_LANES<K>>(values, to.scale[part]);
+      bad |= !finite_bits(magnitude_bits(to.scale[part]));
+    }
   }
-  if constexpr (!FLOATS<K>) {
-    to.scale = derive_scale(float_of(largest<SCALE_LANES<K>>(most)), F::TOP, F::MIN_SCALE, F::MAX_SCALE);
-    to.inverse = inverse(to.scale);
-    if constexpr (F::KIND == LB_KIND_LOG) to.base = log_base<F, V, SCALE_LANES<K>>(x, to.scale);
-  }
-  return !finite_bits(magnitude_bits(to.scale));
+  return bad;
 }
 
 template <int K> LB_FN CodeWords<K> encode_moment(const Key &key, const Place &place, const Tables<K> &tables,
-                                                  const float (&x)[V], const Scaled &scaled) {
+                                                  const float (&x)[V], const Scaled<K> &scaled) {
+  using F = FormatOf<K>;
+  constexpr int bits = PART<K> * BITS<K>;
   uint32_t draws[V] = {};
   if (Moment<K>::STOCHASTIC) draw(key, place.number, draws);
-  return Codec<FormatOf<K>>::template encode<V, Moment<K>::STOCHASTIC, Moment<K>::LIVE, GUARDED>(
-      x, scaled.source, scaled.inverse, scaled.base, draws, tables.own);
+  CodeWords<K> codes = {};
+  LB_UNROLL for (int part = 0; part < PARTS<K>; ++part) {
+    float values[PART<K>], source[PART<K>];
+    uint32_t own_draws[PART<K>];
+    take_part<K>(part, x, values);
+    take_part<K>(part, scaled.source, source);
+    LB_UNROLL for (int k = 0; k < PART<K>; ++k) own_draws[k] = draws[part * PART<K> + k];
+    const auto own = Codec<F>::template encode<PART<K>, Moment<K>::STOCHASTIC, Moment<K>::LIVE, GUARDED>(
+        values, source, scaled.inverse[part], scaled.base[part], own_draws, tables.own);
+    if constexpr (PARTS<K> == 1) codes = own;
+    else codes.word[part * bits / 32] |= own.word[0] << part * bits % 32;
+  }
+  return codes;
 }
 
 // Codes of values that do not exist are 0.
@@ -149,13 +187,16 @@ template <int BYTES> LB_FN void clear_beyond(Words<BYTES> &words, int bits) {
 }
 
 template <int K>
-LB_FN void store_moment(const Job &job, const Place &place, CodeWords<K> codes, const Scaled &scaled) {
+LB_FN void store_moment(const Job &job, const Place &place, CodeWords<K> codes, const Scaled<K> &scaled) {
   if (!LINEAR && !FLOATS<K>) clear_beyond(codes, place.count * BITS<K>);
   put<CODE_BYTES<K>, CODE_EACH<K>>(job.codes[K], code_index<K>(job, place), codes, code_count<K>(place));
-  if (FLOATS<K> || place.count == 0 || lane() % SCALE_LANES<K> != 0) return;
-  const int64_t index = scale_index<K>(job, place);
-  store_float(job.scale[K] + index, scaled.scale);
-  if (FormatOf<K>::KIND == LB_KIND_LOG) store_float(job.base[K] + index, scaled.base);
+  if (FLOATS<K> || lane() % SCALE_LANES<K> != 0) return;
+  LB_UNROLL for (int part = 0; part < PARTS<K>; ++part) {
+    if (place.count <= part * PART<K>) return;
+    const int64_t index = scale_index<K>(job, place) + part;
+    store_float(job.scale[K] + index, scaled.scale[part]);
+    if (FormatOf<K>::KIND == LB_KIND_LOG) store_float(job.base[K] + index, scaled.base[part]);
+  }
 }
 
 }  // namespace lb

@@ -15,7 +15,7 @@ using Update = Sweep<MEASURES>;  // all updates, after the last measurement
 
 // All moments from K on: prepare, find out whether the block can be stored, store.
 template <int K> struct Stored {
-  Scaled scaled;
+  Scaled<K> scaled;
   CodeWords<K> codes;
   Stored<K + 1> rest;
 

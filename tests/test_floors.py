@@ -14,7 +14,7 @@ import pytest
 # lower floors, and freely from inside itself. A new module gets its place here.
 FLOORS = [
     {"words", "formats", "rounding"},
-    {"codec", "layout", "stages", "masters", "roles"},
+    {"codec", "layout", "stages", "masters", "roles", "rotation"},
     {"rows", "native"},
     {"gpu"},
     {"backends"},

@@ -67,11 +67,18 @@ def _texts() -> dict[str, str]:
 
 
 def _module(
-    device: torch.device, fmt: Format, dtype: torch.dtype, stochastic: bool = False, live: bool = False, rotation: int = 0
+    device: torch.device,
+    fmt: Format,
+    dtype: torch.dtype,
+    stochastic: bool = False,
+    live: bool = False,
+    rotation: int = 0,
 ) -> Module:
     texts = _texts()
     headers = {name: texts[name] for name in HEADERS}
-    return machine(device).module(texts["codec.cu"], {**headers, "spec.h": _spec(fmt, dtype, stochastic, live, rotation)})
+    return machine(device).module(
+        texts["codec.cu"], {**headers, "spec.h": _spec(fmt, dtype, stochastic, live, rotation)}
+    )
 
 
 HEADERS = ("stdint.h", "abi.h", "words.h", "arithmetic.h", "device.h", "formats.h")
@@ -100,10 +107,9 @@ def _matrix(
     if rows > 1 and cols % step_width(cols) == 0 and cols % run == 0 and cols % block == 0 and not rotation:
         rows, cols, stride, scales = 1, rows * cols, rows * cols, rows * scales  # one long row: no division
     across = -(-cols // run) * run // VALUES
-    matrix = Matrix(
-        values=values.data_ptr(), rows=rows, cols=cols, stride=stride, row_bytes=row_bytes(cols, bits), scales=scales,
-        across=across, key=(c_uint32 * 2)(*(noise or (0, 0))), signs=(c_uint32 * 2)(*(rotation.keys if rotation else (0, 0))),
-    )  # fmt: skip
+    matrix = Matrix(values=values.data_ptr(), rows=rows, cols=cols, stride=stride, scales=scales, across=across)
+    matrix.row_bytes = row_bytes(cols, bits)
+    matrix.key[:], matrix.signs[:] = noise or (0, 0), rotation.keys if rotation else (0, 0)
     if parts:
         matrix.codes = parts["codes"].data_ptr()
         if fmt.compressed:
@@ -180,9 +186,7 @@ def decode(fmt: Format, parts: dict[str, Tensor], cols: int) -> Tensor:
     return values
 
 
-def fake(
-    fmt: Format, x: Tensor, noise: tuple[int, int] | None = None, *, rotation: Rotation | None = None
-) -> Tensor:
+def fake(fmt: Format, x: Tensor, noise: tuple[int, int] | None = None, *, rotation: Rotation | None = None) -> Tensor:
     """decode(encode(x)), without making the codes."""
     x, rotation = _ready(fmt, x, rotation)
     values = torch.empty(x.shape, dtype=torch.float32, device=x.device)

@@ -1,4 +1,4 @@
-"""What was compiled, kept on disk: in the folder of lowbit/native/build.py, and like there it may be deleted any time."""
+"""What was compiled, kept on disk in the folder of lowbit/native/build.py; like that, it may be deleted at any time."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
 """The CUDA driver, by ctypes: modules, launches and copies, in the context and on the streams that torch uses.
 
-Every NVIDIA machine has this library and its C interface does not change, so nothing needs to be built for a version of
-torch, Python or CUDA. NVIDIA's cuda-bindings would wrap the same functions: it comes with torch for CUDA 13 and not with
-older ones, names them otherwise in each major version, and a test on a machine without a GPU could not put a library of
-its own in the driver's place. So ctypes alone is used.
+Every machine with an NVIDIA GPU has this library, and its C interface stays: nothing is built for a version of torch,
+Python or CUDA. NVIDIA's cuda-bindings wraps the same functions. It is not used: it would be a second way through all of
+this, and on a machine without a GPU a test could not run it, for it takes no other library in the driver's place.
 """
 
 from __future__ import annotations

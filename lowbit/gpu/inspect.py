@@ -50,7 +50,7 @@ class Specialisation:
 
 @dataclass(frozen=True)
 class Resources:
-    """What a kernel takes of a multiprocessor: registers of a thread, bytes of a thread's stack and of shared memory."""
+    """What a kernel takes: registers of a thread, bytes of a thread's stack, and of a block's shared memory."""
 
     registers: int
     stack: int
@@ -114,7 +114,7 @@ GLOBAL = frozenset(CLASSES["global"].split())
 
 @dataclass(frozen=True)
 class Mix:
-    """The instructions of a loop: how many, how many of each class, and of each kind of global access with its width."""
+    """The instructions of a loop: how many, of each class, and of each kind of global access with its width."""
 
     instructions: int
     classes: Mapping[str, int]
@@ -176,11 +176,14 @@ def disassemble(cubin: bytes) -> dict[str, list[Instruction]]:
         path.write_bytes(cubin)
         done = subprocess.run([tool, "-json", str(path)], capture_output=True, text=True)
     if done.returncode:
-        raise InspectError(f"{tool} cannot read this machine code: {done.stderr.strip()}; a newer one may: {NO_NVDISASM}")
+        raise InspectError(
+            f"{tool} cannot read this machine code: {done.stderr.strip()}; a newer one may: {NO_NVDISASM}"
+        )
     functions: list[dict[str, Any]] = json.loads(done.stdout)[1]
     return {
         function["function-name"]: [
-            Instruction(i["opcode"], i.get("operands", ""), i.get("predicate", "")) for i in function["sass-instructions"]
+            Instruction(i["opcode"], i.get("operands", ""), i.get("predicate", ""))
+            for i in function["sass-instructions"]
         ]
         for function in functions
     }
@@ -235,7 +238,9 @@ def _blocks(kernel: Sequence[Instruction]) -> dict[int, Sequence[Instruction]]:
     return {a * WORD: kernel[a:b] for a, b in zip(starts, [*starts[1:], len(kernel)], strict=True)}
 
 
-def _successors(kernel: Sequence[Instruction], blocks: Mapping[int, Sequence[Instruction]], start: int) -> Iterator[int]:
+def _successors(
+    kernel: Sequence[Instruction], blocks: Mapping[int, Sequence[Instruction]], start: int
+) -> Iterator[int]:
     """Where a block goes on to. A BSYNC goes to where its BSSY says, and nearly always that is the next block."""
     last, after = blocks[start][-1], start + len(blocks[start]) * WORD
     if last.name == "BRA":

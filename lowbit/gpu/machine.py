@@ -20,7 +20,7 @@ import torch
 
 from ..native.build import fingerprint
 from . import cache, nvrtc
-from .driver import DYNAMIC, LOCAL, REGISTERS, SHARED, THREADS, Driver, DriverError
+from .driver import LOCAL, REGISTERS, SHARED, THREADS, Driver, DriverError
 
 _FREE_SHARED = 48 << 10  # bytes of shared memory that need not be asked for
 _LEAST_STAGE = 4 << 10
@@ -115,12 +115,11 @@ class Machine:
         Raises `CompileError` for what cannot be compiled and `DriverError` for what cannot be loaded.
         """
         key = (source, frozenset(headers.items()))
+        ours: Future[Module] = Future()
         with self._lock:
-            waiting = self._modules.get(key)
-            if waiting is None:
-                ours = self._modules[key] = Future()
-        if waiting is not None:
-            return waiting.result()
+            first = self._modules.setdefault(key, ours)
+        if first is not ours:
+            return first.result()  # which another thread may still be making
         try:
             ours.set_result(made := self._load(self.binary(source, headers)))
         except BaseException as error:

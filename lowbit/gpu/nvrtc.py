@@ -21,7 +21,10 @@ from typing import Any
 from ..native import build
 
 # Products and sums are not contracted; the others are NVRTC's own defaults, said because bits depend on them.
-OPTIONS = ["--std=c++17", "-fmad=false", "-ftz=false", "-prec-div=true", "-prec-sqrt=true"]
+# A lambda in a kernel has no place to say that it is for the device.
+OPTIONS = ["--std=c++17", "-fmad=false", "-ftz=false", "-prec-div=true", "-prec-sqrt=true", "-default-device"]
+
+LEAST = (8, 0)  # what the kernels use: a warp's maximum in one instruction, bf16 in tensor cores
 
 STDINT = """#pragma once
 typedef signed char int8_t;
@@ -90,11 +93,8 @@ class Nvrtc:
     def __init__(self, path: str):
         self.path = path
         # NVRTC looks for it by name where only the loader looks; what is loaded for all to see, it finds.
-        beside = [
-            name
-            for pattern in ("libnvrtc-builtins.so.*", "nvrtc-builtins*.dll")
-            for name in glob.glob(str(Path(path).parent / pattern))
-        ]
+        folder, patterns = os.path.dirname(path), ("libnvrtc-builtins.so.*", "nvrtc-builtins*.dll")
+        beside = [name for pattern in patterns if folder for name in glob.glob(os.path.join(folder, pattern))]
         try:
             for name in sorted(name for name in beside if ".alt." not in name):
                 ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
@@ -177,6 +177,11 @@ def compiler(capability: tuple[int, int], driver: tuple[int, int]) -> Compiler:
 def architecture(capability: tuple[int, int], nvrtc: Nvrtc) -> str:
     """What to compile for: the GPU's own architecture, else an older one of the same generation, which it runs too."""
     major, minor = capability
+    if capability < LEAST:
+        raise NoCompiler(
+            f"this GPU is of compute capability {major}.{minor}, and the kernels need {LEAST[0]}.{LEAST[1]} "
+            "(A100, RTX 30 series) or newer: use LOWBIT_BACKEND=reference"
+        )
     known = nvrtc.architectures()
     if major * 10 + minor in known:
         return f"sm_{major}{minor}{'a' if major >= 9 else ''}"

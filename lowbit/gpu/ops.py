@@ -5,7 +5,7 @@ Importing this module registers them; linear.py imports it when the first produc
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,11 +14,8 @@ from ..formats import format as find_format
 from .linear import check, multiply
 
 
-# custom_op reads the annotations of the signature, and knows Optional in every version of torch.
 @torch.library.custom_op("lowbit::linear", mutates_args=())
-def linear(
-    x: Tensor, codes: Tensor, scale: Optional[Tensor], extra: Optional[Tensor], format: str, k: int
-) -> Tensor:
+def linear(x: Tensor, codes: Tensor, scale: Tensor | None, extra: Tensor | None, format: str, k: int) -> Tensor:
     """X Wᵀ."""
     check("linear", x, codes, scale, format, k, False)
     assert scale is not None
@@ -27,7 +24,7 @@ def linear(
 
 @torch.library.custom_op("lowbit::linear_transposed", mutates_args=())
 def linear_transposed(
-    dy: Tensor, codes: Tensor, scale: Optional[Tensor], extra: Optional[Tensor], format: str, k: int
+    dy: Tensor, codes: Tensor, scale: Tensor | None, extra: Tensor | None, format: str, k: int
 ) -> Tensor:
     """Dy W."""
     check("linear_transposed", dy, codes, scale, format, k, True)

@@ -1,7 +1,7 @@
 """Every kernel that is known before it is needed, in one list, and what each of them costs on an architecture.
 
-`lowbit doctor --arch sm_90a` prints it on any machine that has NVRTC; the tests compile the list with every compiler for
-every architecture, and hold it to budgets.
+`lowbit doctor --arch sm_90a` prints it on any machine that has NVRTC; the tests compile the list with every compiler
+for every architecture, and hold it to budgets.
 """
 
 from __future__ import annotations

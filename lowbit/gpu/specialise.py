@@ -39,9 +39,8 @@ class Special:
 
     @property
     def values(self) -> int:
-        """Of a lane: a power of two that divides the step block and every block of a format."""
-        blocks = [fmt.block[1] for fmt in self.formats if fmt.compressed]
-        return min(LANE_VALUES, self.width, *blocks)
+        """Of a lane: no lane has values of two step blocks."""
+        return min(LANE_VALUES, self.width)
 
     @property
     def folds(self) -> Special:

@@ -7,7 +7,7 @@
 #include <stdint.h>
 
 #if defined(__CUDACC__) || defined(LB_DEVICE)
-#define LB_FN static __device__ __forceinline__
+#define LB_FN [[maybe_unused]] static __device__ __forceinline__
 #else
 #define LB_FN static inline __attribute__((always_inline))
 #endif

@@ -1,8 +1,8 @@
 """The emulator as a machine for CPU tensors: g++ in NVRTC's place, a library of ours in the CUDA driver's.
 
 `Emulator()` is a `lowbit.gpu.Machine`; everything else about it, the launcher above all, is what runs on a GPU.
-`installed()` has host code use it for CPU tensors. Sanitizers need to be there when a process starts, so what they are to
-see runs in a process of its own: `sanitized("thread", ...)`.
+`installed()` has host code use it for CPU tensors. Sanitizers need to be there when a process starts, so what they are
+to see runs in a process of its own: `sanitized("thread", ...)`.
 """
 
 import atexit

@@ -230,7 +230,7 @@ char *key_of(Warp &warp, const Fiber &fiber) {
   }
   if (warp.meetings == MEETINGS) give_up(fiber, fiber.site, "uses too many different masks for the emulator");
   Meeting &meeting = warp.meeting[warp.meetings++];
-  meeting.mask = fiber.mask;
+  meeting.mask = fiber.mask, meeting.passed = 0;
   return meeting.key;
 }
 void pass(Warp &warp, uint32_t mask) {

@@ -74,49 +74,51 @@ EMULATOR_FN int last_of_group(int width, Site site) {
 
 // ---- threads that wait for each other
 
-#define EMULATOR_AT emulator::Site site = emulator::Site{__builtin_FILE(), __builtin_LINE()}
+// As default arguments, these are where the call is.
+#define EMULATOR_AT const char *file = __builtin_FILE(), int line = __builtin_LINE()
+#define EMULATOR_SITE emulator::Site{file, line}
 
-EMULATOR_FN void __syncthreads(EMULATOR_AT) { emulator::barrier(false, site); }
-EMULATOR_FN int __syncthreads_count(int yes, EMULATOR_AT) { return (int)emulator::barrier(yes != 0, site); }
-EMULATOR_FN int __syncthreads_or(int yes, EMULATOR_AT) { return emulator::barrier(yes != 0, site) != 0; }
-EMULATOR_FN int __syncthreads_and(int yes, EMULATOR_AT) { return emulator::barrier(yes == 0, site) == 0; }
+EMULATOR_FN void __syncthreads(EMULATOR_AT) { emulator::barrier(false, EMULATOR_SITE); }
+EMULATOR_FN int __syncthreads_count(int yes, EMULATOR_AT) { return (int)emulator::barrier(yes != 0, EMULATOR_SITE); }
+EMULATOR_FN int __syncthreads_or(int yes, EMULATOR_AT) { return emulator::barrier(yes != 0, EMULATOR_SITE) != 0; }
+EMULATOR_FN int __syncthreads_and(int yes, EMULATOR_AT) { return emulator::barrier(yes == 0, EMULATOR_SITE) == 0; }
 EMULATOR_FN void __syncwarp(unsigned mask = 0xFFFFFFFFu, EMULATOR_AT) {
-  emulator::meet(emulator::SYNC, mask, 0, 0, site);
+  emulator::meet(emulator::SYNC, mask, 0, 0, EMULATOR_SITE);
 }
 EMULATOR_FN void __threadfence() { emulator::fence(); }
 EMULATOR_FN void __threadfence_block() { emulator::fence(); }
 
 template <class V> EMULATOR_FN V __shfl_sync(unsigned mask, V value, int from, int width = 32, EMULATOR_AT) {
-  const int last = emulator::last_of_group(width, site), first = last - (width - 1);
-  return emulator::shuffle(emulator::SHUFFLE, mask, value, first | (from & (width - 1)), site);
+  const int last = emulator::last_of_group(width, EMULATOR_SITE), first = last - (width - 1);
+  return emulator::shuffle(emulator::SHUFFLE, mask, value, first | (from & (width - 1)), EMULATOR_SITE);
 }
 template <class V> EMULATOR_FN V __shfl_up_sync(unsigned mask, V value, unsigned by, int width = 32, EMULATOR_AT) {
-  const int last = emulator::last_of_group(width, site), from = emulator::lane() - (int)by;
+  const int last = emulator::last_of_group(width, EMULATOR_SITE), from = emulator::lane() - (int)by;
   const int source = from < last - (width - 1) ? emulator::lane() : from;
-  return emulator::shuffle(emulator::SHUFFLE_UP, mask, value, source, site);
+  return emulator::shuffle(emulator::SHUFFLE_UP, mask, value, source, EMULATOR_SITE);
 }
 template <class V> EMULATOR_FN V __shfl_down_sync(unsigned mask, V value, unsigned by, int width = 32, EMULATOR_AT) {
-  const int last = emulator::last_of_group(width, site), from = emulator::lane() + (int)by;
-  return emulator::shuffle(emulator::SHUFFLE_DOWN, mask, value, from > last ? emulator::lane() : from, site);
+  const int last = emulator::last_of_group(width, EMULATOR_SITE), from = emulator::lane() + (int)by;
+  return emulator::shuffle(emulator::SHUFFLE_DOWN, mask, value, from > last ? emulator::lane() : from, EMULATOR_SITE);
 }
 template <class V> EMULATOR_FN V __shfl_xor_sync(unsigned mask, V value, int with, int width = 32, EMULATOR_AT) {
-  const int last = emulator::last_of_group(width, site), from = emulator::lane() ^ with;
-  return emulator::shuffle(emulator::SHUFFLE_XOR, mask, value, from > last ? emulator::lane() : from, site);
+  const int last = emulator::last_of_group(width, EMULATOR_SITE), from = emulator::lane() ^ with;
+  return emulator::shuffle(emulator::SHUFFLE_XOR, mask, value, from > last ? emulator::lane() : from, EMULATOR_SITE);
 }
 
 EMULATOR_FN unsigned __ballot_sync(unsigned mask, int yes, EMULATOR_AT) {
-  return (unsigned)emulator::meet(emulator::BALLOT, mask, yes != 0, 0, site);
+  return (unsigned)emulator::meet(emulator::BALLOT, mask, yes != 0, 0, EMULATOR_SITE);
 }
 EMULATOR_FN int __any_sync(unsigned mask, int yes, EMULATOR_AT) {
-  return (int)emulator::meet(emulator::ANY, mask, yes != 0, 0, site);
+  return (int)emulator::meet(emulator::ANY, mask, yes != 0, 0, EMULATOR_SITE);
 }
 EMULATOR_FN int __all_sync(unsigned mask, int yes, EMULATOR_AT) {
-  return (int)emulator::meet(emulator::ALL, mask, yes != 0, 0, site);
+  return (int)emulator::meet(emulator::ALL, mask, yes != 0, 0, EMULATOR_SITE);
 }
 
 #define EMULATOR_REDUCE(name, operation)                                      \
   EMULATOR_FN unsigned name(unsigned mask, unsigned value, EMULATOR_AT) {     \
-    return (unsigned)emulator::meet(emulator::operation, mask, value, 0, site); \
+    return (unsigned)emulator::meet(emulator::operation, mask, value, 0, EMULATOR_SITE); \
   }
 EMULATOR_REDUCE(__reduce_max_sync, MAX)
 EMULATOR_REDUCE(__reduce_min_sync, MIN)

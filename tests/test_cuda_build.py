@@ -1,0 +1,348 @@
+"""Every shipped kernel through every compiler, for every architecture; what the machine code may cost; and that faults
+of each kind are found."""
+
+import functools
+import json
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from lowbit.__main__ import main
+from lowbit.gpu import CompileError, NoCompiler, inspect, nvrtc
+from lowbit.gpu.inspect import InspectError, Instruction, Specialisation
+from lowbit.gpu.shipped import ARCHITECTURES, Report, read, report, shipped, texts
+
+SHIPPED = {special.name: special for special in shipped()}
+STRICT = ["-Werror", "all-warnings", "-Xptxas", "-v,-warn-spills,-warn-lmem-usage,-Werror"]
+
+# Registers of a thread at most; 64 where nothing is said. Two blocks of 128 threads fit a multiprocessor with 255.
+REGISTERS = {"linear": 255, "linear_transposed": 255, "linear_few": 96}
+
+# Instructions for each value, on sm_90a, at most: what an H100 can issue while its memory streams, or less. And the
+# bytes that a thread moves for each value in the main loop, without which the count of values would be only a claim.
+BUDGETS = [
+    ("linear int4", "linear", 12, (4 * 16 + 16 + 4) / 32),
+    ("linear int4", "linear_transposed", 15, (4 * 16 + 2 * (8 + 4)) / 32),
+    ("linear int4", "linear_few", 9, (8 * 16 + 2 * (16 + 4)) / 64),
+    ("linear int8", "linear_few", 9, (4 * 16 + 2 * (16 + 4)) / 32),
+    ("linear nf4", "linear", 12, (4 * 16 + 16 + 4) / 32),
+    ("linear e2m1", "linear", 12, (4 * 16 + 16 + 4) / 32),
+    ("step adamw 8bit bf16 stochastic", "step", 85, None),
+    ("step adamw 4bit bf16 stochastic", "step", 80, None),
+    ("step stablespam 4bit bf16 stochastic", "step", 95, None),
+]
+
+
+# ---- compilers
+
+
+def by_nvcc(special: Specialisation, arch: str) -> tuple[bytes, str]:
+    source, headers = texts(special)
+    return nvcc(source, {name: text for name, text in headers.items() if name != "stdint.h"}, arch)
+
+
+def nvcc(source: str, headers: dict[str, str], arch: str) -> tuple[bytes, str]:
+    with tempfile.TemporaryDirectory() as folder:
+        for name, text in {**headers, "kernel.cu": source}.items():
+            Path(folder, name).write_text(text, encoding="utf-8")
+        command = ["nvcc", "-cubin", f"-arch={arch}", "-std=c++17", "-fmad=false", *STRICT, "-I.", "kernel.cu"]
+        done = subprocess.run([*command, "-o", "kernel.cubin"], cwd=folder, capture_output=True, text=True)
+        if done.returncode:
+            raise CompileError(f"a kernel for {arch}", done.stdout + done.stderr)
+        return Path(folder, "kernel.cubin").read_bytes(), done.stdout + done.stderr
+
+
+@functools.cache
+def nvrtcs() -> dict[int, nvrtc.Nvrtc]:
+    """By the major version of CUDA."""
+    found: dict[int, nvrtc.Nvrtc] = {}
+    for path in nvrtc.places():
+        library = nvrtc.Nvrtc(path)
+        found.setdefault(library.version[0], library)
+    return found
+
+
+def compiler(name: str) -> Callable[[Specialisation, str], tuple[bytes, str]]:
+    if name == "nvcc":
+        if not shutil.which("nvcc"):
+            pytest.skip("there is no nvcc")
+        return by_nvcc
+    library = nvrtcs().get(int(name.removeprefix("nvrtc")))
+    if library is None:
+        pytest.skip(
+            f"there is no {name}: pip install {'nvidia-cuda-nvrtc-cu12' if name == 'nvrtc12' else 'nvidia-cuda-nvrtc'}"
+        )
+
+    def compile(special: Specialisation, arch: str) -> tuple[bytes, str]:
+        source, headers = texts(special)
+        return library.compile(source, special.file, headers, arch, inspect.VERBOSE)
+
+    return compile
+
+
+def needs_nvdisasm() -> None:
+    if not inspect.nvdisasm():
+        pytest.skip(inspect.NO_NVDISASM)
+
+
+COMPILERS = ["nvcc", "nvrtc12", "nvrtc13"]
+
+
+def matrix() -> Iterator:
+    """All compilers for H100s; for others each in turn, and the rest of them among the slow tests."""
+    for k, name in enumerate(SHIPPED):
+        for j, arch in enumerate(ARCHITECTURES):
+            for i, by in enumerate(COMPILERS):
+                chosen = arch == "sm_90a" or (i + j + k) % len(COMPILERS) == 0
+                yield pytest.param(by, arch, name, marks=[] if chosen else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("by", "arch", "name"), list(matrix()))
+def test_a_kernel_compiles_without_a_warning_and_keeps_to_registers(by: str, arch: str, name: str):
+    special = SHIPPED[name]
+    cubin, log = compiler(by)(special, arch)
+    found = {one.kernel: one for one in read(special, arch, cubin, log)}
+    assert set(special.values) <= set(found)
+    for kernel, one in found.items():
+        taken = one.resources
+        assert (taken.spills, taken.stack) == (0, 0), kernel
+        assert 0 < taken.registers <= REGISTERS.get(kernel, 64), kernel
+        assert not any(access.split()[1] == "8" for access in (one.mix.accesses if one.mix else {})), kernel
+
+
+LOCAL = 'extern "C" __global__ void k(float *p, int n) { float a[64]; for (int i = 0; i < 64; ++i) a[i] = p[i]; ' + (
+    "for (int i = 0; i < 64; ++i) p[i] = a[i * n % 64]; }"
+)
+SPILLED = 'extern "C" __global__ void __launch_bounds__(1024, 2) k(float *p) { float a[64]; ' + (
+    "#pragma unroll\n for (int i = 0; i < 64; ++i) a[i] = p[i]; __syncthreads();\n"
+    "#pragma unroll\n for (int i = 0; i < 64; ++i) p[64 - i] = a[i]; }"
+).replace("#", "\n#")
+UNUSED = 'extern "C" __global__ void k(float *p) { int unused; p[0] = 0.0f; }'
+
+
+@pytest.mark.parametrize("by", COMPILERS)
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [(LOCAL, "Local memory used"), (SPILLED, "Registers are spilled"), (UNUSED, "declared but never referenced")],
+    ids=["local", "spilled", "unused"],
+)
+def test_a_planted_warning_is_refused(by: str, source: str, said: str):
+    compiler(by)
+    with pytest.raises(CompileError, match=said):
+        if by == "nvcc":
+            nvcc(source, {}, "sm_90a")
+        else:
+            library = nvrtcs()[int(by.removeprefix("nvrtc"))]
+            _, log = library.compile(source, "planted.cu", {}, "sm_90a", inspect.VERBOSE)
+            inspect.refuse_warnings("planted", "sm_90a", log)
+
+
+# ---- budgets
+
+
+@functools.cache
+def reports(name: str) -> dict[str, Report]:
+    compiler("nvrtc13")
+    return {one.kernel: one for one in report(SHIPPED[name], "sm_90a", nvrtcs()[13])}
+
+
+def budgets() -> Iterator:
+    for name, *row in BUDGETS:
+        waits = pytest.mark.xfail(raises=KeyError, strict=True, reason="this kernel is not shipped yet")
+        yield pytest.param(name, *row, id=f"{name}-{row[0]}", marks=[] if name in SHIPPED else waits)
+
+
+@pytest.mark.parametrize(("name", "kernel", "most", "moved"), list(budgets()))
+def test_instructions_for_each_value_keep_to_the_budget(name: str, kernel: str, most: float, moved: float | None):
+    needs_nvdisasm()
+    one = reports(name)[kernel]
+    assert one.mix and one.per_value
+    assert 0 < one.per_value <= most, one
+    assert moved is None or one.mix.bytes / one.values == pytest.approx(moved, rel=1e-6), one
+    assert one.mix.accesses.get("LDG 128", 0) > 0
+
+
+def test_a_planted_narrow_access_is_seen():
+    needs_nvdisasm()
+    compiler("nvrtc13")
+    special = SHIPPED["linear int4"]
+    source, headers = texts(special)
+    wide, narrow = "((const Four *)from)[k]", "((const volatile uint32_t *)from)[4 * k + {}]"
+    words = ", ".join(narrow.format(i) for i in range(4))
+    patched = headers["device.h"].replace(f"const Four x = {wide};", f"const Four x = {{{words}}};")
+    assert patched != headers["device.h"]
+    cubin, log = nvrtcs()[13].compile(source, special.file, {**headers, "device.h": patched}, "sm_90a", inspect.VERBOSE)
+    found = {one.kernel: one for one in read(special, "sm_90a", cubin, log)}
+    mix = found["linear_few"].mix
+    assert mix and "LDG 128" not in mix.accesses and mix.accesses["LDG 32"] > 16
+
+
+# ---- reading machine code
+
+
+def kernel(text: str) -> list[Instruction]:
+    """Instructions, one a line; `name:` before a line is a label, and `@name` in operands its address."""
+    lines, labels = [], {}
+    for line in filter(None, map(str.strip, text.splitlines())):
+        while found := re.match(r"(\w+):\s*", line):
+            labels[found[1]] = 16 * len(lines)
+            line = line[found.end() :]
+        lines.append(line)
+    made = []
+    for line in lines:
+        predicate, opcode, operands = re.fullmatch(r"(@!?\w+ )?(\S+) ?(.*)", line).groups()
+        operands = re.sub(r"@(\w+)", lambda found: hex(labels[found[1]]), operands)
+        made.append(Instruction(opcode, operands, (predicate or "").strip()))
+    return made
+
+
+LOOP = """
+    S2R R0
+    @P0 EXIT
+    first: LDG.E R9
+    @P1 BRA @first
+    head: LDG.E.128 R4
+    @P2 BRA @wide
+    LDG.E.U8 R5
+    wide: BSSY B0,@meet
+    MUFU.RCP R6
+    @!P0 BRA @good
+    MOV R7
+    CALL.REL.NOINC 0x8000
+    BRA @meet
+    good: FFMA R6
+    BSYNC B0
+    meet: BRA.DIV UR4,@apart
+    SHFL.BFLY R6
+    back: STG.E.128 R6
+    @P3 BRA @head
+    EXIT
+    apart: WARPSYNC.COLLECTIVE R1,@back
+    SHFL.BFLY R6
+    BRA @back
+"""
+
+
+def test_the_main_loop_is_the_one_with_wide_accesses_without_what_never_runs():
+    got = [one.opcode for one in inspect.hot_loop(kernel(LOOP))]
+    assert got == [
+        "LDG.E.128",
+        "BRA",
+        "BSSY",
+        "MUFU.RCP",
+        "BRA",
+        "FFMA",
+        "BSYNC",
+        "BRA.DIV",
+        "SHFL.BFLY",
+        "STG.E.128",
+        "BRA",
+    ]
+    mix = inspect.Mix.of(inspect.hot_loop(kernel(LOOP)))
+    assert mix.accesses == {"LDG 128": 1, "STG 128": 1} and mix.bytes == 32 and mix.instructions == 11
+    assert mix.classes == {"global": 2, "control": 6, "mufu": 1, "fp32": 1, "shared": 1}
+
+
+def test_without_a_loop_all_that_runs_is_counted():
+    text = "LDG.E.128 R0\n@!P0 BRA @good\nCALL.REL.NOINC 0x8000\ngood: STG.E.64 R0\nEXIT\nFADD R9\nRET.REL R2"
+    assert [one.opcode for one in inspect.hot_loop(kernel(text))] == ["LDG.E.128", "BRA", "STG.E.64", "EXIT"]
+
+
+def test_of_nested_loops_the_innermost_is_counted():
+    text = "outer: IADD3 R1\ninner: LDG.E.128 R0\n@P0 BRA @inner\nFADD R1\n@P1 BRA @outer\nEXIT"
+    assert [one.opcode for one in inspect.hot_loop(kernel(text))] == ["LDG.E.128", "BRA"]
+
+
+def test_a_loop_that_a_call_with_a_predicate_leaves_is_one():
+    text = "head: LDG.E.128 R0\n@P0 CALL.REL.NOINC @out\nBRA @head\nout: EXIT"
+    assert [one.opcode for one in inspect.hot_loop(kernel(text))] == ["LDG.E.128", "CALL.REL.NOINC", "BRA"]
+
+
+def test_a_computed_jump_is_an_error():
+    with pytest.raises(InspectError, match="computed jump"):
+        inspect.hot_loop(kernel("LDG.E.128 R0\nBRX R2\nEXIT"))
+
+
+def test_what_ptxas_says_is_read():
+    log = """ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function 'a' for 'sm_90a'
+ptxas info    : Function properties for a
+    16 bytes stack frame, 8 bytes spill stores, 12 bytes spill loads
+ptxas info    : Used 40 registers, used 1 barriers, 16 bytes cumulative stack size, 1024 bytes smem
+ptxas info    : Compiling entry function 'b' for 'sm_90a'
+ptxas info    : Used 9 registers"""
+    assert inspect.resources(log) == {"a": inspect.Resources(40, 16, 20, 1024), "b": inspect.Resources(9, 0, 0, 0)}
+    with pytest.raises(InspectError, match="ptxas-options"):
+        inspect.resources("ptxas info    : Compiling entry function 'a' for 'sm_90a'")
+
+
+def test_what_is_no_machine_code_is_an_error():
+    needs_nvdisasm()
+    with pytest.raises(InspectError, match="cannot read"):
+        inspect.disassemble(b"no cubin")
+
+
+# ---- lowbit doctor --arch
+
+
+def test_doctor_prints_what_kernels_cost(capsys: pytest.CaptureFixture):
+    compiler("nvrtc13")
+    needs_nvdisasm()
+    assert main(["doctor", "--arch", "sm_90a", "--json"]) == 0
+    kernels = json.loads(capsys.readouterr().out)["kernels"]
+    assert {one["specialisation"] for one in kernels} == set(SHIPPED)
+    assert all(one["resources"]["spills"] == 0 for one in kernels)
+    assert main(["doctor", "--arch", "sm_90a"]) == 0
+    assert "linear_few" in capsys.readouterr().out
+
+
+def test_doctor_says_what_is_missing(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
+    def none():
+        raise NoCompiler("there is none: pip install nvidia-cuda-nvrtc")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(nvrtc, "find", none)
+        assert main(["doctor", "--arch", "sm_90a"]) == 1
+    assert "pip install nvidia-cuda-nvrtc" in capsys.readouterr().out
+    compiler("nvrtc13")
+    assert main(["doctor", "--arch", "sm_1"]) == 1
+    assert "not compiled for sm_1:" in capsys.readouterr().out
+    monkeypatch.setattr(inspect, "nvdisasm", lambda: None)
+    assert main(["doctor", "--arch", "sm_90a", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert inspect.NO_NVDISASM in found["advice"]
+    assert all(one["per_value"] is None and one["resources"]["registers"] for one in found["kernels"])
+
+
+# ---- a second pair of eyes
+
+
+def clang(text: str, headers: dict[str, str], folder: Path) -> subprocess.CompletedProcess[str]:
+    for name, header in {**headers, "kernel.cu": text}.items():
+        if name != "stdint.h":
+            (folder / name).write_text(header, encoding="utf-8")
+    cuda = ["-x", "cuda", "--cuda-device-only", "--cuda-gpu-arch=sm_80", "-nocudainc", "-nocudalib"]
+    warnings = ["-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", "-Wshadow", "-Werror", "-Wno-unknown-cuda-version"]
+    words = ["-include", str(Path(__file__).with_name("clang_cuda.h"))]
+    found = next(filter(None, map(shutil.which, ("clang++", *(f"clang++-{n}" for n in range(22, 13, -1))))), None)
+    if not found:
+        pytest.skip("there is no clang: apt install clang")
+    return subprocess.run(
+        [found, *cuda, *warnings, *words, "-I.", "kernel.cu"], cwd=folder, capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_clang_has_nothing_to_say(name: str, tmp_path: Path):
+    done = clang(*texts(SHIPPED[name]), tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_clang_finds_a_planted_call_of_the_host(tmp_path: Path):
+    done = clang("void host();\n" + 'extern "C" __global__ void k() { host(); }', {}, tmp_path)
+    assert done.returncode != 0 and "host" in done.stderr

@@ -1,0 +1,210 @@
+"""Codecs of whole matrices on CUDA, run by the emulator: the bits of the reference, for every format there is."""
+
+import math
+import sys
+from collections.abc import Sequence
+from ctypes import sizeof
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from lowbit import rows
+from lowbit.backends import cuda, reference
+from lowbit.formats import Format, format, formats
+from lowbit.gpu.formats import ENTRY, Bins, alive, bins, print_format
+from lowbit.rotation import SIZES, Rotation, rotate
+
+sys.path.insert(0, str(Path(__file__).parent / "emulator"))
+import emulator
+
+pytestmark = pytest.mark.skipif(emulator.compiler() is None, reason="the emulator needs g++")
+
+NOISE = (0x12345678, 0x9ABCDEF0)
+NOISES = (None, NOISE)
+HALVES = (torch.bfloat16, torch.float16)
+SHAPES = [(3, 300), (2, 256), (5, 1), (1, 8), (4, 33), (3, 2), (6, 64), (0, 5), (2, 0), (1, 1100)]
+# Blocks that a warp does not hold at once: of any length, longer than a row, of a few values that share a byte.
+BLOCKS = ["int4:48", "nf4:3", "sqrt8:7", "int8:1", "solo4:100", "solo2:3", "solo4:1000", "int4-affine:5",
+          "int4-affine:512", "e2m1:16", "int4:8", "log4:32", "sqrt4:5000", "dyn8:300", "solo2:2"]  # fmt: skip
+SPECIAL = [0.0, -0.0, 1e-45, -1e-45, 1e-40, 2.0**-126, 2.0**-127, 1e-20, 1.0, -1.0, 3.4028234663852886e38, 1e38]
+
+
+@pytest.fixture(autouse=True)
+def machine():
+    with emulator.installed() as found:
+        yield found
+
+
+def same(got: torch.Tensor, want: torch.Tensor, what: object) -> None:
+    """Bit for bit, but for the payload of a NaN."""
+    assert got.shape == want.shape and got.dtype == want.dtype, what
+    if got.dtype.is_floating_point:
+        assert torch.equal(got.isnan(), want.isnan()), what
+        got, want = got.nan_to_num(nan=0.5), want.nan_to_num(nan=0.5)
+    assert torch.equal(got.flatten().view(torch.uint8), want.flatten().view(torch.uint8)), what
+
+
+def check(fmt: Format, x: torch.Tensor, live: bool = False, noises: Sequence = NOISES) -> None:
+    for noise in noises:
+        what = (fmt.name, tuple(x.shape), x.dtype, noise is not None, live)
+        want = reference.encode(fmt, x, noise, live=live)
+        got = cuda.encode(fmt, x, noise, live=live)
+        assert got.keys() == want.keys()
+        for part in want:
+            same(got[part], want[part], (part, *what))
+        same(cuda.decode(fmt, want, x.shape[1]), reference.decode(fmt, want, x.shape[1]), what)
+        if not live:
+            same(cuda.fake(fmt, x, noise), reference.fake(fmt, x, noise), what)
+
+
+def values(fmt: Format, shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    x = x * 10.0 ** torch.randint(-3, 3, (shape[0], 1), generator=torch.Generator().manual_seed(seed))
+    return x if fmt.signed else x.abs() ** 3
+
+
+@pytest.mark.parametrize("name", [*formats(), *BLOCKS])
+def test_shapes(name):
+    fmt = format(name)
+    for shape in SHAPES:
+        check(fmt, values(fmt, shape))
+    x = values(fmt, (3, 301))
+    check(fmt, x[:, 1:])  # rows of a view
+    check(fmt, x.flatten()[1:601].view(2, 300))  # a start that is aligned to one value
+    # Each module takes a while to compile: of two dtypes and two ways to round, a format meets two combinations.
+    for dtype, noise in zip(HALVES, NOISES if len(name) % 2 else NOISES[::-1], strict=True):
+        check(fmt, x.to(dtype), noises=[noise])
+        check(fmt, x.to(dtype).flatten()[1:601].view(2, 300), noises=[noise])
+
+
+@pytest.mark.parametrize("name", [*formats(), *BLOCKS])
+def test_special_values(name):
+    fmt = format(name)
+    x = values(fmt, (6, 600))
+    x[0, :256] = 0
+    x[1, 7] = 3e38
+    x[2, 300] = math.inf
+    x[3, 5], x[3, 400] = math.nan, math.inf
+    x[4] = torch.tensor(SPECIAL).repeat(50) if fmt.signed else torch.tensor(SPECIAL).abs().repeat(50)
+    x[5] = 1e-44
+    if fmt.kind == "log":
+        x[4] = x[4].abs()
+    check(fmt, x)
+    if fmt.kind != "log":
+        check(fmt, x.abs(), live=True)
+
+
+@pytest.mark.parametrize("name", formats())
+def test_every_code_is_decoded(name):
+    fmt = format(name)
+    if not fmt.compressed:  # every bit pattern of 16; of 32, some
+        every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(256, 256)
+        codes = every.view(fmt.dtype) if fmt.bits == 16 else (every.int() * 65521).view(fmt.dtype)
+        same(cuda.decode(fmt, {"codes": codes}, 256), reference.decode(fmt, {"codes": codes}, 256), name)
+        return
+    count, block = 1 << fmt.bits, 256
+    codes = torch.arange(count, dtype=torch.uint8).repeat(block // count).repeat(7, 1)
+    scale = torch.tensor([1.0, 0.3, 2.0**-126, fmt.min_scale, fmt.max_scale, 0.0, math.nan])[:, None]
+    parts = {"codes": rows.pack(codes, fmt.bits), "scale": scale, "base": torch.full_like(scale, 0.7)}
+    parts["zero"] = torch.arange(7, dtype=torch.uint8)[:, None]
+    parts = {part: parts[part] for part in fmt.parts}
+    fmt = fmt.with_block(block)
+    same(cuda.decode(fmt, parts, block), reference.decode(fmt, parts, block), name)
+
+
+@pytest.mark.parametrize("name", [name for name in formats() if format(name).kind in ("integer", "codebook")])
+def test_every_threshold(name):
+    """What lies at a threshold and next to it, in blocks whose scale is a power of two."""
+    fmt = format(name)
+    points = torch.tensor([*fmt.thresholds, *(value for value, _ in fmt.ladder)])
+    up, down = (torch.nextafter(points, torch.full_like(points, to)) for to in (math.inf, -math.inf))
+    points = torch.cat([points, up, down])
+    points = points[points.abs() < fmt.top]
+    points = torch.cat([points, -points]) if fmt.signed else points.abs()
+    block = 64
+    points = torch.nn.functional.pad(points, (0, -len(points) % (block - 1))).view(-1, block - 1)
+    x = torch.cat([torch.full((len(points), 1), fmt.top), points], 1)  # the first makes the scale 1
+    x = x * x if fmt.square else x
+    for scale in (1.0, 2.0**-40):
+        check(fmt.with_block(block), x * scale)
+
+
+@pytest.mark.parametrize("name", [name for name in formats() if bins(format(name))])
+def test_bins_have_one_threshold_and_hold_what_is_beyond(name):
+    fmt = format(name)
+    cut = bins(fmt)
+    assert cut is not None
+    edges = alive(fmt)
+    points = torch.tensor([*edges, *(value for value, _ in fmt.ladder), fmt.top])
+    points = torch.cat(
+        [points, *(torch.nextafter(points, torch.full_like(points, to)) for to in (math.inf, -math.inf))]
+    )
+    for u in points.tolist():
+        if u < min(0.0, fmt.ladder[0][0]) * 1.0000002 or (u < 0 and not fmt.signed):
+            continue
+        threshold, rung = cut.entries[cut.offset(u) // ENTRY]
+        assert rung + (threshold < u) == sum(edge < u for edge in edges), u
+    assert isinstance(cut, Bins) and len(cut.entries) <= 64
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_rotation_is_the_same_alone_and_on_the_way(size):
+    rotation = Rotation(size, seed=2**40 + 7)
+    x = values(format("fp32"), (5, 3 * 128))
+    turned = rotate(x, rotation)
+    same(cuda.fake(format("fp32"), x, rotation=rotation), turned, size)
+    for name in ("int4", "nf4", "int8", "e2m1", "int4:8", "int4:48", "bf16"):
+        fmt = format(name)
+        for noise in (None, NOISE):
+            want = reference.encode(fmt, turned, noise)
+            got = cuda.encode(fmt, x, noise, rotation=rotation)
+            for part in want:
+                same(got[part], want[part], (name, part))
+            same(cuda.fake(fmt, x, noise, rotation=rotation), reference.fake(fmt, turned, noise), name)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_rotation_of_both_operands_cancels(size):
+    rotation = Rotation(size, seed=3)
+    x, w = values(format("fp32"), (4, 256)), values(format("fp32"), (6, 256), seed=1)
+    turned = rotate(x, rotation).double() @ rotate(w, rotation).double().T
+    plain = x.double() @ w.double().T
+    assert (turned - plain).abs().max() < 1e-5 * (x.double().norm(dim=1)[:, None] * w.double().norm(dim=1)).max()
+    # It is Hadamard's matrix: a rotation of unit vectors has entries of one size, orthogonal to each other.
+    unit = rotate(torch.eye(size), rotation)
+    assert torch.allclose(unit.abs(), torch.full_like(unit, size**-0.5))
+    assert torch.allclose(unit @ unit.T, torch.eye(size), atol=1e-6)
+    assert not torch.equal(unit, rotate(torch.eye(size), Rotation(size, seed=4)))
+
+
+def test_a_rotation_says_what_it_cannot_do():
+    with pytest.raises(ValueError, match="16, 32, 64, 128 values, not 48"):
+        Rotation(48)
+    for function in (cuda.encode, cuda.fake):
+        with pytest.raises(ValueError, match="rows of 40 values"):
+            function(format("int4"), torch.zeros(2, 40), rotation=Rotation(16))
+    with pytest.raises(ValueError, match="rows of 40 values"):
+        rotate(torch.zeros(2, 40), Rotation(16))
+
+
+def test_blocks_of_several_rows_are_refused():
+    with pytest.raises(ValueError, match="blocks of 2 rows"):
+        print_format(replace(format("int4"), block=(2, 64)), "Fmt")
+
+
+def test_any_order_of_threads_and_blocks():
+    fmt = format("log4")
+    x = values(fmt, (7, 700))
+    want = reference.encode(fmt, x, NOISE)
+    for schedule in (emulator.REVERSE, 2, 3):
+        with emulator.installed(schedule):
+            got = cuda.encode(fmt, x, NOISE)
+            for part in want:
+                same(got[part], want[part], (schedule, part))
+
+
+def test_the_argument_has_the_layout_of_the_kernels(machine):
+    module = cuda._module(torch.device("cpu"), format("int8"), torch.float32)
+    assert module.function("encode").sizes in (None, [sizeof(cuda.Matrix)])

@@ -1,0 +1,398 @@
+"""The launcher, on the emulator's driver: arguments, grids, memory, streams, graphs, the cache, and errors."""
+
+import ctypes
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from ctypes import Structure, byref, c_double, c_float, c_int, c_int8, c_int64, c_uint16, c_void_p
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent / "emulator"))
+import emulator
+from emulator import Emulator
+
+from lowbit.gpu import CompileError, DriverError, NoDriver, machine, machines, sources
+from lowbit.gpu import cache as gpu_cache
+from lowbit.gpu.driver import Driver
+
+pytestmark = pytest.mark.skipif(emulator.compiler() is None, reason="no g++")
+
+SOURCE = """
+#include <stdint.h>
+struct Mixed { int8_t a; double b; uint16_t c[3]; };
+__constant__ float factor;
+__constant__ Mixed mixed[2];
+extern "C" __global__ void scale(float *x, int n) {
+  const int k = (int)(blockIdx.x * blockDim.x + threadIdx.x);
+  if (k < n) x[k] *= factor;
+}
+extern "C" __global__ void store(double *to, int8_t a, float b, int64_t c, double d, Mixed e, Mixed *f, bool g) {
+  to[0] = a, to[1] = b, to[2] = (double)c, to[3] = d, to[4] = e.a, to[5] = e.b, to[6] = e.c[2], to[7] = f->b, to[8] = g;
+}
+extern "C" __global__ void
+__launch_bounds__(64, (2 + 2)) count(unsigned *to) {
+  LB_DYNAMIC_SHARED(bytes);
+  bytes[threadIdx.x] = 1;
+  atomicAdd(to, (unsigned)bytes[threadIdx.x]);
+}
+"""
+
+
+class Mixed(Structure):
+    _fields_ = [("a", c_int8), ("b", c_double), ("c", c_uint16 * 3)]
+
+
+@pytest.fixture
+def gpu() -> Emulator:
+    return Emulator()
+
+
+@pytest.fixture
+def module(gpu):
+    return gpu.module(SOURCE, sources())
+
+
+def at(x: torch.Tensor) -> c_void_p:
+    return c_void_p(x.data_ptr())
+
+
+def calls(gpu: Emulator, act: Callable[[], object]) -> list[str]:
+    """What reaches the driver, in its order."""
+    library = gpu.driver.library
+    library.emulator_calls.restype = ctypes.c_char_p
+    library.emulator_note_calls(1)
+    try:
+        act()
+        return library.emulator_calls().decode().splitlines()
+    finally:
+        library.emulator_note_calls(0)
+
+
+# ---- launches
+
+
+def test_arguments_of_every_kind_arrive(gpu, module):
+    to, there = torch.zeros(9, dtype=torch.float64), Mixed(1, 2.5, (1, 2, 3))
+    arguments = [at(to), c_int8(-5), c_float(0.25), c_int64(-(1 << 40)), c_double(1e300), Mixed(-1, 7.0, (8, 9, 65535))]
+    gpu.launch(module.function("store"), 1, 1, [*arguments, c_void_p(ctypes.addressof(there)), ctypes.c_bool(True)])
+    assert to.tolist() == [-5, 0.25, -(2.0**40), 1e300, -1, 7, 65535, 2.5, 1]
+
+
+@pytest.mark.parametrize("arguments", [[c_void_p(0)], [c_void_p(0), c_int64(1)], [c_void_p(0), c_int(1), c_int(1)]])
+def test_arguments_of_other_sizes_are_refused(gpu, module, arguments):
+    with pytest.raises(TypeError, match=r"scale takes arguments of \[8, 4\] bytes, not of"):
+        gpu.launch(module.function("scale"), 1, 1, arguments)
+
+
+def test_a_driver_that_cannot_tell_sizes_is_believed(gpu, module, monkeypatch):
+    monkeypatch.setattr(gpu.driver, "_parameter", None)
+    monkeypatch.setattr(module, "_functions", {})
+    x = torch.ones(3)
+    gpu.write(module.symbol("factor")[0], bytes(c_float(3.0)))
+    gpu.launch(module.function("scale"), 1, 32, [at(x), c_int(2)])
+    assert x.tolist() == [3, 3, 1]
+
+
+@pytest.mark.parametrize(("grid", "block"), [(1, 1), (1, 64), (7, 33), (300, 64)])
+def test_a_grid_has_its_blocks_and_threads(gpu, module, grid, block):
+    to = torch.zeros(1, dtype=torch.int32)
+    gpu.launch(module.function("count"), grid, block, [at(to)], shared=block)
+    assert to.item() == grid * block
+
+
+def test_shared_memory_beyond_48_kib_is_asked_for(gpu, module):
+    to = torch.zeros(1, dtype=torch.int32)
+    function = module.function("count")
+    gpu.launch(function, 1, 32, [at(to)], shared=100 << 10)
+    assert to.item() == 32 and function.dynamic == 100 << 10
+    with pytest.raises(DriverError, match=r"asking for 307200 bytes of shared memory: .*INVALID_VALUE"):
+        gpu.launch(function, 1, 32, [at(to)], shared=300 << 10)
+
+
+@pytest.mark.parametrize(
+    ("grid", "block", "said"),
+    [
+        (0, 32, r"launching count, 0 blocks of 32 threads with 32 bytes of dynamic shared memory: .*INVALID_VALUE"),
+        (1, 0, "INVALID_VALUE"),
+        (1, 1025, "INVALID_VALUE"),
+        (1, 65, r"LAUNCH_OUT_OF_RESOURCES\); the block is larger than the kernel allows"),
+    ],
+)
+def test_a_launch_that_cannot_be_is_described(gpu, module, grid, block, said):
+    to = torch.zeros(1, dtype=torch.int32)
+    with pytest.raises(DriverError, match=said):
+        gpu.launch(module.function("count"), grid, block, [at(to)], shared=32)
+    assert to.item() == 0
+
+
+def test_what_a_module_lacks_is_named(module):
+    with pytest.raises(DriverError, match=r"looking for the kernel missing: .*CUDA_ERROR_NOT_FOUND"):
+        module.function("missing")
+    with pytest.raises(DriverError, match=r"looking for the variable missing: .*CUDA_ERROR_NOT_FOUND"):
+        module.symbol("missing")
+
+
+def test_a_kernel_tells_what_it_takes(module):
+    found = module.function("count").resources()
+    assert found["threads"] == 64 and found["shared"] == 0 and set(found) == {"registers", "local", "shared", "threads"}
+
+
+def test_any_thread_may_launch(gpu, module):
+    gpu.write(module.symbol("factor")[0], bytes(c_float(2.0)))
+    x = [torch.ones(100) for _ in range(8)]
+
+    def launch(one: torch.Tensor) -> None:
+        for _ in range(5):
+            gpu.launch(module.function("scale"), 4, 32, [at(one), c_int(100)])
+
+    threads = [threading.Thread(target=launch, args=(one,)) for one in x]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(one, torch.full((100,), 32.0)) for one in x)
+    here = c_void_p()
+    gpu.driver.call("cuCtxGetCurrent", byref(here), doing="")
+    assert here.value is None  # as it was
+
+
+# ---- memory
+
+
+def test_variables_are_found_and_written(gpu, module):
+    pointer, size = module.symbol("factor")
+    assert size == 4 and module.symbol("mixed")[1] == 2 * ctypes.sizeof(Mixed)
+    for value in (2.0, 3.0):
+        data = bytearray(c_float(value))
+        gpu.write(pointer, bytes(data))
+        data[:] = b"\xff" * 4
+        x = torch.ones(40)
+        gpu.launch(module.function("scale"), 2, 32, [at(x), c_int(40)])
+        assert torch.equal(x, torch.full((40,), value))
+
+
+@pytest.mark.parametrize("size", [0, 1, 4095, 4096, 4097, 1 << 20])
+def test_writes_and_copies_of_any_size(gpu, size):
+    data = torch.randint(0, 256, (size,), dtype=torch.uint8)
+    x, y = torch.zeros(size + 1, dtype=torch.uint8), torch.zeros(size + 1, dtype=torch.uint8)
+    gpu.write(x.data_ptr(), data.numpy().tobytes())
+    gpu.copy(y.data_ptr(), x.data_ptr(), size)
+    assert torch.equal(y[:size], data) and y[size] == 0
+
+
+def test_pinned_memory_is_used_again_once_its_copy_is_done(gpu, monkeypatch):
+    x, done = torch.zeros(5000, dtype=torch.uint8), False
+    monkeypatch.setattr(gpu.driver, "reached", lambda event: done)
+    for _ in range(3):
+        gpu.write(x.data_ptr(), b"abc")
+    stages = gpu._staging.stages
+    assert len(stages) == 3 and len({stage[0] for stage in stages}) == 3
+    done = True
+    for _ in range(3):
+        gpu.write(x.data_ptr(), b"abc")
+    assert len(gpu._staging.stages) == 3
+    gpu.write(x.data_ptr(), bytes(5000))
+    assert [stage[1] for stage in stages] == [4096, 4096, 4096, 8192]
+
+
+# ---- streams and graphs
+
+
+def test_a_stream_that_comes_new_to_a_module_waits(gpu, module):
+    pointer, x = module.symbol("factor")[0], torch.ones(1)
+    function, arguments = module.function("scale"), [at(x), c_int(1)]
+    one = bytes(c_float(1.0))
+    gpu.current = 11
+    assert calls(gpu, lambda: gpu.launch(function, 1, 1, arguments)) == ["launch scale on 11"]
+    assert calls(gpu, lambda: gpu.launch(function, 1, 1, arguments)) == ["launch scale on 11"]
+    gpu.current = 12
+    # The write must not come before the launches that read what was there.
+    follow = ["record on 11", "wait on 12"]
+    assert calls(gpu, lambda: gpu.write(pointer, one)) == [*follow, "write on 12", "record on 12"]
+    assert calls(gpu, lambda: gpu.launch(function, 1, 1, arguments)) == ["launch scale on 12"]
+    gpu.current = 11
+    assert calls(gpu, lambda: gpu.launch(function, 1, 1, arguments)) == [
+        "record on 12",
+        "wait on 11",
+        "launch scale on 11",
+    ]
+    gpu.current = 12
+    assert calls(gpu, lambda: gpu.copy(pointer, x.data_ptr(), 4)) == ["record on 11", "wait on 12", "copy on 12"]
+    # Memory that belongs to no module is ordered by streams alone.
+    gpu.current = 11
+    assert calls(gpu, lambda: gpu.copy(x.data_ptr(), x.data_ptr(), 4)) == ["copy on 11"]
+
+
+def test_two_machines_variables_are_two(module):
+    other = Emulator().module(SOURCE, sources())
+    assert other.symbol("factor")[0] != module.symbol("factor")[0]
+
+
+def test_a_graph_replays_launches_and_copies(gpu, module):
+    pointer, factors = module.symbol("factor")[0], torch.tensor([2.0])
+    x, function = torch.ones(70), module.function("scale")
+    gpu.current = 5
+    gpu.launch(function, 3, 32, [at(x), c_int(0)])
+    library, graph = gpu.driver.library, c_void_p()
+    assert not gpu.capturing()
+    assert library.cuStreamBeginCapture_v2(c_void_p(5), 0) == 0
+    assert gpu.capturing()
+    with pytest.raises(RuntimeError, match="host values cannot be written while a CUDA graph is captured"):
+        gpu.write(pointer, bytes(4))
+    with pytest.raises(RuntimeError, match="do one step before the graph is captured"):
+        gpu.module(SOURCE + "// another", sources())
+    gpu.copy(pointer, factors.data_ptr(), 4)
+    count = c_int(70)
+    gpu.launch(function, 3, 32, [at(x), count])
+    count.value = 1  # what a graph launches with is what it was captured with
+    assert library.cuStreamEndCapture(c_void_p(5), byref(graph)) == 0
+    assert not gpu.capturing() and torch.equal(x, torch.ones(70))
+    for factor in (2.0, 5.0):
+        factors.fill_(factor)
+        x.fill_(1.0)
+        with gpu.driver.within(gpu.context):
+            assert library.cuGraphLaunch(graph, c_void_p(5)) == 0
+        assert torch.equal(x, torch.full((70,), factor))
+    gpu.module(SOURCE + "// another", sources())
+
+
+# ---- modules and the cache
+
+
+@pytest.fixture
+def empty_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("LOWBIT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def counted(gpu: Emulator, monkeypatch) -> list[str]:
+    made, compile = [], gpu.compiler.compile
+    monkeypatch.setattr(gpu.compiler, "compile", lambda *a: (made.append(a[0]), compile(*a))[1])
+    return made
+
+
+def test_a_text_is_compiled_once(gpu, empty_cache, monkeypatch):
+    made = counted(gpu, monkeypatch)
+    first = gpu.module(SOURCE, sources())
+    assert gpu.module(SOURCE, dict(sources())) is first and len(made) == 1
+    other = Emulator()
+    again = counted(other, monkeypatch)
+    assert other.module(SOURCE, sources()) is not first and not again
+    assert len([path for path in empty_cache.iterdir() if path.name.startswith("kernel-emulator")]) == 2  # and a lock
+
+
+@pytest.mark.parametrize("what", ["source", "header's text", "header's name", "compiler"])
+def test_whatever_changes_what_is_made_is_compiled_anew(gpu, empty_cache, monkeypatch, what):
+    made, headers, source = counted(gpu, monkeypatch), {**sources(), "a.h": "//"}, SOURCE
+    gpu.binary(source, headers)
+    if what == "source":
+        source += "//"
+    elif what == "header's text":
+        headers["device.h"] += "//"
+    elif what == "header's name":
+        headers["b.h"] = headers.pop("a.h")
+    else:
+        gpu.compiler.key += "2"
+    gpu.binary(source, headers)
+    assert len(made) == 2
+    gpu.binary(source, headers)
+    assert len(made) == 2
+
+
+def test_a_damaged_file_is_made_again(empty_cache):
+    assert gpu_cache.kept("x", "key", lambda: b"good") == b"good"
+    path = empty_cache / "x-key"
+    for damage in (b"", b"half", path.read_bytes()[:-1], path.read_bytes()[1:]):
+        path.write_bytes(damage)
+        assert gpu_cache.kept("x", "key", lambda: b"new") == b"new"
+        assert gpu_cache.kept("x", "key", lambda: b"newer") == b"new"
+
+
+def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(gpu_cache.build, "places", lambda create=False: iter([tmp_path / "file" / "no"]))
+    with pytest.warns(RuntimeWarning, match="x is compiled by every process; set LOWBIT_CACHE"):
+        assert gpu_cache.kept("x", "key", lambda: b"made") == b"made"
+
+
+def test_an_error_of_what_compiles_is_not_taken_for_the_caches(empty_cache):
+    def make() -> bytes:
+        raise CompileError("x", "its log")
+
+    with pytest.raises(CompileError, match="its log"):
+        gpu_cache.kept("x", "key", make)
+    assert gpu_cache.kept("x", "key", lambda: b"good") == b"good"
+    assert [path.name for path in empty_cache.iterdir() if path.name.startswith(".made")] == []
+
+
+def test_several_texts_are_compiled_at_once(gpu, empty_cache, monkeypatch):
+    inside, both, compile = [], threading.Barrier(2, timeout=60), gpu.compiler.compile
+
+    def together(*texts):
+        both.wait()  # or nobody gets further
+        inside.append(texts)
+        return compile(*texts)
+
+    monkeypatch.setattr(gpu.compiler, "compile", together)
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    texts = [(SOURCE + "// 1", sources()), (SOURCE + "// 2", sources()), (SOURCE + "// 1", sources())]
+    first, second, third = gpu.prefetch(texts)
+    assert len(inside) == 2 and first is third is not second and gpu.module(*texts[1]) is second
+
+
+def test_a_text_that_fails_may_be_tried_again(gpu, empty_cache, monkeypatch):
+    compile = gpu.compiler.compile
+    with pytest.raises(CompileError, match=r"kernel\.cu:1:"):
+        gpu.module("nonsense", sources())
+    monkeypatch.setattr(gpu.compiler, "compile", lambda source, headers: compile(SOURCE, headers))
+    assert gpu.module("nonsense", sources()).function("scale")
+
+
+def test_headers_given_with_a_text_are_those_it_includes(gpu):
+    source = '#include "spec.h"\nextern "C" __global__ void f(int *x) { *x = SPEC; }\n'
+    for value in (3, 4):
+        x = torch.zeros(1, dtype=torch.int32)
+        module = gpu.module(source, {**sources(), "spec.h": f"#define SPEC {value}\n"})
+        gpu.launch(module.function("f"), 1, 1, [at(x)])
+        assert x.item() == value
+
+
+# ---- what is missing
+
+
+def test_no_driver_is_a_sentence():
+    with pytest.raises(NoDriver, match=r"there is no CUDA driver here .*install NVIDIA's .*or use CPU tensors"):
+        Driver("libcuda-of-nobody.so")
+
+
+def test_a_driver_that_lacks_something_is_too_old(tmp_path):
+    (tmp_path / "old.cpp").write_text('extern "C" int cuInit(unsigned flags) { return (int)flags; }\n')
+    path = tmp_path / "libold.so"
+    subprocess.run([emulator.compiler(), "-shared", "-fPIC", tmp_path / "old.cpp", "-o", path], check=True)
+    with pytest.raises(NoDriver, match=r"libold.so has no cuDriverGetVersion: install a newer one"):
+        Driver(str(path))
+
+
+def test_what_cannot_be_loaded_names_both_versions(gpu, monkeypatch):
+    monkeypatch.setattr(gpu, "binary", lambda source, headers: b"PTX" * 100)
+    with pytest.raises(RuntimeError) as error:
+        gpu.module("", {})
+    said = str(error.value)
+    assert "CUDA_ERROR_INVALID_IMAGE" in said and "Made for emulator by the emulator's" in said
+    assert "this driver goes up to CUDA 13.0" in said and "update the driver" in said
+
+
+def test_an_unknown_error_still_has_its_number(gpu):
+    assert str(gpu.driver.error(424242, "doing this")) == ("doing this: the driver has no words for it (error 424242)")
+
+
+def test_machines_are_by_device():
+    with pytest.raises(ValueError, match="CUDA kernels run on CUDA tensors, and these are on cpu"):
+        machine(torch.device("cpu"))
+    with emulator.installed() as gpu:
+        assert machine(torch.device("cpu")) is gpu
+    assert torch.device("cpu") not in machines
