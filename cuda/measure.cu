@@ -72,10 +72,11 @@ extern "C" __global__ void __launch_bounds__(lb::THREADS) begin(LB_ARGUMENTS) {
 extern "C" __global__ void __launch_bounds__(lb::THREADS) measure(LB_ARGUMENTS) {
   using namespace lb;
   __shared__ Tables<0> tables;
+  __shared__ uint32_t room[THREADS / 32];
   const int32_t at = owner[blockIdx.x];
   with(measurement, [&](auto m) {
     constexpr int M = decltype(m)::NUMBER;
-    if constexpr (Sweep<M>::OVER != LB_COLUMN) sweep<M>(jobs[at], dynamic[at], runs[at], workspace, tables);
+    if constexpr (Sweep<M>::OVER != LB_COLUMN) sweep<M>(jobs[at], dynamic[at], runs[at], workspace, tables, room);
   });
 }
 

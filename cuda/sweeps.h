@@ -84,7 +84,10 @@ LB_FN uint32_t peak(const float (&x)[V]) {
   return most;
 }
 
-template <int M> LB_FN void sweep(const Job &job, const Dynamic &now, Run &run, uint8_t *workspace, Tables<0> &tables) {
+// `room`: a number for each warp, so that a block of threads goes to the tensor's maximum once.
+template <int M>
+LB_FN void sweep(const Job &job, const Dynamic &now, Run &run, uint8_t *workspace, Tables<0> &tables,
+                 [[maybe_unused]] uint32_t (&room)[THREADS / 32]) {
   prepare<M>(tables);
   const auto scalars = Sweep<M>::scalars(run.scalars);
   float *partial = (float *)(workspace + job.partial);
@@ -107,7 +110,10 @@ template <int M> LB_FN void sweep(const Job &job, const Dynamic &now, Run &run, 
   }
   if constexpr (MAX<M> && IN_ALL<M>) {
     most = largest<32>(most);
-    if (lane() == 0) atomicMax(&run.most, most);
+    if (lane() == 0) room[warp()] = most;
+    __syncthreads();
+    most = largest<32>(lane() < THREADS / 32 ? room[lane()] : 0u);
+    if (threadIdx.x == 0) atomicMax(&run.most, most);
   }
   leave_if(bad, run);
 }

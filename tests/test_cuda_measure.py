@@ -398,10 +398,7 @@ FAULTS = {
     "values beyond a row's end": ("  keep_inside(here, value);\n", ""),
     "one room for two turns": ("room[turn][t * V + k]", "room[0][t * V + k]"),
     "the last strip is left out": ("if (line < lines && lane", "if (line < lines - 1 && lane"),
-    "a largest number that is forgotten": (
-        "if (lane() == 0) atomicMax(&run.most, most)",
-        "if (threadIdx.x == 0) run.most = most",
-    ),
+    "no barrier before a block's largest number": ("    __syncthreads();\n    most = largest", "    most = largest"),
 }
 
 
