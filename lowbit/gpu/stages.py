@@ -213,7 +213,7 @@ class _Printer:
             "// The arguments of each stage, by slot.",
             *(line for i in range(len(self.stages)) for line in self._stage(i)),
             "",
-            f"constexpr int SCALARS = {len(self.scalars)}, KEPT = {len(self.program.scalars)};  // in all; that persist",
+            f"constexpr int SCALARS = {len(self.scalars)}, KEPT = {len(self.program.scalars)};  // in all; persistent",
             f"constexpr int KEPT_VECTORS = {self.persistent};",
             "LB_FN constexpr int over([[maybe_unused]] int vector) {",
             *(f"  if (vector == {k}) return LB_{kind.upper()};" for k, kind in enumerate(over)),
