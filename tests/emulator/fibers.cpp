@@ -5,9 +5,9 @@
 // time, in an order of the same kind. So a kernel that lacks a barrier gives other results under other schedules.
 //
 // ThreadSanitizer takes each CUDA thread for a thread, and a barrier, a __syncwarp and a fence for what orders them;
-// shuffles order nothing, as in CUDA. It then reports any two accesses to memory that nothing orders, whichever came first
-// here. Every other block has the same threads, so that two blocks in a row have none in common: what one writes and the
-// next one reads is reported too. What blocks share only here (stacks, shared memory) it forgets before each block.
+// shuffles order nothing, as in CUDA. It then reports any two accesses to memory that nothing orders, whichever came
+// first here. Every other block has the same threads, so two blocks in a row have none in common: what one writes and
+// the next one reads is reported too. What blocks share only here (stacks, shared memory) it forgets before each block.
 // This file itself is compiled without sanitizers: what it does is no thread's doing.
 #include "fibers.h"
 
@@ -193,8 +193,8 @@ template <class Choose> void now_ready(unsigned first, unsigned end, Choose choo
     if (fibers[k].state == AT_WARP) ++lanes, lane = &fibers[k];
   }
   // Somebody waits in a warp: who exits while others are at a barrier is told so at once.
-  give_up(*lane, lane->site, "waits for ever, like %u others, in %s with mask 0x%08x; %u threads wait at a __syncthreads",
-          lanes - 1, NAMES[lane->operation], lane->mask, waiting);
+  const char *said = "waits for ever, like %u others, in %s with mask 0x%08x; %u threads wait at a __syncthreads";
+  give_up(*lane, lane->site, said, lanes - 1, NAMES[lane->operation], lane->mask, waiting);
 }
 
 // Let another fiber run; the host when all are done.

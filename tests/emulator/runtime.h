@@ -38,8 +38,9 @@ EMULATOR_API unsigned barrier(bool yes, Site site);
 // Meet the other lanes of the mask, which all call the same; returns what the operation makes of all their values.
 EMULATOR_API uint64_t meet(Operation operation, uint32_t mask, uint64_t value, int source, Site site);
 
-// Between blocks: a fence and then an atomic of one thread, an atomic on the same and then a fence of another order what
-// the one did before with what the other does after (https://docs.nvidia.com/cuda/parallel-thread-execution/#release-patterns).
+// Between blocks: a fence and then an atomic of one thread, an atomic on the same and then a fence of another: these
+// order what the one did before and what the other does after.
+// https://docs.nvidia.com/cuda/parallel-thread-execution/#release-acquire-patterns
 EMULATOR_API void fence();
 EMULATOR_API void atomic(void *at);
 

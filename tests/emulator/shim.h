@@ -1,4 +1,4 @@
-// The CUDA language for g++: what nvcc and NVRTC know by themselves, said with the words of runtime.h. It comes before a
+// The CUDA language for g++: what nvcc and NVRTC know by themselves, in the words of runtime.h. It comes before a
 // kernel's text. Only what kernels of this library use is here: what is missing is a question, not an oversight.
 #pragma once
 #include <stdint.h>
@@ -66,7 +66,7 @@ EMULATOR_FN int lane() {
 }
 
 EMULATOR_FN int last_of_group(int width, Site site) {
-  if (width < 1 || width > 32 || (width & (width - 1))) fail("the width of a shuffle is a power of two, up to 32", site);
+  if (width < 1 || width > 32 || (width & (width - 1))) fail("the width of a shuffle is a power of two", site);
   return lane() | (width - 1);
 }
 
