@@ -228,7 +228,7 @@ def _longest(
     """
     best: dict[int, tuple[tuple[int, int], list[int]]] = {}
     entered: set[int] = set()
-    stack = [head]
+    stack = [head] if head in body else []
     while stack:  # depth first: a way that leads back to a block that is entered and not left begins another turn
         at = stack[-1]
         ahead = [to for to in ways[at] if to in body and to != head]
