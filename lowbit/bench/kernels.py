@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from .. import optim
 from ..gpu import linear
 from ..gpu.inspect import Specialisation
 from ..gpu.specialise import print_spec, special
+from ..stages import Job
 
 # Optimizers with a parameter and a gradient in bf16, rounded at random, and aligned rows.
 _STEPS = [
@@ -23,12 +26,13 @@ def shipped() -> list[Specialisation]:
     return [*linear.shipped(), *(found for optimizer, states in _STEPS for found in _steps(optimizer, states))]
 
 
-def _steps(optimizer: type[optim.Rule], states: str) -> list[Specialisation]:
+def _steps(optimizer: Callable[..., optim.Rule], states: str) -> list[Specialisation]:
     param = torch.nn.Parameter(torch.zeros(64, 1024, dtype=torch.bfloat16))
     param.grad = torch.zeros_like(param)
     made = optimizer([("weight", param)], lr=1e-3, states=states)
-    kind = special(made._slots[param].job(made.param_groups[0], made.state[param], {}))
-    name = f"{optimizer.__name__} {states}"
+    job = made._slots[param].job(made.param_groups[0], made.state[param], {})
+    assert isinstance(job, Job)
+    kind, name = special(job), f"{type(made).__name__} {states}"
     found = [Specialisation(name, "step.cu", print_spec(kind), {"update": kind.values})]
     if kind.program.measures:
         found.append(Specialisation(f"{name} measures", "measure.cu", print_spec(kind), {}))
