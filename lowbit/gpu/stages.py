@@ -26,6 +26,7 @@ from ..stages import VECTORS, Program, Stage
 
 TILE = 512  # rows that a sum over a column adds one after the other
 STRIPS, NARROW = 8192, 1024  # as in cuda/measure.cu
+LONGEST = 1 << 23  # what its trees have levels for: rows, or step blocks of a row
 
 HEAD = """#ifdef __GNUC__  // a rule need not use all it has
 #pragma GCC diagnostic push
@@ -144,14 +145,24 @@ def strips(rows: int, cols: int) -> int:
 
 
 def room(program: Program, rows: int, cols: int) -> tuple[int, int]:
-    """How many floats (`Job.partial`) and doubles (`Job.sums`) a job needs for its measurements."""
+    """How many floats (`Job.partial`) and doubles (`Job.sums`) a job needs for its measurements.
+
+    Raises `ValueError` for a tensor larger than the trees of cuda/measure.cu.
+    """
+    across = row_stride(cols) // step_width(cols)
+    flat = across == 1 and all(stage.over not in ("column", "group") for stage in program.measures)
+    if program.measures and (across > LONGEST or rows > (LONGEST << 8 if flat else LONGEST)):
+        raise ValueError(
+            f"a tensor of {rows} rows of {cols} values is too large for what is measured on a GPU: split it"
+        )
     blocks = sums = 0
     for stage in program.measures:
         if stage.over == "column":
             sums = max(sums, -(-rows // TILE) * cols)
         elif stage.over in VECTORS or stage.reduce != "max":
-            blocks = rows * row_stride(cols) // step_width(cols)
-            sums = max(sums, rows if stage.over == "group" else strips(rows, cols) if stage.over != "row" else 0)
+            blocks = rows * across
+            if stage.over != "row":
+                sums = max(sums, rows if stage.over == "group" else strips(rows, cols))
     return blocks, sums
 
 
@@ -193,14 +204,16 @@ class _Printer:
         over = tuple(self.program.vectors[name] for name in self.vectors)
         sweeps = [*self.measures, len(self.stages)]
         folds = segments(self.program)
-        initial = [f"  if (scalar == {self.scalars[k]}) return {_float(v)};" for k, v in self.program.temporaries.items()]
+        initial = [
+            f"  if (scalar == {self.scalars[k]}) return {_float(v)};" for k, v in self.program.temporaries.items()
+        ]
         lines = [
             HEAD,
             *(f"{text}\n" for text in self._functors().values()),
             "// The arguments of each stage, by slot.",
             *(line for i in range(len(self.stages)) for line in self._stage(i)),
             "",
-            f"constexpr int SCALARS = {len(self.scalars)}, KEPT = {len(self.program.scalars)};  // in all; that persist",
+            f"constexpr int SCALARS = {len(self.scalars)}, KEPT = {len(self.program.scalars)};  // in all; persistent",
             f"constexpr int KEPT_VECTORS = {self.persistent};",
             "LB_FN constexpr int over([[maybe_unused]] int vector) {",
             *(f"  if (vector == {k}) return LB_{kind.upper()};" for k, kind in enumerate(over)),
@@ -211,7 +224,7 @@ class _Printer:
             "  return 0.0f;",
             "}",
             "",
-            "template <int K> struct Sweep;",
+            "template <int K, class F = float> struct Sweep;  // F: a number, as fast as it may be (cuda/quick.h)",
             *(line for k, end in enumerate(sweeps) for line in self._sweep(k, end)),
             "",
             "template <int K> struct Folds;",
@@ -239,26 +252,28 @@ class _Printer:
     def _stage(self, i: int) -> list[str]:
         """A stage under its number, with all its arguments made of slots, scalars and constants."""
         stage, text = self.stages[i], self.texts[i]
-        own, order = f"Stage{i}", [*text.reads, *(name for name in text.writes if name not in text.reads)]
+        order = [*text.reads, *(name for name in text.writes if name not in text.reads)]
+        own, head = (f"Stage{i}<float>", "") if stage.kind == "fold" else (f"Stage{i}<F>", "template <class F> ")
         first = 2 + len(self.moments) if stage.kind == "fold" else 0
         arguments = [f"x[{self.slots[name] - first}]" for name in order] + ["measured"] * text.uses_x
-        lines = [f"using {own} = {text.symbol}<float>;"]
+        lines = [f"template <class F> using Stage{i} = {text.symbol}<F>;"]
         if "s" in stage.reads:
             members = ", ".join(f"s[{self.scalars[name]}]" for name in text.scalars)
-            lines.append(f"LB_FN {own}::S scalars{i}([[maybe_unused]] const float *s) {{ return {{{members}}}; }}")
+            made = f"{head}LB_FN {'typename ' * bool(head)}{own}::S scalars{i}([[maybe_unused]] const float *s)"
+            lines.append(f"{made} {{ return {{{members}}}; }}")
             arguments.append("own")
         if "c" in stage.reads:
             members = ", ".join(f"constants[{self.constants[name]}]" for name in text.constants)
-            lines.append(f"LB_FN {own}::C constants{i}() {{ return {{{members}}}; }}")
-            arguments.append(f"constants{i}()")
+            made = f"{head}LB_FN {'typename ' * bool(head)}{own}::C constants{i}()"
+            lines.append(f"{made} {{ return {{{members}}}; }}")
+            arguments.append(f"constants{i}{'<F>' * bool(head)}()")
         call = f"{own}::apply({', '.join(arguments)});"
         if stage.kind != "fold":
-            kind, given = ("float", "return ") if stage.kind == "measure" else ("void", "")
-            scalars = f", const {own}::S &own" if "s" in stage.reads else ""
+            kind, given = ("F", "return ") if stage.kind == "measure" else ("void", "")
+            scalars = f", const typename {own}::S &own" if "s" in stage.reads else ""
             name = f"{stage.kind}{i}"
-            lines.append(f"LB_FN {kind} {name}([[maybe_unused]] float (&x)[SLOTS]{scalars}) {{ {given}{call} }}")
-            return lines
-        vectors = "float (&x)[VECTORS + 1], " if stage.writes else ""
+            return [*lines, f"{head}LB_FN {kind} {name}([[maybe_unused]] F (&x)[SLOTS]{scalars}) {{ {given}{call} }}"]
+        vectors = "float (&x)[VECTORS], " if stage.writes else ""
         lines.append(f"LB_FN void fold{i}({vectors}[[maybe_unused]] float *s, [[maybe_unused]] float measured) {{")
         if "s" in stage.reads:
             lines.append(f"  {'' if text.assigns else 'const '}{own}::S own = scalars{i}(s);")
@@ -284,16 +299,16 @@ class _Printer:
         measure = self.stages[end] if end < len(self.stages) else None
         numbers = [*self._updates(end), *([end] if measure else [])]
         having = [i for i in numbers if "s" in self.stages[i].reads]
-        made = ", ".join(f"scalars{i}(s)" for i in having)
+        made = ", ".join(f"scalars{i}<F>(s)" for i in having)
         lines = [
-            f"template <> struct Sweep<{k}> {{",
+            f"template <class F> struct Sweep<{k}, F> {{",
             f"  static constexpr uint32_t READS = {self._reads(end):#x}u;  // a bit per slot",
             *([f"  static constexpr int {_what(measure)};"] if measure else []),
             "  struct Scalars {",
-            *(f"    Stage{i}::S s{i};" for i in having),
+            *(f"    typename Stage{i}<F>::S s{i};" for i in having),
             "  };",
             f"  LB_FN Scalars scalars([[maybe_unused]] const float *s) {{ return {{{made}}}; }}",
-            f"  LB_FN {'float' if measure else 'void'} run([[maybe_unused]] float (&x)[SLOTS],",
+            f"  LB_FN {'F' if measure else 'void'} run([[maybe_unused]] F (&x)[SLOTS],",
             "               [[maybe_unused]] const Scalars &scalars) {",
         ]
         for i in numbers:
