@@ -273,7 +273,7 @@ class _Printer:
             scalars = f", const typename {own}::S &own" if "s" in stage.reads else ""
             name = f"{stage.kind}{i}"
             return [*lines, f"{head}LB_FN {kind} {name}([[maybe_unused]] F (&x)[SLOTS]{scalars}) {{ {given}{call} }}"]
-        vectors = "float (&x)[VECTORS], " if stage.writes else ""
+        vectors = "float (&x)[VECTORS + 1], " if stage.writes else ""
         lines.append(f"LB_FN void fold{i}({vectors}[[maybe_unused]] float *s, [[maybe_unused]] float measured) {{")
         if "s" in stage.reads:
             lines.append(f"  {'' if text.assigns else 'const '}{own}::S own = scalars{i}(s);")
