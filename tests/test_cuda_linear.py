@@ -240,7 +240,7 @@ print("clean")
 """
 CASES = [("nf4", 3, 17, 45), ("int4", 16, 16, 640), ("int4", 65, 37, 101), ("int8", 130, 32, 96)]
 # The sanitizer, a case, what stands in linear.h, what is put there instead, and what is then said.
-OVERFLOW = "heap-buffer-overflow"
+OVERFLOW = "AddressSanitizer: heap-"  # what lies beyond a tensor may be nobody's, or have been another's
 FAULTS = {
     "the-loop-s-barrier": ("thread", 2, "__syncthreads();  // the next step reads", "//", "data race"),
     "the-sums-barrier": ("thread", 1, "__syncthreads();  // before a warp adds", "//", "data race"),

@@ -3,6 +3,7 @@
 import copy
 import sys
 from ctypes import c_int32, c_int64, c_void_p
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from native_rules import Loose, Vectors
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent / "emulator"))
-from emulator import REVERSE, compiler, installed, sanitized
+from emulator import FORWARD, REVERSE, compiler, installed, sanitized
 
 from lowbit.backends import cuda_step, reference
 from lowbit.formats import format as storage
@@ -408,11 +409,11 @@ def test_a_fault_in_the_kernels_is_seen(fault: str, monkeypatch: pytest.MonkeyPa
     (file,) = (name for name in ("sweeps.h", "reductions.h") if texts[name].count(right) == 1)
     monkeypatch.setattr(cuda_step, "sources", lambda: {**texts, file: texts[file].replace(right, wrong)})
     wrongs = 0
-    for reduce, over in (("sum", "column"), ("sum", "row"), ("max", "tensor")):
+    for (reduce, over), schedule in product((("sum", "column"), ("sum", "row"), ("max", "tensor")), (FORWARD, REVERSE)):
         program = kept(reduce, over)
         device, expected = jobs_of(program, [(33, 300)]), jobs_of(program, [(33, 300)])
         reference.step(expected)
-        with installed(schedule=REVERSE):
+        with installed(schedule):
             cuda_step.step(device)
         wrongs += not all(map(same, state(device), state(expected)))
     assert wrongs

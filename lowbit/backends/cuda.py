@@ -18,7 +18,11 @@ from ..layout import row_bytes, row_stride, step_width
 from ..native.abi import DTYPE
 from ..rotation import Rotation
 from ..rows import part_shapes
+from .cuda_step import capture as capture
+from .cuda_step import prepare as prepare
 from .cuda_step import step as step
+from .cuda_step import uncapturable as uncapturable
+from .cuda_step import unprepared as unprepared
 from .cuda_step import unsupported as unsupported
 
 THREADS = 256

@@ -43,14 +43,64 @@ _LOW = 2**64 - 1
 @torch.no_grad()
 def step(jobs: list[Job]) -> None:
     """Step every job: parameters, moments, scalars and skip counts, in place."""
-    plan = _plans.get(jobs[0])
-    if plan is None or not plan.fits(jobs):
-        plan = _plans[jobs[0]] = _Plan(jobs)
-    with torch.cuda.device(plan.device) if plan.device.type == "cuda" else contextlib.nullcontext():
+    plan = _found(jobs)
+    if plan is None:
+        # One plan is kept for eager steps, and those that graphs were captured of.
+        captured = [known for known in _plans.get(jobs[0], ()) if known.captured]
+        plan = _Plan(jobs)
+        _plans[jobs[0]] = [*captured, plan]
+    with _on(plan.device):
         grads = plan.refresh(jobs)
         plan.launch(jobs)
         del grads  # contiguous copies were needed until now
     increment_version([job.param for job in jobs])  # a graph that saved an old value must notice
+
+
+def uncapturable(jobs: list[Job]) -> str:
+    """Why a CUDA graph cannot be captured of a step of these jobs (which need no copies), or an empty string."""
+    if _found(jobs) is None:
+        return "it is not ready: do one step before, with gradients for the same tensors, of the same dtype"
+    return ""
+
+
+@torch.no_grad()
+def capture(jobs: list[Job]) -> None:
+    """Put the launches of a step into the graph that is being captured. They read what `prepare` tells."""
+    plan = _found(jobs)
+    assert plan is not None
+    plan.captured = True  # the graph has its addresses
+    with _on(plan.device):
+        plan.launch(jobs)
+    increment_version([job.param for job in jobs])
+
+
+def unprepared(jobs: list[Job]) -> str:
+    """Why no captured step can be told to be this one, or an empty string."""
+    plan = _found(jobs)
+    if plan is not None and plan.captured:
+        return ""
+    if not any(known.captured for known in _plans.get(jobs[0], ())):
+        return "none was captured since the optimizer was made, loaded or moved, of a step that began with this tensor"
+    return "which tensors have a gradient, its dtype, or which of them have made equally many steps is not as captured"
+
+
+@torch.no_grad()
+def prepare(jobs: list[Job]) -> None:
+    """Tell the device what a captured step is to do when it is replayed next."""
+    plan = _found(jobs)
+    assert plan is not None
+    with _on(plan.device):
+        plan.refresh(jobs)
+    increment_version([job.param for job in jobs])
+
+
+def _found(jobs: list[Job]) -> _Plan | None:
+    """The plan for these jobs, as they are now."""
+    return next((plan for plan in _plans.get(jobs[0], ()) if plan.fits(jobs)), None)
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def unsupported(program: Program) -> str:
@@ -68,6 +118,7 @@ class _Plan:
     def __init__(self, jobs: list[Job]):
         self.device = jobs[0].param.device
         self.machine = machine(self.device)
+        self.captured = False  # in a graph, which is to find all memory where it was
         self.jobs, self.pattern = [ref(job) for job in jobs], _pattern(jobs)
         kinds: dict[tuple[Special, int], list[int]] = {}
         for number, (job, (_, constants)) in enumerate(zip(jobs, self.pattern, strict=True)):
@@ -88,8 +139,12 @@ class _Plan:
         changing = sizeof(structs.Dynamic) * len(jobs)
         self.buffer = torch.empty(changing + CONSTANTS * len(kinds), dtype=torch.uint8, device=self.device)
         self.constants = self.buffer.data_ptr() + changing
+        texts = [text for kind, _ in kinds for text in (_text("step.cu", kind), _text("measure.cu", kind.folds))]
+        modules = iter(
+            self.machine.prefetch(texts)
+        )  # all at once: the first time, each takes a second or so to compile
         self.buckets = [
-            _Bucket(self, index, kind, numbers, [table[self.places[number]] for number in numbers])
+            _Bucket(self, index, kind, numbers, [table[self.places[k]] for k in numbers], next(modules), next(modules))
             for index, ((kind, _), numbers) in enumerate(kinds.items())
         ]
         self.table = torch.frombuffer(bytearray(table), dtype=torch.uint8).to(self.device)
@@ -149,11 +204,20 @@ class _Plan:
 class _Bucket:
     """Jobs that are stepped by the same launches; they follow each other in the plan's tables."""
 
-    def __init__(self, plan: _Plan, index: int, kind: Special, numbers: list[int], table: list[structs.Job]):
+    def __init__(
+        self,
+        plan: _Plan,
+        index: int,
+        kind: Special,
+        numbers: list[int],
+        table: list[structs.Job],
+        updating: Module,
+        measuring: Module,
+    ):
         # Not a cycle of references: a plan's memory on the device is free as soon as its jobs are.
         self.plan, self.index, self.kind, self.numbers = proxy(plan), index, kind, numbers
         self.names = print_program(kind.program).constants
-        self.updating, self.measuring = plan.machine.prefetch([_text("step.cu", kind), _text("measure.cu", kind.folds)])
+        self.updating, self.measuring = updating, measuring
         strides = [(job.rows, row_stride(job.cols)) for job in table]
         chunk = THREADS * kind.values * UNITS
         self.chunks = _owners(table, "first_chunk", [-(-rows * stride // chunk) for rows, stride in strides])
@@ -198,7 +262,7 @@ class _Bucket:
         self.plan.machine.copy(module.symbol("constants")[0], self.plan.constants + self.index * CONSTANTS, CONSTANTS)
 
 
-_plans: WeakKeyDictionary[Job, _Plan] = WeakKeyDictionary()  # by the first job
+_plans: WeakKeyDictionary[Job, list[_Plan]] = WeakKeyDictionary()  # by the first job
 
 
 def _pattern(jobs: list[Job]) -> list[tuple[torch.dtype, int]]:

@@ -1,7 +1,7 @@
 """GPUs: kernels are compiled on the user's machine, kept on disk, and launched where torch launches its own."""
 
 from .driver import DriverError, NoDriver
-from .machine import Function, Machine, Module, machine, machines
+from .machine import Function, Machine, Module, capturing, machine, machines
 from .nvrtc import CompileError, NoCompiler, sources
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Module",
     "NoCompiler",
     "NoDriver",
+    "capturing",
     "machine",
     "machines",
     "sources",

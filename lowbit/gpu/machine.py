@@ -279,6 +279,13 @@ def machine(device: torch.device) -> Machine:
         return machines[device]
 
 
+def capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured on torch's current stream of a device."""
+    if (found := machines.get(device)) is not None:
+        return found.capturing()
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def _of(device: torch.device) -> Machine:
     torch.cuda.init()
     driver = Driver()

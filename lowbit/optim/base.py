@@ -22,13 +22,14 @@ from typing import Any, ClassVar, Literal, TypedDict
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from .. import backends, masters
 from ..formats import nearest
 from ..policy import PRESETS_VERSION, Policy, Storage, check_storage
 from ..roles import check_used, clean_name, role_map
 from ..stages import Job, Moment, Program, Stage
-from . import checkpoint, sparse
+from . import checkpoint, replay, sparse
 from .explain import Explanation, explain
 from .matrices import Chain, carried
 from .slot import FLOATS, Slot, asked_of
@@ -159,6 +160,7 @@ class Rule(torch.optim.Optimizer, Part):
         self.roles = role_map(roles)
         self._programs: dict[Any, Program] = {}
         self._slots: dict[Tensor, Slot] = {}
+        self.devices: set[torch.device] = set()  # where there are parameters
         self._warned = False
         for part in self.stabilize:
             if not isinstance(part, Stabilizer):
@@ -324,6 +326,7 @@ class Rule(torch.optim.Optimizer, Part):
                     # Two models in one optimizer may use one name twice; their random bits must differ all the same.
                     number = zlib.crc32(f"{name}{'#' * seen[name]}".encode()) if name else position
                     self._slots[p] = Slot(self, group, p, name, label, number)
+                    self.devices.add(p.device)
                 position += 1
                 seen[name] += 1
                 if self._lacks_state(p):
@@ -334,6 +337,7 @@ class Rule(torch.optim.Optimizer, Part):
 
     # ---- the step
 
+    @_disable_dynamo  # as torch's own: tracing would take minutes, and there is nothing to fuse
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One step for every parameter that has a gradient.
 
@@ -341,12 +345,17 @@ class Rule(torch.optim.Optimizer, Part):
         too large to be stored, is left as it was and counted (`counters`). Raises before anything has changed for a
         sparse or integer gradient, or when a parameter's dtype, device or shape is no longer what the state was made
         for.
+
+        While a CUDA graph is captured it counts and changes nothing: see `prepare_replay`.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         with torch.no_grad():
+            if replay.capturing(self):
+                self._capture()
+                return loss
             work = self._work()
             self._warn_resolution(work)
             shares, parts, chains, counts, after = self._counted(work)
@@ -358,6 +367,53 @@ class Rule(torch.optim.Optimizer, Part):
             if counts:
                 torch._foreach_copy_(counts, after)  # pyright: ignore[reportPrivateImportUsage]
         return loss
+
+    def _capture(self) -> None:
+        """Put the launches of a step into the CUDA graph that is being captured."""
+        replay.check_no_state_is_missing(self)
+        shares, *_ = self._counted(self._work(), replay.check_capture)
+        for group in self.param_groups:
+            group["steps"] -= 1
+        for backend, jobs in shares:
+            backend.capture(jobs)
+
+    @_disable_dynamo
+    def prepare_replay(self) -> None:
+        """Make the next replay of a CUDA graph, in which `step` was captured, the next step.
+
+            for _ in range(3):  # compiles the kernels, makes the gradients and what else a graph needs to find
+                train_step()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                train_step()  # nothing runs: opt.step() counts and changes nothing
+            for batch in data:
+                inputs.copy_(batch)
+                opt.prepare_replay()
+                graph.replay()
+
+        Call it before every replay, on the stream of the replay. It does what the host does in a step: counts, reads
+        the learning rate as it is now, draws the step's random bits, resets moments if they are due; and tells the
+        device by one copy, for which nothing waits. So replays and eager steps may be mixed, and a checkpoint between
+        them is that of as many eager steps. A replay without it repeats a step with the same random bits, uncounted.
+        Hooks of `step` are not called.
+
+        The graph goes on using the memory it was captured with: a state or parameter that was loaded or moved needs a
+        new graph. Raises `RuntimeError` before anything has changed where no captured step can be this one (a tensor
+        has no gradient that had one, for instance), and where a step cannot be captured at all: matrix stages, sparse
+        momentum, moments that are reset after a step, tensors that are not contiguous or not on CUDA.
+        """
+        if replay.capturing(self):
+            raise RuntimeError("prepare_replay() comes before each graph.replay(), not into the graph itself")
+        with torch.no_grad():
+            work = self._work()
+            self._warn_resolution(work)
+            shares, _, _, counts, after = self._counted(work, replay.check_replay)
+            self._reset("before")
+            for backend, jobs in shares:
+                backend.prepare(jobs)
+            if counts:
+                torch._foreach_copy_(counts, after)  # pyright: ignore[reportPrivateImportUsage]
+        self._opt_called = True  # a scheduler of torch wants to come after a step
 
     def _work(self) -> Work:
         """What there is to do, checked."""
@@ -388,8 +444,10 @@ class Rule(torch.optim.Optimizer, Part):
             for part in made:
                 part.put_back()
 
-    def _counted(self, work: Work) -> tuple[Shares, list[MakesPart], list[Chain], list[Tensor], list[Tensor]]:
-        """Count the step and make its jobs, by backend; if that fails, nothing has been counted.
+    def _counted(
+        self, work: Work, check: Callable[[Rule, list[Slot], Shares, bool], None] | None = None
+    ) -> tuple[Shares, list[MakesPart], list[Chain], list[Tensor], list[Tensor]]:
+        """Count the step and make its jobs, by backend; if that or `check` fails, nothing has been counted.
 
         Also the chains of tensors that have matrix stages, whose first jobs are among the others if need be,
         and every tensor's own count, and what that is after the step.
@@ -400,6 +458,8 @@ class Rule(torch.optim.Optimizer, Part):
             made, parts, counts, after = self._jobs(work)
             chains = [job for job in made if isinstance(job, Chain)]
             jobs = [job for job in made if isinstance(job, Job)]
+            if check is not None:
+                check(self, [slot for _, tensors in work for slot, _ in tensors], backends.share(jobs), bool(parts))
             return backends.share([*jobs, *(c.begin() for c in chains if c.together)]), parts, chains, counts, after
         except BaseException:
             for group in self.param_groups:
@@ -467,7 +527,7 @@ class Rule(torch.optim.Optimizer, Part):
                     warnings.warn(
                         f"lr={lr:.2g} is below the resolution of {slot.label} ({p.dtype}, half an ulp is "
                         f'about {half_ulp:.2g}): most updates will round away. Use rounding="stochastic" or a master.',
-                        stacklevel=4,
+                        stacklevel=6,
                     )
 
     def program(self, group: Mapping[str, Any], kind: str = "") -> Program:
@@ -507,14 +567,14 @@ class Rule(torch.optim.Optimizer, Part):
 
     def __getstate__(self) -> dict[str, Any]:
         # Also what a subclass keeps; not hooks (as in torch), and not what is built again.
-        built = ("_programs", "_slots", "step")
+        built = ("_programs", "_slots", "devices", "step")
         own = {k: v for k, v in vars(self).items() if k not in built and not k.startswith("_optimizer_")}
         return {**own, **super().__getstate__()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         checkpoint.unwrap(state)
         super().__setstate__(state)
-        self._programs, self._slots = {}, {}
+        self._programs, self._slots, self.devices = {}, {}, set()
         for group in self.param_groups:
             for name, value in {**self.defaults, "steps": 0, "states_version": PRESETS_VERSION}.items():
                 if name != "differentiable":  # torch adds it to the defaults: a group would differ from before
@@ -551,6 +611,12 @@ def _as_list(params: Any) -> list[Any]:
 
 def check_common(group: Mapping[str, Any]) -> None:
     """Ranges of the hyper-parameters that carry the field's usual names."""
+    for name, value in group.items():
+        if isinstance(value, Tensor) and value.device.type != "cpu":
+            raise TypeError(
+                f"{name} is a tensor on {value.device}, and every step would wait for it: pass a float, or a tensor on "
+                "the CPU. In a CUDA graph, opt.prepare_replay() tells the device what it is in each step"
+            )
     if isinstance(group["lr"], str | None):
         raise TypeError(f"lr must be a number, not {group['lr']!r}")
     lr = float(group["lr"])
