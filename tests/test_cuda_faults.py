@@ -16,10 +16,11 @@ SETTINGS = {
     "adamw": PLAIN._replace(m="nf4", v="dyn8", rounding="kahan", state_rounding="stochastic"),
     "halves": PLAIN._replace(p="f16", g="f32", m="bf16", v="int4", block=1, rounding="split8", shapes="points"),
     "stablespam": PLAIN._replace(optimizer="stablespam", m="int4", v="sqrt4", rounding="stochastic", wrong="nan"),
-    "adammini": PLAIN._replace(optimizer="adammini", m="solo2", v="log4", g="f32", shapes="ragged", wrong="broken"),
+    "adammini": PLAIN._replace(optimizer="adammini", m="nf4", v="log4", g="f32", shapes="ragged", wrong="broken"),
     "adafactor": PLAIN._replace(optimizer="adafactor-relative", p="f32", m="nf4", shapes="dense"),
-    "spoilt": PLAIN._replace(wrong="nan"),
-    "small": PLAIN._replace(optimizer="adafactor", p="f32", g="f32", m="fp32", shapes="dense"),
+    "spoilt": PLAIN._replace(block=16, wrong="nan"),
+    "small": PLAIN._replace(p="f32", g="f16", m="fp32", v="fp32"),  # some gradients are 0 in fp16
+    "large": PLAIN._replace(optimizer="stablespam", shapes="large"),
     "vectors": PLAIN._replace(optimizer="vectors", m="e2m1", v="solo4", block=16, shapes="ragged"),
 }
 
@@ -104,14 +105,14 @@ FAULTS = {
         "stablespam", "sums.h", "t + apart]);\n    __syncthreads();", "t + apart]);", "thread"
     ),
     "a maximum that is not atomic": Fault(
-        "stablespam", "sweeps.h", "if (threadIdx.x == 0) atomicMax(&run.most, most);",
+        "large", "sweeps.h", "if (threadIdx.x == 0) atomicMax(&run.most, most);",
         "if (threadIdx.x == 0 && most > run.most) run.most = most;", "thread",
     ),
     "warps' maxima are read before they are there": Fault(
         "stablespam", "sweeps.h", "room[warp()] = most;\n    __syncthreads();", "room[warp()] = most;", "thread"
     ),
     "folds before all scalars are there": Fault(
-        "stablespam", "measure.cu", "__syncthreads();\n  if (t == 0) Folds<0>", "if (t == 0) Folds<0>", "thread"
+        "adammini", "measure.cu", "__syncthreads();\n  if (t == 0) Folds<0>", "if (t == 0) Folds<0>", "thread"
     ),
     "a tensor is judged before all of it is known": Fault(
         "stablespam", "measure.cu", "atomicMax(&run.skip, 1u);\n  __syncthreads();", "atomicMax(&run.skip, 1u);", "thread"
@@ -132,7 +133,9 @@ def test_a_planted_fault_is_found(name: str):
         plant = f"under_sanitizer({setting!r}, file={file!r}, before={before!r}, after={after!r})"
         done = sanitized(how, f"from test_cuda_faults import *; {plant}")
         said = {"thread": ("data race",), "address": ("AddressSanitizer", "runtime error")}[how]
-        assert done.returncode and any(words in done.stderr for words in said) and "Traceback" not in done.stderr, done.stderr[-4000:]
+        assert done.returncode and any(words in done.stderr for words in said) and "Traceback" not in done.stderr, (
+            done.stderr[-4000:]
+        )
     else:
         with patched(file, before, after), pytest.raises(DriverError, match=how):
             wrong(SETTINGS[setting])
