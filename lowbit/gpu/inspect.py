@@ -185,20 +185,25 @@ def disassemble(cubin: bytes) -> dict[str, list[Instruction]]:
 def hot_loop(kernel: Sequence[Instruction]) -> list[Instruction]:
     """The instructions of one turn of a kernel's main loop, on its aligned path; of all of it if it has no loop.
 
-    Accesses of 16 bits are a general path too, unless the aligned path cannot do without.
+    Accesses of 16 bits are a general path too, and so are divisions that check their operands (cuda/quick.h says what a
+    kernel does first), unless the aligned path cannot do without.
     """
-    narrow, all_of_it = _hot_loop(kernel, 16), _hot_loop(kernel, 8)
-    return narrow if _wide(narrow) and _wide(narrow) == _wide(all_of_it) else all_of_it
+    all_of_it = _hot_loop(kernel, 8, True)
+    for narrow, checks in ((16, False), (8, False), (16, True)):
+        found = _hot_loop(kernel, narrow, checks)
+        if _wide(found) and _wide(found) == _wide(all_of_it):
+            return found
+    return all_of_it
 
 
 def _wide(instructions: Iterable[Instruction]) -> int:
     return sum(i.name in GLOBAL and i.width >= 128 for i in instructions)
 
 
-def _hot_loop(kernel: Sequence[Instruction], narrow: int) -> list[Instruction]:
+def _hot_loop(kernel: Sequence[Instruction], narrow: int, checks: bool) -> list[Instruction]:
     blocks = _blocks(kernel)
     edges = {start: [to for to in _successors(kernel, blocks, start) if to in blocks] for start in blocks}
-    hot = {start for start, block in blocks.items() if not any(_cold(i, narrow) for i in block)}
+    hot = {start for start, block in blocks.items() if not any(_cold(i, narrow, checks) for i in block)}
     ways = {start: [to for to in edges[start] if to in hot] for start in hot}
     back: dict[int, list[int]] = {start: [] for start in hot}
     for start, targets in ways.items():
@@ -244,10 +249,10 @@ def _longest(
     return best[head][1] if head in best else []
 
 
-def _cold(i: Instruction, narrow: int) -> bool:
+def _cold(i: Instruction, narrow: int, checks: bool) -> bool:
     byte = i.name in GLOBAL and i.width <= narrow
     call = i.name == "CALL" and not i.predicate  # with one, it leaves a loop on sm_80
-    return byte or call or i.opcode.startswith("WARPSYNC.COLLECTIVE")
+    return byte or call or (i.name == "FCHK" and not checks) or i.opcode.startswith("WARPSYNC.COLLECTIVE")
 
 
 def _blocks(kernel: Sequence[Instruction]) -> dict[int, Sequence[Instruction]]:
