@@ -165,9 +165,8 @@ template <int K> struct Scaled {  // what a lane knows of the blocks that its va
 };
 
 // A moment's scales; true if it cannot be stored.
-template <int K> LB_FN bool scale_moment(const float (&x)[V], Scaled<K> &to) {
+template <int K> LB_FN bool scale_moment(Scaled<K> &to) {
   using F = FormatOf<K>;
-  LB_UNROLL for (int k = 0; k < V; ++k) to.source[k] = F::SQUARE ? sqrt(x[k]) : x[k];
   bool bad = false;
   LB_UNROLL for (int part = 0; part < PARTS<K>; ++part) {
     to.scale[part] = to.inverse[part] = to.base[part] = 0.0f;

@@ -20,10 +20,19 @@ template <int K> struct Stored {
   // True if something of it is not finite.
   LB_FN bool encode(const Place &place, const Key *keys, const Tables<K> &tables, float (&x)[LOADED][V], Stored &to) {
     keep_inside(place, x[2 + K]);
-    bool bad = scale_moment<K>(x[2 + K], to.scaled);
+    keep_inside(place, to.scaled.source);
+    bool bad = scale_moment<K>(to.scaled);
     to.codes = encode_moment<K>(keys[1 + K], place, tables, x[2 + K], to.scaled);
     if constexpr (FLOATS<K>) bad = !all_finite<FormatOf<K>::DTYPE>(to.codes);
     return bad | Stored<K + 1>::encode(place, keys, tables.rest, x, to.rest);
+  }
+
+  // What codes are taken from, of value k; whether it is what plain floats would have given.
+  template <class F> LB_FN bool take_sources(int k, const F (&values)[SLOTS], Stored &to) {
+    bool fine = true;
+    if constexpr (FormatOf<K>::SQUARE) fine = take(sqrt(values[2 + K]), to.scaled.source[k]);
+    else take(values[2 + K], to.scaled.source[k]);
+    return fine & Stored<K + 1>::take_sources(k, values, to.rest);
   }
 
   LB_FN void store(const Job &job, const Place &place, const Stored &from) {
@@ -33,6 +42,7 @@ template <int K> struct Stored {
 };
 template <> struct Stored<MOMENTS> {
   LB_FN bool encode(const Place &, const Key *, const Tables<MOMENTS> &, float (&)[LOADED][V], Stored &) { return false; }
+  template <class F> LB_FN bool take_sources(int, const F (&)[SLOTS], Stored &) { return true; }
   LB_FN void store(const Job &, const Place &, const Stored &) {}
 };
 
@@ -45,7 +55,7 @@ struct Operands {
 
 // All updates, after the last measurement, on numbers of type F. Whether they are what plain floats would have given.
 template <class F> LB_FN bool run_updates(const Operands &from, const Place &here, const Tables<0> &tables,
-                                          const float *scalars, float (&x)[LOADED][V]) {
+                                          const float *scalars, float (&x)[LOADED][V], Stored<0> &stored) {
   using Update = Sweep<MEASURES, F>;
   const auto own = Update::scalars(scalars);
   widen_gradient(from.gradient, x[1]);
@@ -56,6 +66,7 @@ template <class F> LB_FN bool run_updates(const Operands &from, const Place &her
     F values[SLOTS];
     LB_UNROLL for (int slot = 0; slot < LOADED; ++slot) values[slot] = x[slot][k];
     Update::run(values, own);
+    fine &= Stored<0>::take_sources(k, values, stored);
     LB_UNROLL for (int slot = 0; slot < 2 + MOMENTS; ++slot) fine &= take(values[slot], x[slot][k]);
   }
   return fine;
@@ -89,10 +100,10 @@ extern "C" __global__ void __launch_bounds__(lb::THREADS)
     Fetched<0, ~0u>::fetch(job, here, old.moments);
     float x[LOADED][V];
     load_vectors<0, Sweep<MEASURES>::READS>(job, workspace, here, x);
-    const bool fine = run_updates<Quick>(old, here, tables, scalars, x);
-    if (any<32>(!fine && here.count > 0)) run_updates<float>(old, here, tables, scalars, x);
-    const ParamWords parameter = narrow_parameter(keys[0], here, x[0]);
     Stored<0> stored;
+    const bool fine = run_updates<Quick>(old, here, tables, scalars, x, stored);
+    if (any<32>(!fine && here.count > 0)) run_updates<float>(old, here, tables, scalars, x, stored);
+    const ParamWords parameter = narrow_parameter(keys[0], here, x[0]);
     bool bad = !all_finite<GRAD>(old.gradient) || spoiled(here, old.parameter.raw, parameter);
     bad |= Stored<0>::encode(here, keys, tables, x, stored);
     __syncwarp();  // all lanes have loaded the scales, which one of them stores: a vote alone orders no memory
