@@ -75,7 +75,11 @@ FAULTS = {
         "adamw", "operands.h", "left = to.row < job.rows ? job.cols - to.col : 0", "left = job.cols - to.col", "address"
     ),
     "an unaligned gradient taken for an aligned one": Fault(
-        "adamw", "moments.h", "load<V * SIZE<GRAD>, SIZE<GRAD>>(at, place.count)", "load_aligned<V * SIZE<GRAD>>(at)", "address"
+        "adamw",
+        "moments.h",
+        "load<V * SIZE<GRAD>, SIZE<GRAD>>(at, place.count)",
+        "load_aligned<V * SIZE<GRAD>>(at)",
+        "address",
     ),
     "a lane skips its own values only": Fault("spoilt", "step.cu", "GUARDED && any<LANES>(bad)", "GUARDED && bad"),
     "a parameter's random bits for a moment": Fault("adamw", "step.cu", "keys[1 + K]", "keys[K]"),
@@ -93,20 +97,29 @@ FAULTS = {
     ),
     # measure.cu and what it includes
     "columns are added up before they are there": Fault(
-        "adafactor", "sweeps.h", "room[turn][t * V + k] = value[k];\n    __syncthreads();",
-        "room[turn][t * V + k] = value[k];", "thread",
+        "adafactor",
+        "sweeps.h",
+        "room[turn][t * V + k] = value[k];\n    __syncthreads();",
+        "room[turn][t * V + k] = value[k];",
+        "thread",
     ),
     "one room, and one barrier": Fault("adafactor", "sweeps.h", "turn = 1 - turn", "turn = 0", "thread"),
     "a barrier for those who add": Fault(
-        "adafactor", "sweeps.h", "room[turn][t * V + k] = value[k];\n    __syncthreads();",
-        "room[turn][t * V + k] = value[k];\n    if (adding) __syncthreads();", "__syncthreads",
+        "adafactor",
+        "sweeps.h",
+        "room[turn][t * V + k] = value[k];\n    __syncthreads();",
+        "room[turn][t * V + k] = value[k];\n    if (adding) __syncthreads();",
+        "__syncthreads",
     ),
     "halves before the other half is there": Fault(
         "stablespam", "sums.h", "t + apart]);\n    __syncthreads();", "t + apart]);", "thread"
     ),
     "a maximum that is not atomic": Fault(
-        "large", "sweeps.h", "if (threadIdx.x == 0) atomicMax(&run.most, most);",
-        "if (threadIdx.x == 0 && most > run.most) run.most = most;", "thread",
+        "large",
+        "sweeps.h",
+        "if (threadIdx.x == 0) atomicMax(&run.most, most);",
+        "if (threadIdx.x == 0 && most > run.most) run.most = most;",
+        "thread",
     ),
     "warps' maxima are read before they are there": Fault(
         "stablespam", "sweeps.h", "room[warp()] = most;\n    __syncthreads();", "room[warp()] = most;", "thread"
@@ -115,12 +128,16 @@ FAULTS = {
         "adammini", "measure.cu", "__syncthreads();\n  if (t == 0) Folds<0>", "if (t == 0) Folds<0>", "thread"
     ),
     "a tensor is judged before all of it is known": Fault(
-        "stablespam", "measure.cu", "atomicMax(&run.skip, 1u);\n  __syncthreads();", "atomicMax(&run.skip, 1u);", "thread"
+        "stablespam",
+        "measure.cu",
+        "atomicMax(&run.skip, 1u);\n  __syncthreads();",
+        "atomicMax(&run.skip, 1u);",
+        "thread",
     ),
     "lanes of a team part": Fault(
         "stablespam", "reductions.h", "first < lines; first +=", "first + own < lines; first +=", "__"
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", FAULTS)

@@ -1,4 +1,4 @@
-"""What the host keeps from step to step for CUDA steps: structs, buckets, tables; when they are made anew, and freed."""
+"""What the host keeps from step to step for CUDA steps: structs, buckets, tables; when they are made, and freed."""
 
 import gc
 import subprocess
