@@ -105,6 +105,7 @@ extern "C" __global__ void __launch_bounds__(lb::THREADS)
     const ParamWords parameter = narrow_parameter(keys[0], here, x[0], finite);
     bool bad = !finite_gradient(old.gradient) || (!finite && spoiled(here, old.parameter.raw, parameter));
     bad |= Stored<0>::encode(here, keys, tables, x, stored);
+    __syncwarp();  // all lanes have loaded the scales, which one of them stores: a vote alone orders no memory
     if (GUARDED && any<LANES>(bad)) {
       lost += lane() % LANES == 0 && here.count > 0;
     } else {
