@@ -14,7 +14,8 @@
 using namespace lb;
 
 constexpr int V = 8, THREADS = 256;
-constexpr bool SCALED = Fmt::KIND != LB_KIND_FLOAT, LONE = Fmt::BLOCK % V != 0;  // LONE: a lane's values differ in scale
+constexpr bool SCALED = Fmt::KIND != LB_KIND_FLOAT;
+constexpr bool LONE = SCALED && Fmt::BLOCK % V != 0;  // the values of a lane may differ in scale
 // Whether a warp finds its scales itself; LANES share one.
 constexpr bool AT_ONCE = !SCALED || (Fmt::BLOCK >= V && Fmt::BLOCK <= 32 * V && (Fmt::BLOCK & (Fmt::BLOCK - 1)) == 0);
 constexpr int LANES = SCALED && AT_ONCE ? Fmt::BLOCK / V : 1;
@@ -120,7 +121,8 @@ LB_FN Block kept(const Matrix &m, int64_t number) {
 // ---- the rotation: signs, then sums and differences at growing distances, then the norm
 
 LB_FN void rotate(const Matrix &m, int64_t col, float (&x)[V]) {
-  constexpr float NORM = ROTATION == 16 ? 0.25f : ROTATION == 32 ? 0x1.6a09e6p-3f : ROTATION == 64 ? 0.125f : 0x1.6a09e6p-4f;
+  constexpr float ROOT = 0x1.6a09e6p-3f;  // 1 / sqrt(32)
+  constexpr float NORM = ROTATION == 16 ? 0.25f : ROTATION == 32 ? ROOT : ROTATION == 64 ? 0.125f : ROOT / 2.0f;
   const uint32_t bits = hash((uint32_t)(col / 32), m.signs[0], m.signs[1]) >> (uint32_t)(col % 32);
   LB_UNROLL for (int i = 0; i < V; ++i) x[i] = float_of(bits_of(x[i]) ^ (bits >> i & 1u) << 31);
   LB_UNROLL for (int apart = 1; apart < V; apart *= 2) {
@@ -160,6 +162,11 @@ LB_FN Codes<Fmt, V> encode_lane(const float (&x)[V], const Block &b, const uint3
   return Codec<Fmt>::encode<V, STOCHASTIC, LIVE, BOUNDED>(x, source, b.inverse, b.base, draws, shared);
 }
 
+LB_FN void store_codes(const Matrix &m, const Place &p, const Codes<Fmt, V> &codes) {
+  char *to = (char *)m.codes + p.row * m.row_bytes + p.col * Fmt::BITS / 8;
+  store<V * Fmt::BITS / 8>(to, codes, (p.count * Fmt::BITS + 7) / 8);
+}
+
 // ---- kernels
 
 template <bool FAKE> LB_FN void run(const Matrix &m, float *to, Codec<Fmt>::Shared &shared) {
@@ -172,7 +179,7 @@ template <bool FAKE> LB_FN void run(const Matrix &m, float *to, Codec<Fmt>::Shar
   uint32_t draws[V] = {};
   if (STOCHASTIC) draw(m, p, draws);
   const int64_t first = p.row * m.scales;
-  if constexpr (LONE && SCALED) {
+  if constexpr (LONE) {
     Codes<Fmt, V> codes = {};
     LB_UNROLL for (int i = 0; i < V; ++i) {
       if (i >= p.count) break;
@@ -186,7 +193,7 @@ template <bool FAKE> LB_FN void run(const Matrix &m, float *to, Codec<Fmt>::Shar
       Codec<Fmt>::decode<1>(code, b.scale, b.base, shared, out);
       to[p.row * m.cols + p.col + i] = out[0];
     }
-    if (!FAKE) store<V * Fmt::BITS / 8>((char *)m.codes + p.row * m.row_bytes + p.col * Fmt::BITS / 8, codes, (p.count * Fmt::BITS + 7) / 8);
+    if (!FAKE) store_codes(m, p, codes);
     return;
   }
   Block b;
@@ -214,9 +221,11 @@ template <bool FAKE> LB_FN void run(const Matrix &m, float *to, Codec<Fmt>::Shar
     store<V * 4>(to + p.row * m.cols + p.col, words, p.count * 4);
   } else {
     if constexpr (SCALED && Fmt::BITS < 8) {  // codes beyond the end of a row are 0
-      LB_UNROLL for (int i = 0; i < V; ++i) codes.word[i * Fmt::BITS / 32] &= i < p.count ? ~0u : ~(((1u << Fmt::BITS) - 1u) << i * Fmt::BITS % 32);
+      LB_UNROLL for (int i = 0; i < V; ++i) {
+        if (i >= p.count) codes.word[i * Fmt::BITS / 32] &= ~(((1u << Fmt::BITS) - 1u) << i * Fmt::BITS % 32);
+      }
     }
-    store<V * Fmt::BITS / 8>((char *)m.codes + p.row * m.row_bytes + p.col * Fmt::BITS / 8, codes, (p.count * Fmt::BITS + 7) / 8);
+    store_codes(m, p, codes);
   }
 }
 
@@ -240,7 +249,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) decode(const Matrix m) {
                                               (p.count * Fmt::BITS + 7) / 8);
   const int64_t first = p.row * m.scales;
   float x[V] = {};
-  if constexpr (LONE && SCALED) {
+  if constexpr (LONE) {
     LB_UNROLL for (int i = 0; i < V; ++i) {
       if (i >= p.count) break;
       const Block b = kept(m, first + (p.col + i) / Fmt::BLOCK);

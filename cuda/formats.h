@@ -55,7 +55,8 @@ constexpr uint32_t NATURAL_BITS = 0x4B000000u;   // 2**23 as bits: integers belo
 template <class Fmt, int V> using Codes = Words<(V * Fmt::BITS + 7) / 8>;
 
 // 1 in each of the first COUNT codes of a word.
-template <int BITS, int COUNT> constexpr uint32_t ONES = (uint32_t)(((1ull << BITS * COUNT) - 1u) / ((1u << BITS) - 1u));
+template <int BITS, int COUNT>
+constexpr uint32_t ONES = (uint32_t)(((1ull << BITS * COUNT) - 1u) / ((1u << BITS) - 1u));
 
 template <class Fmt, int V> LB_FN uint32_t code_at(const Codes<Fmt, V> &codes, int i) {
   constexpr int EACH = 32 / Fmt::BITS;
@@ -70,7 +71,8 @@ template <class Fmt, int V> LB_FN Codes<Fmt, V> pack(const uint32_t (&c)[V], uin
   LB_UNROLL for (int w = 0; w * EACH < V; ++w) {
     const int first = w * EACH;
     if constexpr (BITS == 8 && V >= 4) {
-      packed.word[w] = permute(permute(c[first], c[first + 1], 0x40), permute(c[first + 2], c[first + 3], 0x40), 0x5410);
+      const uint32_t low = permute(c[first], c[first + 1], 0x40), high = permute(c[first + 2], c[first + 3], 0x40);
+      packed.word[w] = permute(low, high, 0x5410);
     } else if constexpr (BITS == 8) {
       packed.word[w] = V == 2 ? permute(c[0], c[V - 1], 0x40) & 0xFFFFu : c[0] & 0xFFu;
     } else {
@@ -145,7 +147,8 @@ template <class Fmt> struct Integers {
     constexpr float LIMIT = (float)Fmt::LIMIT, LEAST = Fmt::SIGNED ? -LIMIT : 0.0f;
     constexpr bool RAISED = LIVE || !Fmt::SIGNED;
     float u = unit_of<BOUNDED>(source, inverse);
-    if (STOCHASTIC || !BOUNDED) u = smaller(larger(u, LEAST), LIMIT);  // a whole step up from a little beyond the top is too much
+    // A value a little beyond the top is rounded to it, but may not be rounded up from there.
+    if (STOCHASTIC || !BOUNDED) u = smaller(larger(u, LEAST), LIMIT);
     if constexpr (!STOCHASTIC) {
       if (RAISED) u = larger(u, x > 0.0f ? 1.0f : LEAST);
       return bits_of(u + (INTEGER + BIAS));
@@ -224,7 +227,9 @@ template <class Fmt> struct Codebook {
     To ways;
   };
   LB_FN void prepare(Shared &shared) {
-    for (int k = (int)threadIdx.x; k < 1 << Fmt::BITS; k += (int)blockDim.x) shared.values[k] = float_of(Fmt::values(k));
+    for (int k = (int)threadIdx.x; k < 1 << Fmt::BITS; k += (int)blockDim.x) {
+      shared.values[k] = float_of(Fmt::values(k));
+    }
     To::prepare(shared.ways);
   }
 
@@ -338,7 +343,8 @@ template <class Fmt> struct Floats {
       if (LIVE) c[i] = x[i] > 0.0f && (c[i] & 0x7FFFu) == 0u ? 1u : c[i];
     }
     LB_UNROLL for (int i = 0; i < V; i += 2) {
-      packed.word[i / 2] = V == 1 ? (HIGH ? c[0] >> 16 : c[0]) : permute(c[i], c[V == 1 ? 0 : i + 1], HIGH ? 0x7632 : 0x5410);
+      if constexpr (V == 1) packed.word[0] = HIGH ? c[0] >> 16 : c[0];
+      else packed.word[i / 2] = permute(c[i], c[i + 1], HIGH ? 0x7632 : 0x5410);
     }
     return packed;
   }

@@ -6,7 +6,8 @@
 //   tiles     128 x 128 results for a block of threads, 32 terms in a step. For its 2^19 products a step loads 8 KB of
 //             bf16 and 2 KB of 4-bit codes; a thread decodes 32 values, a warp multiplies 64 times 16 x 8 x 16 and reads
 //             8 KB of shared memory. A value of W is decoded once for every 128 rows of x.
-//   few rows  m <= 16. A value of W is read once, 16 bytes of codes a lane: n k bits / 8 bytes and the scales.
+//   few rows  m <= 64. 16 x 16 results for a block of threads, 16 bytes of codes a lane in a turn. For m <= 16 W is
+//             read once, and its n k bits / 8 bytes are what the kernel takes; more rows find it in the second cache.
 #include "linear.h"
 
 using namespace lb;
@@ -27,7 +28,7 @@ extern "C" __global__ void __launch_bounds__(128, 2)
   multiply<Columns<WHOLE>, WHOLE>(Dense{dy, m, n}, Packed{codes, scale, extra, n, k}, k, left, right, tables, dx);
 }
 
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(256, 2)
     linear_few(const uint16_t *x, const uint8_t *codes, const float *scale, const void *extra, uint16_t *y, int m, int n,
                int k) {
   __shared__ float sums[8][256];

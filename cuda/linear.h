@@ -1,4 +1,4 @@
-// Products of a dense bf16 matrix with a packed one: tiles of 128 x 128 results, or at most 16 rows.
+// Products of a dense bf16 matrix with a packed one: tiles of 128 x 128 results, or few rows.
 //
 // Operands lie in shared memory as pairs of bf16 along the contraction. Its terms are numbered so that lane 4 g + t
 // takes terms 8 t .. 8 t + 7 of 32: four pairs which lie side by side, a chunk of 16 bytes. Chunks are stored in such an
@@ -233,28 +233,35 @@ LB_FN void multiply(const Dense &left, const Packed &right, int cols, Tile (&lef
   }
 }
 
-// out [x.rows, w.rows] = x Wᵀ for at most 16 rows of x. A block has 16 rows of W; its 8 warps take turns of 4 lanes times
-// 16 bytes of codes.
+// out [x.rows, w.rows] = x Wᵀ for few rows of x. A block has 16 rows of x, and 16 of W, of which its 8 warps take turns
+// of 4 lanes times 16 bytes of codes, loaded a turn before. Groups of x are handed out first, so that they share W's codes.
 template <bool WHOLE>
 LB_FN void multiply_few(const Dense &x, const Packed &w, float (&sums)[8][256], Tables &tables, uint16_t *out) {
-  constexpr int LONG = 128 / Weight::BITS;
-  const int g = lane() / 4, t = lane() % 4, first = (int)blockIdx.x * 16;
+  constexpr int LONG = 128 / Weight::BITS, TURN = 4 * LONG;
+  const int groups = (x.rows - 1) / 16 + 1, g = lane() / 4, t = lane() % 4;
+  const int row = (int)blockIdx.x % groups * 16, col = (int)blockIdx.x / groups * 16;
   float sum[2][4];
   LB_UNROLL for (int i = 0; i < 8; ++i) sum[i / 4][i % 4] = 0.0f;
 
-  Codec<Weight>::prepare(tables);
-  __syncthreads();
-  for (int turn = warp() * 4 * LONG; turn < x.cols; turn += 8 * 4 * LONG) {
+  Piece<LONG> next[2];
+  const auto load_turn = [&](int turn) {
     const int term = turn + t * LONG, within = !WHOLE || term < x.cols ? term : 0;
-    Piece<LONG> piece[2];
     LB_UNROLL for (int j = 0; j < 2; ++j) {
-      const int row = first + 8 * j + g;
-      piece[j] = fetch<LONG, WHOLE>(w, WHOLE && row >= w.rows ? w.rows - 1 : row, within);
+      const int from = col + 8 * j + g;
+      next[j] = fetch<LONG, WHOLE>(w, WHOLE && from >= w.rows ? w.rows - 1 : from, within);
     }
+  };
+  Codec<Weight>::prepare(tables);
+  load_turn(warp() * TURN);
+  __syncthreads();
+  for (int turn = warp() * TURN; turn < x.cols; turn += 8 * TURN) {
+    const Piece<LONG> piece[2] = {next[0], next[1]};
+    if (turn + 8 * TURN < x.cols) load_turn(turn + 8 * TURN);
     LB_UNROLL for (int q = 0; q < LONG / 8; ++q) {
-      const int at = term + 8 * q;
-      const Fragment a = fragment(fetch_few<WHOLE>(x, g, at), fetch_few<WHOLE>(x, g + 8, at));
-      LB_UNROLL for (int j = 0; j < 2; ++j) multiply_eight(sum[j], a, decode_chunk(piece[j], q, tables));
+      const int term = turn + t * LONG + 8 * q;
+      const Four a = fetch_few<WHOLE>(x, row + g, term), below = fetch_few<WHOLE>(x, row + g + 8, term);
+      const Fragment both = fragment(a, below);
+      LB_UNROLL for (int j = 0; j < 2; ++j) multiply_eight(sum[j], both, decode_chunk(piece[j], q, tables));
     }
   }
 
@@ -262,8 +269,8 @@ LB_FN void multiply_few(const Dense &x, const Packed &w, float (&sums)[8][256], 
   __syncthreads();  // before a warp adds up what all of them stored
   float total = 0.0f;
   LB_UNROLL for (int k = 0; k < 8; ++k) total += sums[k][thread()];
-  const int row = g + warp() % 4 / 2 * 8, col = first + warp() / 4 * 8 + 2 * t + warp() % 2;
-  if (row < x.rows && col < w.rows) out[(int64_t)row * w.rows + col] = narrow_bf16(total);
+  const int down = row + g + warp() % 4 / 2 * 8, across = col + warp() / 4 * 8 + 2 * t + warp() % 2;
+  if (down < x.rows && across < w.rows) out[(int64_t)down * w.rows + across] = narrow_bf16(total);
 }
 
 }  // namespace lb

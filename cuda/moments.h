@@ -59,52 +59,78 @@ template <int K> LB_FN void take_part(int part, const float (&x)[V], float (&to)
   LB_UNROLL for (int k = 0; k < PART<K>; ++k) to[k] = x[part * PART<K> + k];
 }
 
-template <int K> LB_FN void decode_moment(const Job &job, const Place &place, const Tables<K> &tables,
-                                          const CodeWords<K> &codes, float (&x)[V]) {
-  using F = FormatOf<K>;
-  constexpr int bits = PART<K> * BITS<K>;
-  LB_UNROLL for (int part = 0; part < PARTS<K>; ++part) {
-    float scale = 1.0f, base = 1.0f, values[PART<K>];
-    if (!FLOATS<K> && place.count > part * PART<K>) {
-      const int64_t index = scale_index<K>(job, place) + part;
-      scale = load_float(job.scale[K] + index);
-      if (F::KIND == LB_KIND_LOG) base = load_float(job.base[K] + index);
-    }
-    Codes<F, PART<K>> own;
-    if constexpr (PARTS<K> == 1) own = codes;
-    else own.word[0] = codes.word[part * bits / 32] >> part * bits % 32 & (uint32_t)((1ull << bits) - 1u);
-    Codec<F>::template decode<PART<K>>(own, scale, base, tables.own, values);
-    LB_UNROLL for (int k = 0; k < PART<K>; ++k) x[part * PART<K> + k] = values[k];
-  }
-  keep_inside(place, x);
-}
+// Moments as they are stored, from K on, those that are wanted: a bit of WANTED per slot.
+template <int K, uint32_t WANTED> struct Fetched {
+  static constexpr bool HERE = (WANTED >> (2 + K) & 1u) != 0u;
+  CodeWords<K> codes;
+  float scale[PARTS<K>], base[PARTS<K>];
+  Fetched<K + 1, WANTED> rest;
 
-// All moments from K on that are wanted, a bit of `WANTED` per slot.
-template <int K, uint32_t WANTED, int COUNT>
-LB_FN void load_moments([[maybe_unused]] const Job &job, [[maybe_unused]] const Place &place,
-                        [[maybe_unused]] const Tables<K> &tables, [[maybe_unused]] float (&x)[COUNT][V]) {
-  if constexpr (K < MOMENTS) {
-    if constexpr ((WANTED >> (2 + K) & 1u) != 0u) {
-      const CodeWords<K> codes =
-          fetch<CODE_BYTES<K>, CODE_EACH<K>>(job.codes[K], code_index<K>(job, place), code_count<K>(place));
-      decode_moment<K>(job, place, tables, codes, x[2 + K]);
+  LB_FN void fetch(const Job &job, const Place &place, Fetched &to) {
+    if constexpr (HERE) {
+      to.codes = lb::fetch<CODE_BYTES<K>, CODE_EACH<K>>(job.codes[K], code_index<K>(job, place), code_count<K>(place));
+      LB_UNROLL for (int part = 0; part < PARTS<K>; ++part) {
+        to.scale[part] = to.base[part] = 1.0f;
+        if (!FLOATS<K> && place.count > part * PART<K>) {
+          const int64_t index = scale_index<K>(job, place) + part;
+          to.scale[part] = load_float(job.scale[K] + index);
+          if (FormatOf<K>::KIND == LB_KIND_LOG) to.base[part] = load_float(job.base[K] + index);
+        }
+      }
     }
-    load_moments<K + 1, WANTED>(job, place, tables.rest, x);
+    Fetched<K + 1, WANTED>::fetch(job, place, to.rest);
   }
-}
 
-// The gradient, and whether one of its values is not finite: 0 * x is NaN for infinities and NaNs.
-LB_FN bool load_gradient(const Dynamic &now, const Place &place, float (&g)[V]) {
-  constexpr int bytes = V * SIZE<GRAD>;
-  const void *at = (const uint8_t *)now.grad + place.at * SIZE<GRAD>;  // a view may begin anywhere
+  template <int COUNT>
+  LB_FN void decode(const Fetched &from, const Place &place, const Tables<K> &tables, float (&x)[COUNT][V]) {
+    if constexpr (HERE) {
+      using F = FormatOf<K>;
+      constexpr int bits = PART<K> * BITS<K>;
+      LB_UNROLL for (int part = 0; part < PARTS<K>; ++part) {
+        float values[PART<K>];
+        Codes<F, PART<K>> own;
+        if constexpr (PARTS<K> == 1) own = from.codes;
+        else own.word[0] = from.codes.word[part * bits / 32] >> part * bits % 32 & (uint32_t)((1ull << bits) - 1u);
+        Codec<F>::template decode<PART<K>>(own, from.scale[part], from.base[part], tables.own, values);
+        LB_UNROLL for (int k = 0; k < PART<K>; ++k) x[2 + K][part * PART<K> + k] = values[k];
+      }
+      keep_inside(place, x[2 + K]);
+    }
+    Fetched<K + 1, WANTED>::decode(from.rest, place, tables.rest, x);
+  }
+};
+template <uint32_t WANTED> struct Fetched<MOMENTS, WANTED> {
+  LB_FN void fetch(const Job &, const Place &, Fetched &) {}
+  template <int COUNT> LB_FN void decode(const Fetched &, const Place &, const Tables<MOMENTS> &, float (&)[COUNT][V]) {}
+};
+
+// The gradient as it is stored; a view may begin anywhere.
+LB_FN GradientWords fetch_gradient(const Dynamic &now, const Place &place) {
+  const void *at = (const uint8_t *)now.grad + place.at * SIZE<GRAD>;
   LB_GLOBAL(at);
-  const Words<bytes> raw = load<bytes, SIZE<GRAD>>(at, place.count);
-  float sum = 0.0f;
-  LB_UNROLL for (int k = 0; k < V; ++k) {
-    g[k] = value<GRAD>(raw.word, k);
-    sum = fma(g[k], 0.0f, sum);
-  }
-  return sum != 0.0f;
+  return load<V * SIZE<GRAD>, SIZE<GRAD>>(at, place.count);
+}
+
+LB_FN void widen_gradient(const GradientWords &from, float (&g)[V]) {
+  LB_UNROLL for (int k = 0; k < V; ++k) g[k] = value<GRAD>(from.word, k);
+}
+
+// Fetched and widened at once, for sweeps that store nothing. The gradient: true if it is not finite.
+LB_FN bool load_gradient(const Dynamic &now, const Place &place, float (&g)[V]) {
+  const GradientWords raw = fetch_gradient(now, place);
+  widen_gradient(raw, g);
+  return !all_finite<GRAD>(raw);
+}
+
+LB_FN void load_parameter(const Job &job, const Place &place, float (&p)[V]) {
+  widen_parameter(fetch_parameter(job, place), p);
+}
+
+template <int K, uint32_t WANTED, int COUNT>
+LB_FN void load_moments(const Job &job, const Place &place, const Tables<K> &tables, float (&x)[COUNT][V]) {
+  Fetched<K, WANTED> raw;
+  Fetched<K, WANTED>::fetch(job, place, raw);
+  Fetched<K, WANTED>::decode(raw, place, tables, x);
 }
 
 // Vectors, broadcast over their values.
@@ -128,6 +154,11 @@ LB_FN void load_vectors([[maybe_unused]] const Job &job, [[maybe_unused]] const 
 
 // ---- storing
 
+LB_FN float quick_inverse(float scale) {
+  float found;
+  return take(Quick(1.0f) / Quick(scale), found) ? found : inverse(scale);
+}
+
 template <int K> struct Scaled {  // what a lane knows of the blocks that its values of a moment are in
   float source[V];  // what codes are taken from: roots for a format of roots
   float scale[PARTS<K>], inverse[PARTS<K>], base[PARTS<K>];
@@ -149,7 +180,7 @@ template <int K> LB_FN bool scale_moment(const float (&x)[V], Scaled<K> &to) {
         most = bits > most ? bits : most;
       }
       to.scale[part] = scale_of<F>(float_of(largest<SCALE_LANES<K>>(most)));
-      to.inverse[part] = inverse(to.scale[part]);
+      to.inverse[part] = quick_inverse(to.scale[part]);
       if constexpr (F::KIND == LB_KIND_LOG) to.base[part] = log_base<F, PART<K>, SCALE_LANES<K>>(values, to.scale[part]);
       bad |= !finite_bits(magnitude_bits(to.scale[part]));
     }
@@ -190,12 +221,14 @@ template <int K>
 LB_FN void store_moment(const Job &job, const Place &place, CodeWords<K> codes, const Scaled<K> &scaled) {
   if (!LINEAR && !FLOATS<K>) clear_beyond(codes, place.count * BITS<K>);
   put<CODE_BYTES<K>, CODE_EACH<K>>(job.codes[K], code_index<K>(job, place), codes, code_count<K>(place));
-  if (FLOATS<K> || lane() % SCALE_LANES<K> != 0) return;
-  LB_UNROLL for (int part = 0; part < PARTS<K>; ++part) {
-    if (place.count <= part * PART<K>) return;
-    const int64_t index = scale_index<K>(job, place) + part;
-    store_float(job.scale[K] + index, scaled.scale[part]);
-    if (FormatOf<K>::KIND == LB_KIND_LOG) store_float(job.base[K] + index, scaled.base[part]);
+  if constexpr (!FLOATS<K>) {
+    if (lane() % SCALE_LANES<K> != 0) return;
+    LB_UNROLL for (int part = 0; part < PARTS<K>; ++part) {
+      if (place.count <= part * PART<K>) return;
+      const int64_t index = scale_index<K>(job, place) + part;
+      store_float(job.scale[K] + index, scaled.scale[part]);
+      if (FormatOf<K>::KIND == LB_KIND_LOG) store_float(job.base[K] + index, scaled.base[part]);
+    }
   }
 }
 

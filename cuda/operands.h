@@ -128,6 +128,7 @@ constexpr Half HALF = PARAM == LB_BFLOAT16 ? BF16 : FP16;
 
 using ParamWords = Words<V * SIZE<PARAM>>;
 using CompanionWords = Words<V * COMPANION>;
+using GradientWords = Words<V * SIZE<GRAD>>;
 
 LB_FN float load_low(uint32_t raw, float p, const uint32_t *kept, int k) {
   if (MASTER == LB_MASTER32) {
@@ -142,15 +143,23 @@ LB_FN float load_low(uint32_t raw, float p, const uint32_t *kept, int k) {
   return PARAM == LB_BFLOAT16 ? load_split16((uint16_t)raw, low) : load_share(p, (float)low, 8192.0f, HALF);
 }
 
-LB_FN ParamWords load_parameter(const Job &job, const Place &place, float (&p)[V]) {
-  const ParamWords raw = fetch<V * SIZE<PARAM>, SIZE<PARAM>>(job.param, place.at * SIZE<PARAM>, place.count);
-  LB_UNROLL for (int k = 0; k < V; ++k) p[k] = value<PARAM>(raw.word, k);
-  if (MASTER != LB_NONE) {
-    const CompanionWords kept =
-        fetch<V * COMPANION, COMPANION>(job.companion, place.at * COMPANION, place.count);
-    LB_UNROLL for (int k = 0; k < V; ++k) p[k] = load_low(half_word(raw.word, k), p[k], kept.word, k);
+struct Parameter {  // as it is stored
+  ParamWords raw;
+  CompanionWords low;
+};
+
+LB_FN Parameter fetch_parameter(const Job &job, const Place &place) {
+  Parameter to = {};
+  to.raw = fetch<V * SIZE<PARAM>, SIZE<PARAM>>(job.param, place.at * SIZE<PARAM>, place.count);
+  if (MASTER != LB_NONE) to.low = fetch<V * COMPANION, COMPANION>(job.companion, place.at * COMPANION, place.count);
+  return to;
+}
+
+LB_FN void widen_parameter(const Parameter &from, float (&p)[V]) {
+  LB_UNROLL for (int k = 0; k < V; ++k) {
+    p[k] = value<PARAM>(from.raw.word, k);
+    if (MASTER != LB_NONE) p[k] = load_low(half_word(from.raw.word, k), p[k], from.low.word, k);
   }
-  return raw;
 }
 
 // The parameter as it will be stored.

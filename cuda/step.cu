@@ -11,8 +11,6 @@
 
 namespace lb {
 
-using Update = Sweep<MEASURES>;  // all updates, after the last measurement
-
 // All moments from K on: prepare, find out whether the block can be stored, store.
 template <int K> struct Stored {
   Scaled<K> scaled;
@@ -38,6 +36,31 @@ template <> struct Stored<MOMENTS> {
   LB_FN void store(const Job &, const Place &, const Stored &) {}
 };
 
+// A lane's values of everything as it is stored; they stay in registers until the new ones are known to be right.
+struct Operands {
+  GradientWords gradient;
+  Parameter parameter;
+  Fetched<0, ~0u> moments;
+};
+
+// All updates, after the last measurement, on numbers of type F. Whether they are what plain floats would have given.
+template <class F> LB_FN bool run_updates(const Operands &from, const Place &here, const Tables<0> &tables,
+                                          const float *scalars, float (&x)[LOADED][V]) {
+  using Update = Sweep<MEASURES, F>;
+  const auto own = Update::scalars(scalars);
+  widen_gradient(from.gradient, x[1]);
+  widen_parameter(from.parameter, x[0]);
+  Fetched<0, ~0u>::decode(from.moments, here, tables, x);
+  bool fine = true;
+  LB_UNROLL for (int k = 0; k < V; ++k) {
+    F values[SLOTS];
+    LB_UNROLL for (int slot = 0; slot < LOADED; ++slot) values[slot] = x[slot][k];
+    Update::run(values, own);
+    LB_UNROLL for (int slot = 0; slot < 2 + MOMENTS; ++slot) fine &= take(values[slot], x[slot][k]);
+  }
+  return fine;
+}
+
 }  // namespace lb
 
 extern "C" __global__ void __launch_bounds__(lb::THREADS)
@@ -51,7 +74,8 @@ extern "C" __global__ void __launch_bounds__(lb::THREADS)
   const Dynamic now = dynamic[index];
   const Run &run = runs[index];
   if (MEASURES > 0 && GUARDED && run.skip) return;
-  const auto scalars = Update::scalars(run.scalars);
+  float scalars[SCALARS + 1];  // a copy, as above
+  LB_UNROLL for (int k = 0; k < SCALARS; ++k) scalars[k] = run.scalars[k];
   Key keys[1 + MOMENTS];
   if (DRAWS) stream_keys(job, now, keys);
   const int64_t first = ((int64_t)blockIdx.x - job.first_chunk) * CHUNK + (int64_t)warp() * (32 * V * UNITS) + lane() * V;
@@ -59,20 +83,17 @@ extern "C" __global__ void __launch_bounds__(lb::THREADS)
   LB_ONE_AT_A_TIME for (int unit = 0; unit < UNITS; ++unit) {
     const Place here = place(job, first + (int64_t)unit * (32 * V));
     if (!any<32>(here.count > 0)) break;
+    Operands old;
+    old.gradient = fetch_gradient(now, here);
+    old.parameter = fetch_parameter(job, here);
+    Fetched<0, ~0u>::fetch(job, here, old.moments);
     float x[LOADED][V];
-    bool bad = load_gradient(now, here, x[1]);
-    const ParamWords old = load_parameter(job, here, x[0]);
-    load_moments<0, ~0u>(job, here, tables, x);
-    load_vectors<0, Update::READS>(job, workspace, here, x);
-    LB_UNROLL for (int k = 0; k < V; ++k) {
-      float values[SLOTS];
-      LB_UNROLL for (int slot = 0; slot < LOADED; ++slot) values[slot] = x[slot][k];
-      Update::run(values, scalars);
-      LB_UNROLL for (int slot = 0; slot < 2 + MOMENTS; ++slot) x[slot][k] = values[slot];
-    }
+    load_vectors<0, Sweep<MEASURES>::READS>(job, workspace, here, x);
+    const bool fine = run_updates<Quick>(old, here, tables, scalars, x);
+    if (any<32>(!fine && here.count > 0)) run_updates<float>(old, here, tables, scalars, x);
     const ParamWords parameter = narrow_parameter(keys[0], here, x[0]);
-    bad |= spoiled(here, old, parameter);
     Stored<0> stored;
+    bool bad = !all_finite<GRAD>(old.gradient) || spoiled(here, old.parameter.raw, parameter);
     bad |= Stored<0>::encode(here, keys, tables, x, stored);
     if (GUARDED && any<LANES>(bad)) {
       lost += lane() % LANES == 0 && here.count > 0;

@@ -56,7 +56,8 @@ template <int LANES, int V> LB_FN float block_sum(float (&x)[V]) { return halve_
 // Numbers t, t + apart, t + 2 apart ... of a line of n by halving; read(i) is number i. Partial sums wait in registers:
 // going through the numbers with the bits of their places reversed, the tree is a carry chain. BATCH numbers are asked
 // for before any has come; a strip has at most BATCH * 2**LEVELS.
-template <bool MAX, int BATCH, int LEVELS, class Read> LB_FN double strip(int64_t n, int64_t t, int64_t apart, Read read) {
+template <bool MAX, int BATCH, int LEVELS, class Read>
+LB_FN double strip(int64_t n, int64_t t, int64_t apart, Read read) {
   const int64_t whole = power_of_two(n), length = whole > apart ? whole / apart : 1;
   const int batch = length < BATCH ? (int)length : BATCH;
   const int64_t batches = length / batch, step = batches * apart;

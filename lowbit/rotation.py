@@ -2,9 +2,9 @@
 
 Runs of `size` neighbouring values of a row are multiplied by H·D / sqrt(size): D holds signs, one for each column, and
 H is Hadamard's matrix in Sylvester's order. The rotation is orthogonal, so that of both operands of a contraction
-cancels: (x R^T)(w R^T)^T = x w^T. What is computed is fixed to the bit: signs are flipped; then, for a distance of 1, 2,
-4 … up to size / 2, each pair (a, b) at that distance becomes (a + b, a - b); then all is multiplied by 1 / sqrt(size),
-in fp32.
+cancels: (x R^T)(w R^T)^T = x w^T. What is computed is fixed to the bit: signs are flipped; then, for a distance of 1,
+2, 4 … up to size / 2, each pair (a, b) at that distance becomes (a + b, a - b); then all is multiplied by
+1 / sqrt(size), in fp32.
 
 The sign of a column is a bit of the hash that stochastic rounding uses (rounding.py), so it depends on nothing but seed
 and column. See QuaRot (https://arxiv.org/abs/2404.00456) for what rotations are good for.

@@ -33,6 +33,10 @@ template <class T> __device__ T atomicAdd(T *, T);
 template <class T> __device__ T atomicMax(T *, T);
 template <class T> __device__ T atomicOr(T *, T);
 
+__device__ __attribute__((const)) unsigned __isGlobal(const void *);
+__device__ float fmaxf(float, float);
+__device__ float fminf(float, float);
+__device__ float fabsf(float);
 __device__ float __fmaf_rn(float, float, float);
 __device__ float __fsqrt_rn(float);
 __device__ float __fadd_rd(float, float);

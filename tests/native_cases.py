@@ -280,6 +280,17 @@ def _pairs(row: dict[int, int], place: int, value: int) -> set[tuple[int, int, i
 COVERING = [Setting(*row) for row in pairwise(DIMENSIONS)]
 
 
+def every_value(settings: list[Setting]) -> list[Setting]:
+    """The first settings that have a value of some dimension that none before them has."""
+    chosen, seen = [], set()
+    for s in settings:
+        if new := set(zip(Setting._fields, s, strict=True)) - seen:
+            chosen.append(s)
+            seen |= new
+    assert len(seen) == sum(len(values) for values in DIMENSIONS)
+    return chosen
+
+
 # ---- one run
 
 STEPS = 4

@@ -258,11 +258,10 @@ FENCED = kernel(
         to[blockIdx.x] = x[blockIdx.x];
         __threadfence();
         last = atomicAdd(count, 1) == (int)gridDim.x - 1;
+        __threadfence();  // that the others see what it saw
       }
       __syncthreads();
-      if (!last) return;
-      __threadfence();
-      if (threadIdx.x == 7) for (int k = 0; k < (int)gridDim.x; ++k) to[gridDim.x] += to[k];
+      if (last && threadIdx.x == 7) for (int k = 0; k < (int)gridDim.x; ++k) to[gridDim.x] += to[k];
     """,
     "const float *x, float *to, int *count",
 )
@@ -281,6 +280,9 @@ def test_sanitizers_have_nothing_to_say_about_what_is_right(sanitizer):
 
 
 RACES = {
+    "the first __threadfence": (FENCED, "        __threadfence();\n", "", CALL_FENCED),
+    "the second __threadfence": (FENCED, "        __threadfence();  // that", "  // that", CALL_FENCED),
+    "blocks that write the same": (SUMS, "to[blockIdx.x] +=", "to[0] +=", CALL_SUMS),
     "a missing __syncthreads": (SUMS, "      __syncthreads();\n", "", CALL_SUMS),
     "a missing __syncwarp": (SUMS, "      __syncwarp();\n", "", CALL_SUMS),
     # A shuffle lets lanes wait for each other and orders no memory.
@@ -293,7 +295,7 @@ RACES = {
 def test_races_are_found(name):
     source, there, instead, call = RACES[name]
     assert source.count(there) == 1
-    code, report = watched("thread", source.replace(there, instead), call.replace("assert", ""))
+    code, report = watched("thread", source.replace(there, instead), call.replace("assert ", "_ = "))
     assert code == 66 and re.search(r"ThreadSanitizer: data race .*kernel.cu:\d+ in f", report), report
 
 
@@ -322,5 +324,5 @@ OUTSIDE = {
 def test_wrong_addresses_are_found(name):
     there, instead, said = OUTSIDE[name]
     assert SUMS.count(there) == 1
-    code, report = watched("address", SUMS.replace(there, instead), CALL_SUMS.replace("assert", ""))
+    code, report = watched("address", SUMS.replace(there, instead), CALL_SUMS.replace("assert ", "_ = "))
     assert code == 1 and re.search(said, report) and re.search(r"kernel.cu:\d+", report), report

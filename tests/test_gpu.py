@@ -13,7 +13,7 @@ import pytest
 import torch
 from cases import CASES, gradient, injected, parameters
 from cases import one_thread as one_thread
-from native_cases import COVERING, DIMENSIONS, Setting, differences, run, same
+from native_cases import COVERING, Setting, differences, every_value, run, same
 from torch import Tensor, nn
 from torch.nn import Parameter
 
@@ -27,17 +27,6 @@ pytestmark = pytest.mark.gpu
 
 CUDA = torch.device("cuda")
 BACKENDS = ["reference", "native"]
-
-
-def every_value(settings: list[Setting]) -> list[Setting]:
-    """The first settings that have a value of some dimension that none before them has."""
-    chosen, seen = [], set()
-    for s in settings:
-        if new := set(zip(Setting._fields, s, strict=True)) - seen:
-            chosen.append(s)
-            seen |= new
-    assert len(seen) == sum(len(values) for values in DIMENSIONS)
-    return chosen
 
 
 FEW = every_value(COVERING)

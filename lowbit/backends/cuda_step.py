@@ -20,7 +20,7 @@ import contextlib
 import struct
 from collections.abc import Iterator
 from ctypes import c_int32, c_uint64, sizeof
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary, proxy, ref
 
 import torch
 from torch import Tensor
@@ -214,7 +214,8 @@ class _Bucket:
         updating: Module,
         measuring: Module,
     ):
-        self.plan, self.index, self.kind, self.numbers = plan, index, kind, numbers
+        # Not a cycle of references: a plan's memory on the device is free as soon as its jobs are.
+        self.plan, self.index, self.kind, self.numbers = proxy(plan), index, kind, numbers
         self.names = print_program(kind.program).constants
         self.updating, self.measuring = updating, measuring
         strides = [(job.rows, row_stride(job.cols)) for job in table]

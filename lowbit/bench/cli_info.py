@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from . import machine
 
 if TYPE_CHECKING:
-    from ..gpu.shipped import Report
+    from ..gpu.cost import Report
 
 
 def formats_arguments(parser: argparse.ArgumentParser) -> None:
@@ -98,11 +98,12 @@ def doctor_main(args: argparse.Namespace, argv: list[str]) -> int:
 
 def _kernels(arch: str) -> tuple[list[Report], list[str]]:
     """What every shipped kernel costs on an architecture, and what is missing to know it."""
-    from ..gpu import inspect, nvrtc, shipped
+    from ..gpu import cost, inspect, nvrtc
+    from .kernels import shipped
 
     try:
         compiler = nvrtc.find()
-        found = [one for special in shipped.shipped() for one in shipped.report(special, arch, compiler)]
+        found = [one for special in shipped() for one in cost.report(special, arch, compiler)]
     except (nvrtc.NoCompiler, nvrtc.CompileError, inspect.InspectError) as error:
         return [], [f"the kernels are not compiled for {arch}: {error}"]
     return found, [] if inspect.nvdisasm() else [inspect.NO_NVDISASM]

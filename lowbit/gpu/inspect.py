@@ -3,7 +3,8 @@
 A step streams memory, and while it does the chip can issue only so many instructions for each parameter; the count is
 known without a GPU. Counted is the loop that does the work: the innermost one with most of the 128-bit accesses. Left
 out of it are blocks that do not run on the aligned path: those that call a subroutine (IEEE division and square root
-of subnormals and the like), those that gather lanes which have drifted apart, and those that access single bytes.
+of subnormals and the like), those that gather lanes which have drifted apart, and those that access memory
+by 8 or 16 bits.
 
 What ptxas says is in the log of the compiler (`VERBOSE`); the instructions come from NVIDIA's nvdisasm.
 """
@@ -18,12 +19,10 @@ import shutil
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from .nvrtc import CompileError
 
 # Options that make NVRTC's log say what `resources` reads, and warn of all that goes to memory for want of registers.
 VERBOSE = [f"--ptxas-options=-{said}" for said in ("v", "warn-spills", "warn-lmem-usage")]
@@ -133,12 +132,6 @@ class Mix:
         return sum(int(access.split()[1]) // 8 * count for access, count in self.accesses.items())
 
 
-def refuse_warnings(name: str, arch: str, log: str) -> None:
-    """Raise `CompileError` if a log has warnings: NVRTC itself goes on, and older ones cannot be told otherwise."""
-    if re.search(r"\bwarning\b", log):
-        raise CompileError(f"{name} for {arch}", log)
-
-
 def resources(log: str) -> dict[str, Resources]:
     """What ptxas reported of each kernel, by name."""
     found = {}
@@ -190,38 +183,69 @@ def disassemble(cubin: bytes) -> dict[str, list[Instruction]]:
 
 
 def hot_loop(kernel: Sequence[Instruction]) -> list[Instruction]:
-    """The instructions of one turn of a kernel's main loop, on its aligned path; of all of it if it has no loop."""
+    """The instructions of one turn of a kernel's main loop, on its aligned path; of all of it if it has no loop.
+
+    Accesses of 16 bits are a general path too, unless the aligned path cannot do without.
+    """
+    narrow, all_of_it = _hot_loop(kernel, 16), _hot_loop(kernel, 8)
+    return narrow if _wide(narrow) and _wide(narrow) == _wide(all_of_it) else all_of_it
+
+
+def _wide(instructions: Iterable[Instruction]) -> int:
+    return sum(i.name in GLOBAL and i.width >= 128 for i in instructions)
+
+
+def _hot_loop(kernel: Sequence[Instruction], narrow: int) -> list[Instruction]:
     blocks = _blocks(kernel)
     edges = {start: [to for to in _successors(kernel, blocks, start) if to in blocks] for start in blocks}
-    hot = {start for start, block in blocks.items() if not any(map(_cold, block))}
+    hot = {start for start, block in blocks.items() if not any(_cold(i, narrow) for i in block)}
     ways = {start: [to for to in edges[start] if to in hot] for start in hot}
     back: dict[int, list[int]] = {start: [] for start in hot}
     for start, targets in ways.items():
         for to in targets:
             back[to].append(start)
     reached = _reach({0} & hot, ways)
-    ends = {start for start in reached if not edges[start]}
-    bodies = [reached & _reach(ends, back)]
-    for start in reached:
-        for head in ways[start]:
-            if head <= start:
-                body = _reach({start}, back, stop=head) & _reach({head}, ways)
-                if start in body:
-                    bodies.append(body & reached)
-
-    def wide(body: set[int]) -> int:
-        return sum(i.name in GLOBAL and i.width >= 128 for start in body for i in blocks[start])
-
-    def size(body: set[int]) -> int:
-        return sum(len(blocks[start]) for start in body)
-
-    loops = [body for body in bodies[1:] if wide(body)] or bodies[:1]
-    best = min(loops, key=lambda body: (-wide(body), size(body)))
-    return [i for start in sorted(best) for i in blocks[start]]
+    heads = {head: {start for start in reached if head in ways[start] and head <= start} for head in reached}
+    loops = [
+        (head, _reach({latch}, back, stop=head) & _reach({head}, ways) & reached)
+        for head in reached
+        for latch in heads[head]
+    ]
+    paths = [_longest(head, body, ways, blocks) for head, body in loops if body]
+    turns = [[i for start in path for i in blocks[start]] for path in paths]
+    if not any(map(_wide, turns)):
+        body = reached & _reach({start for start in reached if not edges[start]}, back)
+        turns = [[i for start in _longest(0, body, ways, blocks) for i in blocks[start]]]
+    return min(turns, key=lambda turn: (-_wide(turn), len(turn)))
 
 
-def _cold(i: Instruction) -> bool:
-    byte = i.name in GLOBAL and i.width == 8
+def _longest(
+    head: int, body: set[int], ways: Mapping[int, Sequence[int]], blocks: Mapping[int, Sequence[Instruction]]
+) -> list[int]:
+    """The blocks of the way through a loop that has most wide accesses, and then most instructions.
+
+    Of two branches only one is taken, where they depend on what is the same for a whole warp.
+    """
+    best: dict[int, tuple[tuple[int, int], list[int]]] = {}
+    entered: set[int] = set()
+    stack = [head] if head in body else []
+    while stack:  # depth first: a way that leads back to a block that is entered and not left begins another turn
+        at = stack[-1]
+        ahead = [to for to in ways[at] if to in body and to != head]
+        if at not in entered:
+            entered.add(at)
+            stack += [to for to in ahead if to not in entered]
+            continue
+        stack.pop()
+        if at in best:
+            continue
+        (wide, count), rest = max((best[to] for to in ahead if to in best), default=((0, 0), []))
+        best[at] = (wide + _wide(blocks[at]), count + len(blocks[at])), [at, *rest]
+    return best[head][1] if head in best else []
+
+
+def _cold(i: Instruction, narrow: int) -> bool:
+    byte = i.name in GLOBAL and i.width <= narrow
     call = i.name == "CALL" and not i.predicate  # with one, it leaves a loop on sm_80
     return byte or call or i.opcode.startswith("WARPSYNC.COLLECTIVE")
 

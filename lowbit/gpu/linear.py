@@ -23,7 +23,8 @@ from .inspect import Specialisation
 from .machine import Machine, Module, machine
 from .nvrtc import sources
 
-TILE, FEW = 128, 16  # as in cuda/linear.h
+TILE, GROUP = 128, 16  # rows of a result that a block has, as in cuda/linear.h
+FEW = 64  # up to so many rows, tiles would leave most of a GPU without work
 EXTRA = {"affine": "zero", "log": "base"}  # the part that a kind of format has beside codes and scales
 _MOST = 2**31 - 1024  # rows, columns
 
@@ -127,7 +128,7 @@ def multiply(
     if transposed:
         runs.launch(module.function("linear_transposed"), tiles(m) * tiles(k), 128, arguments)
     elif m <= FEW:
-        runs.launch(module.function("linear_few"), -(-n // 16), 256, arguments)
+        runs.launch(module.function("linear_few"), -(-m // GROUP) * -(-n // 16), 256, arguments)
     else:
         runs.launch(module.function("linear"), tiles(m) * tiles(n), 128, arguments)
     return out.reshape(*lead, columns)

@@ -86,7 +86,7 @@ def print_spec(it: Special) -> str:
     lines = [
         "// Printed by lowbit/gpu/specialise.py.",
         "#pragma once",
-        '#include "device.h"',
+        '#include "quick.h"',
         "",
         "namespace spec {",
         f"constexpr int WIDTH = {it.width}, V = {it.values};  // values of a step block and of a lane",

@@ -213,7 +213,7 @@ class _Printer:
             "// The arguments of each stage, by slot.",
             *(line for i in range(len(self.stages)) for line in self._stage(i)),
             "",
-            f"constexpr int SCALARS = {len(self.scalars)}, KEPT = {len(self.program.scalars)};  // in all; that persist",
+            f"constexpr int SCALARS = {len(self.scalars)}, KEPT = {len(self.program.scalars)};  // in all; persistent",
             f"constexpr int KEPT_VECTORS = {self.persistent};",
             "LB_FN constexpr int over([[maybe_unused]] int vector) {",
             *(f"  if (vector == {k}) return LB_{kind.upper()};" for k, kind in enumerate(over)),
@@ -224,7 +224,7 @@ class _Printer:
             "  return 0.0f;",
             "}",
             "",
-            "template <int K> struct Sweep;",
+            "template <int K, class F = float> struct Sweep;  // F: a number, as fast as it may be (cuda/quick.h)",
             *(line for k, end in enumerate(sweeps) for line in self._sweep(k, end)),
             "",
             "template <int K> struct Folds;",
@@ -252,25 +252,27 @@ class _Printer:
     def _stage(self, i: int) -> list[str]:
         """A stage under its number, with all its arguments made of slots, scalars and constants."""
         stage, text = self.stages[i], self.texts[i]
-        own, order = f"Stage{i}", [*text.reads, *(name for name in text.writes if name not in text.reads)]
+        order = [*text.reads, *(name for name in text.writes if name not in text.reads)]
+        own, head = (f"Stage{i}<float>", "") if stage.kind == "fold" else (f"Stage{i}<F>", "template <class F> ")
         first = 2 + len(self.moments) if stage.kind == "fold" else 0
         arguments = [f"x[{self.slots[name] - first}]" for name in order] + ["measured"] * text.uses_x
-        lines = [f"using {own} = {text.symbol}<float>;"]
+        lines = [f"template <class F> using Stage{i} = {text.symbol}<F>;"]
         if "s" in stage.reads:
             members = ", ".join(f"s[{self.scalars[name]}]" for name in text.scalars)
-            lines.append(f"LB_FN {own}::S scalars{i}([[maybe_unused]] const float *s) {{ return {{{members}}}; }}")
+            made = f"{head}LB_FN {'typename ' * bool(head)}{own}::S scalars{i}([[maybe_unused]] const float *s)"
+            lines.append(f"{made} {{ return {{{members}}}; }}")
             arguments.append("own")
         if "c" in stage.reads:
             members = ", ".join(f"constants[{self.constants[name]}]" for name in text.constants)
-            lines.append(f"LB_FN {own}::C constants{i}() {{ return {{{members}}}; }}")
-            arguments.append(f"constants{i}()")
+            made = f"{head}LB_FN {'typename ' * bool(head)}{own}::C constants{i}()"
+            lines.append(f"{made} {{ return {{{members}}}; }}")
+            arguments.append(f"constants{i}{'<F>' * bool(head)}()")
         call = f"{own}::apply({', '.join(arguments)});"
         if stage.kind != "fold":
-            kind, given = ("float", "return ") if stage.kind == "measure" else ("void", "")
-            scalars = f", const {own}::S &own" if "s" in stage.reads else ""
+            kind, given = ("F", "return ") if stage.kind == "measure" else ("void", "")
+            scalars = f", const typename {own}::S &own" if "s" in stage.reads else ""
             name = f"{stage.kind}{i}"
-            lines.append(f"LB_FN {kind} {name}([[maybe_unused]] float (&x)[SLOTS]{scalars}) {{ {given}{call} }}")
-            return lines
+            return [*lines, f"{head}LB_FN {kind} {name}([[maybe_unused]] F (&x)[SLOTS]{scalars}) {{ {given}{call} }}"]
         vectors = "float (&x)[VECTORS + 1], " if stage.writes else ""
         lines.append(f"LB_FN void fold{i}({vectors}[[maybe_unused]] float *s, [[maybe_unused]] float measured) {{")
         if "s" in stage.reads:
@@ -297,16 +299,16 @@ class _Printer:
         measure = self.stages[end] if end < len(self.stages) else None
         numbers = [*self._updates(end), *([end] if measure else [])]
         having = [i for i in numbers if "s" in self.stages[i].reads]
-        made = ", ".join(f"scalars{i}(s)" for i in having)
+        made = ", ".join(f"scalars{i}<F>(s)" for i in having)
         lines = [
-            f"template <> struct Sweep<{k}> {{",
+            f"template <class F> struct Sweep<{k}, F> {{",
             f"  static constexpr uint32_t READS = {self._reads(end):#x}u;  // a bit per slot",
             *([f"  static constexpr int {_what(measure)};"] if measure else []),
             "  struct Scalars {",
-            *(f"    Stage{i}::S s{i};" for i in having),
+            *(f"    typename Stage{i}<F>::S s{i};" for i in having),
             "  };",
             f"  LB_FN Scalars scalars([[maybe_unused]] const float *s) {{ return {{{made}}}; }}",
-            f"  LB_FN {'float' if measure else 'void'} run([[maybe_unused]] float (&x)[SLOTS],",
+            f"  LB_FN {'F' if measure else 'void'} run([[maybe_unused]] F (&x)[SLOTS],",
             "               [[maybe_unused]] const Scalars &scalars) {",
         ]
         for i in numbers:

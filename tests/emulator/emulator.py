@@ -157,9 +157,12 @@ def with_list(text: str) -> str:
         pieces[k] = '__attribute__((visibility("default")))' + piece
     rows = [f'  emulator::Entry<&{name}>::kernel("{name}", {most}),' for name, most in kernels.items()]
     api = 'extern "C" __attribute__((visibility("default"))) const emulator::'
+    # Only whole pages can be mapped anew.
+    page = ['[[gnu::section("emulator_shared"), gnu::aligned(4096), gnu::used]] static char emulator_page;']
     return "\n".join(
         [
             "".join(pieces),
+            *(page if variant() == "thread" else []),
             # The linker knows where a section begins and ends, if there is one.
             'extern "C" __attribute__((weak, visibility("hidden"))) char __start_emulator_shared[];',
             'extern "C" __attribute__((weak, visibility("hidden"))) char __stop_emulator_shared[];',
@@ -171,7 +174,9 @@ def with_list(text: str) -> str:
             *rows,
             "  {nullptr, nullptr, nullptr, 0, 0},",
             "};",
-            "const emulator::Shared emulator_shared_memory = {__start_emulator_shared, __stop_emulator_shared};",
+            "const emulator::Shared emulator_shared_memory = {",
+            "  __start_emulator_shared, __stop_emulator_shared, emulator::renew",
+            "};",
             "",
         ]
     )

@@ -4,8 +4,10 @@
 // run ahead of the others as far as it can, and every other number is the seed of a shuffled one. Blocks run one at a
 // time, in an order of the same kind. So a kernel that lacks a barrier gives other results under other schedules.
 //
-// ThreadSanitizer takes each fiber for a thread, and a barrier, a __syncwarp and a fence for what orders them; shuffles
-// order nothing, as in CUDA. It then reports any two accesses to memory that nothing orders, whichever came first here.
+// ThreadSanitizer takes each CUDA thread for a thread, and a barrier, a __syncwarp and a fence for what orders them;
+// shuffles order nothing, as in CUDA. It then reports any two accesses to memory that nothing orders, whichever came
+// first here. Every other block has the same threads, so two blocks in a row have none in common: what one writes and
+// the next one reads is reported too. What blocks share only here (stacks, shared memory) it forgets before each block.
 // This file itself is compiled without sanitizers: what it does is no thread's doing.
 #include "fibers.h"
 
@@ -84,6 +86,8 @@ const char *const NAMES[] = {"__shfl_sync",       "__shfl_up_sync",    "__shfl_d
                              "__reduce_min_sync", "__reduce_add_sync", "__reduce_and_sync", "__reduce_or_sync",
                              "__reduce_xor_sync", "__syncwarp"};
 
+constexpr unsigned SIGHTS = 8;
+
 struct Fiber {
   Context context;
   char *stack;
@@ -96,7 +100,10 @@ struct Fiber {
   uint32_t mask;
   int source;
   uint64_t value, result;
-  Site site;  // where it waits
+  Site site;     // where it waits
+  bool fenced;   // before the next atomic
+  unsigned sights;
+  void *seen[SIGHTS];  // by atomics, of late
 };
 
 // What orders the lanes of a mask. Those that have passed use the other key: the next meeting may be under way.
@@ -113,17 +120,19 @@ struct Warp {
   Meeting meeting[MEETINGS];
 };
 
-#if defined(EMULATOR_THREAD_SANITIZER) || defined(EMULATOR_ADDRESS_SANITIZER)
-constexpr size_t STACK = 512 << 10;
+#ifdef EMULATOR_THREAD_SANITIZER
+constexpr bool RACES = true;
 #else
-constexpr size_t STACK = 128 << 10;
+constexpr bool RACES = false;
 #endif
-constexpr size_t PAGE = 4096;
+constexpr size_t STACK = 256 << 10, PAGE = 4096;
 constexpr unsigned MOST_THREADS = 1024;
 
 Fiber fibers[MOST_THREADS], *self;
-Warp warps[MOST_THREADS / 32];
-unsigned made;                                         // fibers that have a stack
+Warp warps[2][MOST_THREADS / 32];
+void *threads[2][MOST_THREADS];
+bool odd;  // which of the two the block has
+char *stacks;                                          // of all fibers
 unsigned count, exits, waiting, barriers, yes, answer;  // of this block; the last two of a barrier
 Fiber *exited, *at_barrier;                            // one of those
 Fiber *ready[MOST_THREADS];
@@ -134,7 +143,7 @@ bool from_host;
 void *host_tsan;
 const void *host_stack;
 size_t host_stack_size;
-char start_key, end_key, fence_key, barrier_key[2];
+char start_key, end_key, barrier_key[2][2];
 const Launch *current;
 char message[1024];
 
@@ -184,8 +193,8 @@ template <class Choose> void now_ready(unsigned first, unsigned end, Choose choo
     if (fibers[k].state == AT_WARP) ++lanes, lane = &fibers[k];
   }
   // Somebody waits in a warp: who exits while others are at a barrier is told so at once.
-  give_up(*lane, lane->site, "waits for ever, like %u others, in %s with mask 0x%08x; %u threads wait at a __syncthreads",
-          lanes - 1, NAMES[lane->operation], lane->mask, waiting);
+  const char *said = "waits for ever, like %u others, in %s with mask 0x%08x; %u threads wait at a __syncthreads";
+  give_up(*lane, lane->site, said, lanes - 1, NAMES[lane->operation], lane->mask, waiting);
 }
 
 // Let another fiber run; the host when all are done.
@@ -266,47 +275,54 @@ void finish(Fiber *lanes, const Fiber &last) {
   }
 }
 
+void prepare_memory() {
+  const Shared shared = current->shared;
+  const size_t size = (size_t)(shared.end - shared.begin);
+  if (RACES) {
+    const size_t pages = (size + PAGE - 1) / PAGE * PAGE;
+    char others[PAGE];  // what is behind, on the last page
+    memcpy(others, shared.end, pages - size);
+    shared.renew(shared.begin, pages);
+    memcpy(shared.end, others, pages - size);
+    shared.renew(stacks, count * STACK);
+    if (current->dynamic_bytes) shared.renew(dynamic_memory, current->dynamic_bytes);
+  }
+  if (size) memset(shared.begin, 0xFF, size);
+  memset(dynamic_memory, 0xFF, current->dynamic_bytes);
+}
+
 const char *run_block(unsigned number) {
   const Index grid = current->grid, block = current->block;
   block_index = {number % grid.x, number / grid.x % grid.y, number / grid.x / grid.y};
-  memset(dynamic_memory, 0xFF, current->dynamic_bytes);
-  if (current->shared.begin) memset(current->shared.begin, 0xFF, (size_t)(current->shared.end - current->shared.begin));
+  prepare_memory();
+  odd = !odd;
   exits = waiting = barriers = yes = readies = 0;
   message[0] = 0;
-  for (unsigned k = 0; k < (count + 31) / 32; ++k) warps[k].arrived = 0, warps[k].meetings = 0;
+  for (unsigned k = 0; k < (count + 31) / 32; ++k) warps[odd][k].arrived = warps[odd][k].meetings = 0;
   for (unsigned k = 0; k < count; ++k) {
     Fiber &f = fibers[k];
     f.number = k;
+    f.fenced = false, f.sights = 0;
     f.index = {k % block.x, k / block.x % block.y, k / block.x / block.y};
+    f.stack = stacks + k * STACK;
+    if (RACES && !threads[odd][k]) threads[odd][k] = __tsan_create_fiber(0);
+    f.tsan = threads[odd][k];
     // Not all at the same place of a page, or they compete for the same lines of the cache.
     prepare(f.context, f.stack, STACK - k % 61 * 576, run_fiber);
   }
   now_ready(0, count, [](const Fiber &) { return true; });
-  __tsan_release(&start_key);
   from_host = true;
   self = nullptr;
   next(false);
-  __tsan_acquire(&end_key);
+  // After a fault, fibers hang in the middle of the kernel.
+  if (message[0]) __asan_unpoison_memory_region(stacks, MOST_THREADS * STACK);
   return message[0] ? message : nullptr;
 }
 
-void make_fibers() {
-  host_tsan = __tsan_get_current_fiber();
-  for (; made < count; ++made) {
-    void *at = mmap(nullptr, PAGE + STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (at == MAP_FAILED || mprotect(at, PAGE, PROT_NONE)) abort();
-    fibers[made].stack = (char *)at + PAGE;
-    fibers[made].tsan = __tsan_create_fiber(0);
-  }
-}
-
-void forget_fibers() {  // they hang in the middle of a kernel
-  for (; made; --made) {
-    Fiber &f = fibers[made - 1];
-    __tsan_destroy_fiber(f.tsan);
-    __asan_unpoison_memory_region(f.stack, STACK);
-    munmap(f.stack - PAGE, PAGE + STACK);
-  }
+void *pages(size_t size) {
+  void *at = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (at == MAP_FAILED) abort();
+  return at;
 }
 
 }  // namespace
@@ -318,7 +334,7 @@ unsigned barrier(bool says_yes, Site site) {
   if (waiting && (at_barrier->site.line != site.line || strcmp(at_barrier->site.file, site.file)))
     give_up(me, site, "waits at this __syncthreads, but thread %u at %s:%d", at_barrier->number, at_barrier->site.file,
             at_barrier->site.line);
-  char *const key = &barrier_key[barriers & 1u];  // who passes first may be at the next one before others leave
+  char *const key = &barrier_key[odd][barriers & 1u];  // who passes first may be at the next one before others leave
   __tsan_release(key);
   yes += says_yes;
   at_barrier = &me;
@@ -338,7 +354,7 @@ unsigned barrier(bool says_yes, Site site) {
 uint64_t meet(Operation operation, uint32_t mask, uint64_t value, int source, Site site) {
   Fiber &me = *self;
   const unsigned lane = me.number % 32, first = me.number - lane, end = first + 32 < count ? first + 32 : count;
-  Warp &warp = warps[me.number / 32];
+  Warp &warp = warps[odd][me.number / 32];
   Fiber *const lanes = fibers + first;
   me.operation = operation, me.mask = mask, me.value = value, me.source = source, me.site = site;
   if (!(mask >> lane & 1u)) give_up(me, site, "is not in the mask 0x%08x of its %s", mask, NAMES[operation]);
@@ -363,9 +379,17 @@ uint64_t meet(Operation operation, uint32_t mask, uint64_t value, int source, Si
   return me.result;
 }
 
+void atomic(void *at) {
+  if (!RACES) return;
+  Fiber &me = *self;
+  if (me.fenced) __tsan_release(at);
+  me.seen[me.sights++ % SIGHTS] = at;
+}
+
 void fence() {
-  __tsan_release(&fence_key);
-  __tsan_acquire(&fence_key);
+  Fiber &me = *self;
+  for (unsigned k = 0; k < SIGHTS && k < me.sights; ++k) __tsan_acquire(me.seen[k]);
+  me.fenced = true;
 }
 
 void fail(const char *what, Site site) { give_up(*self, site, "is wrong: %s", what); }
@@ -376,8 +400,11 @@ const char *run(const Launch &launch, unsigned which) {
   dice = which * 0x9E3779B97F4A7C15ull + 1;
   grid_size = launch.grid, block_size = launch.block;
   count = launch.block.x * launch.block.y * launch.block.z;
-  make_fibers();
-  dynamic_memory = (unsigned char *)malloc(launch.dynamic_bytes ? launch.dynamic_bytes : 1);  // of exactly this size
+  host_tsan = __tsan_get_current_fiber();
+  __tsan_release(&start_key);
+  if (!stacks) stacks = (char *)pages(MOST_THREADS * STACK);
+  const size_t bytes = launch.dynamic_bytes ? launch.dynamic_bytes : 1;
+  dynamic_memory = (unsigned char *)(RACES ? pages(bytes) : malloc(bytes));  // of exactly this size
   const unsigned blocks = launch.grid.x * launch.grid.y * launch.grid.z;
   unsigned *const order = (unsigned *)malloc(blocks * sizeof *order);
   for (unsigned k = 0; k < blocks; ++k) {
@@ -387,9 +414,9 @@ const char *run(const Launch &launch, unsigned which) {
   }
   const char *fault = nullptr;
   for (unsigned k = 0; k < blocks && !fault; ++k) fault = run_block(order[k]);
+  __tsan_acquire(&end_key);
   free(order);
-  free(dynamic_memory);
-  if (fault) forget_fibers();
+  RACES ? (void)munmap(dynamic_memory, bytes) : free(dynamic_memory);
   return fault;
 }
 

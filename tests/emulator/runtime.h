@@ -10,6 +10,10 @@
 #define EMULATOR_ADDRESS_SANITIZER 1
 #endif
 
+#ifdef EMULATOR_THREAD_SANITIZER
+#include <sys/mman.h>
+#endif
+
 namespace emulator {
 
 struct Index {
@@ -34,8 +38,11 @@ EMULATOR_API unsigned barrier(bool yes, Site site);
 // Meet the other lanes of the mask, which all call the same; returns what the operation makes of all their values.
 EMULATOR_API uint64_t meet(Operation operation, uint32_t mask, uint64_t value, int source, Site site);
 
-// What the thread has written before may be read by those that pass a fence after it.
+// Between blocks: a fence and then an atomic of one thread, an atomic on the same and then a fence of another: these
+// order what the one did before and what the other does after.
+// https://docs.nvidia.com/cuda/parallel-thread-execution/#release-acquire-patterns
 EMULATOR_API void fence();
+EMULATOR_API void atomic(void *at);
 
 [[noreturn]] EMULATOR_API void fail(const char *message, Site site);
 
@@ -49,7 +56,17 @@ struct Kernel {
 
 struct Shared {  // the static shared memory of a library
   char *begin, *end;
+  void (*renew)(void *pages, size_t size);  // ThreadSanitizer: forget who has been in this memory
 };
+
+#ifdef EMULATOR_THREAD_SANITIZER
+// It forgets what is mapped anew, if the call comes from code that it watches, as that of kernels is.
+inline void renew(void *pages, size_t size) {
+  mmap(pages, size, PROT_READ | PROT_WRITE, MAP_FIXED | MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+}
+#else
+constexpr void (*renew)(void *, size_t) = nullptr;
+#endif
 
 template <size_t... K> struct Numbers {};
 template <size_t COUNT, size_t... K> struct Count : Count<COUNT - 1, COUNT - 1, K...> {};

@@ -1,4 +1,4 @@
-// The CUDA language for g++: what nvcc and NVRTC know by themselves, said with the words of runtime.h. It comes before a
+// The CUDA language for g++: what nvcc and NVRTC know by themselves, in the words of runtime.h. It comes before a
 // kernel's text. Only what kernels of this library use is here: what is missing is a question, not an oversight.
 #pragma once
 #include <stdint.h>
@@ -66,7 +66,7 @@ EMULATOR_FN int lane() {
 }
 
 EMULATOR_FN int last_of_group(int width, Site site) {
-  if (width < 1 || width > 32 || (width & (width - 1))) fail("the width of a shuffle is a power of two, up to 32", site);
+  if (width < 1 || width > 32 || (width & (width - 1))) fail("the width of a shuffle is a power of two", site);
   return lane() | (width - 1);
 }
 
@@ -133,11 +133,13 @@ EMULATOR_REDUCE(__reduce_xor_sync, XOR)
 template <class V> using emulator_same = typename emulator::Same<V>::type;
 
 template <class V, class F> EMULATOR_FN V emulator_change(V *at, F change) {
+  emulator::atomic(at);
   V old = __atomic_load_n(at, __ATOMIC_RELAXED), to = change(old);
   while (!__atomic_compare_exchange_n(at, &old, to, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) to = change(old);
   return old;
 }
 template <class V> EMULATOR_FN V atomicAdd(V *at, emulator_same<V> x) {
+  emulator::atomic(at);
   return __atomic_fetch_add(at, x, __ATOMIC_RELAXED);
 }
 template <> EMULATOR_FN float atomicAdd(float *at, float x) {
@@ -149,6 +151,7 @@ template <> EMULATOR_FN double atomicAdd(double *at, double x) {
   return emulator::same_bits<double>(emulator_change((uint64_t *)at, add));
 }
 template <class V> EMULATOR_FN V atomicSub(V *at, emulator_same<V> x) {
+  emulator::atomic(at);
   return __atomic_fetch_sub(at, x, __ATOMIC_RELAXED);
 }
 template <class V> EMULATOR_FN V atomicMax(V *at, emulator_same<V> x) {
@@ -158,18 +161,22 @@ template <class V> EMULATOR_FN V atomicMin(V *at, emulator_same<V> x) {
   return emulator_change(at, [x](V old) { return old < x ? old : x; });
 }
 template <class V> EMULATOR_FN V atomicOr(V *at, emulator_same<V> x) {
+  emulator::atomic(at);
   return __atomic_fetch_or(at, x, __ATOMIC_RELAXED);
 }
 template <class V> EMULATOR_FN V atomicAnd(V *at, emulator_same<V> x) {
+  emulator::atomic(at);
   return __atomic_fetch_and(at, x, __ATOMIC_RELAXED);
 }
 template <class V> EMULATOR_FN V atomicExch(V *at, emulator_same<V> x) {
+  emulator::atomic(at);
   V old;
   emulator_same<V> to = x;
   __atomic_exchange(at, &to, &old, __ATOMIC_RELAXED);
   return old;
 }
 template <class V> EMULATOR_FN V atomicCAS(V *at, emulator_same<V> expected, emulator_same<V> x) {
+  emulator::atomic(at);
   __atomic_compare_exchange_n(at, &expected, x, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
   return expected;
 }

@@ -1,7 +1,7 @@
-"""Every kernel that is known before it is needed, in one list, and what each of them costs on an architecture.
+"""What a specialisation's kernels cost on an architecture: compiled, and read by inspect.py.
 
-`lowbit doctor --arch sm_90a` prints it on any machine that has NVRTC; the tests compile the list with every compiler
-for every architecture, and hold it to budgets.
+`lowbit doctor --arch sm_90a` prints it of lowbit/bench/kernels.py's list, on any machine that has NVRTC; the tests
+compile the list with every compiler for every architecture, and hold it to budgets.
 """
 
 from __future__ import annotations
@@ -10,17 +10,12 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from . import inspect, linear
+from . import inspect
 from .inspect import Mix, Resources, Specialisation
 from .nvrtc import Nvrtc, sources
 
 # What NVIDIA sells now or sold lately, oldest first: A100; RTX 30; RTX 40, L40; H100; B200; RTX 50.
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120")
-
-
-def shipped() -> list[Specialisation]:
-    """All of them, by the modules that launch them."""
-    return [*linear.shipped()]
 
 
 def texts(special: Specialisation) -> tuple[str, dict[str, str]]:
@@ -52,7 +47,7 @@ class Report:
 def report(special: Specialisation, arch: str, nvrtc: Nvrtc) -> list[Report]:
     """Compile a specialisation and read what its kernels cost; without nvdisasm, no instructions are counted.
 
-    Raises `CompileError` for what cannot be compiled, also for anything that the compiler warns of.
+    Raises `CompileError` for what cannot be compiled.
     """
     source, headers = texts(special)
     cubin, log = nvrtc.compile(source, special.file, headers, arch, inspect.VERBOSE)
@@ -61,7 +56,6 @@ def report(special: Specialisation, arch: str, nvrtc: Nvrtc) -> list[Report]:
 
 def read(special: Specialisation, arch: str, cubin: bytes, log: str) -> Iterator[Report]:
     """The costs of a specialisation's kernels, from what a compiler has made of it and said about it."""
-    inspect.refuse_warnings(special.name, arch, log)
     code = inspect.disassemble(cubin) if inspect.nvdisasm() else {}
     for kernel, taken in sorted(inspect.resources(log).items()):
         values = special.values.get(kernel, 0)

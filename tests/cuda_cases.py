@@ -1,0 +1,80 @@
+"""Steps of CPU tensors on the CUDA backend: the emulator takes the place of the GPU, all else is what a GPU would run."""
+
+import contextlib
+import functools
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from cases import injected
+from native_cases import Setting, differences, run
+
+sys.path.insert(0, str(Path(__file__).parent / "emulator"))
+from emulator import FORWARD, Emulator, compiler
+
+from lowbit import backends
+from lowbit.backends import cuda, cuda_step
+from lowbit.gpu import machines, sources
+
+needs_compiler = pytest.mark.skipif(compiler() is None, reason="kernels are compiled by g++ here, and there is none")
+
+
+class Counting(Emulator):
+    """Counts launches by the kernel's name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launched: Counter[str] = Counter()
+
+    def launch(self, function, grid, block, arguments, shared=0) -> None:
+        self.launched[function.name] += self.driver.is_current(self.context)  # else this is called once more
+        super().launch(function, grid, block, arguments, shared)
+
+
+@functools.cache
+def device() -> Counting:
+    """One for all tests of a process: it keeps the modules that it has loaded."""
+    return Counting()
+
+
+@contextlib.contextmanager
+def stepping(schedule: int = FORWARD) -> Iterator[Counting]:
+    """Have the native backend of CPU tensors be the CUDA one."""
+    its = device()
+    its.schedule = schedule
+    its.launched.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(machines, torch.device("cpu"), its)
+        patch.setitem(backends._NATIVE, "cpu", cuda)
+        patch.setenv("LOWBIT_BACKEND", "native")
+        yield its
+
+
+def wrong(s: Setting, schedule: int = FORWARD) -> list[str]:
+    """Where steps of a setting differ from the reference's."""
+    tape: list = []
+    with injected(tape, replay=False):
+        expected = run(s, "reference")
+    with stepping(schedule) as its, injected(tape, replay=True):
+        found = run(s, "native")
+    assert its.launched["update"], "nothing was launched"
+    return differences(expected, found)
+
+
+def agree(s: Setting, schedule: int = FORWARD) -> None:
+    found = wrong(s, schedule)
+    assert not found, f"{len(found)} differ: {'; '.join(found[:4])}"
+
+
+@contextlib.contextmanager
+def patched(file: str, before: str, after: str) -> Iterator[None]:
+    """Compile steps from a text with a fault in it."""
+    texts: Mapping[str, str] = sources()
+    assert texts[file].count(before) == 1, f"{file} no longer has {before!r}, or has it more than once"
+    faulty = {**texts, file: texts[file].replace(before, after)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda_step, "sources", lambda: faulty)
+        yield

@@ -1,0 +1,125 @@
+"""Steps under sanitizers, and faults that are planted in the shipped kernels' text: each of them is found."""
+
+from typing import NamedTuple
+
+import pytest
+from cases import one_thread as one_thread
+from cuda_cases import needs_compiler, patched, stepping, wrong
+from emulator import sanitized
+from native_cases import Setting, run
+
+from lowbit.gpu import DriverError
+
+pytestmark = needs_compiler
+PLAIN = Setting("adamw", "int8", "sqrt8", 0, "bf16", "bf16", "auto", "nearest", "views", 1, "clean")
+SETTINGS = {
+    "adamw": PLAIN._replace(m="nf4", v="dyn8", rounding="kahan", state_rounding="stochastic"),
+    "halves": PLAIN._replace(p="f16", g="f32", m="bf16", v="int4", block=1, rounding="split8", shapes="points"),
+    "stablespam": PLAIN._replace(optimizer="stablespam", m="int4", v="sqrt4", rounding="stochastic", wrong="nan"),
+    "adammini": PLAIN._replace(optimizer="adammini", m="log4", g="f32", shapes="ragged", wrong="broken"),
+    "adafactor": PLAIN._replace(optimizer="adafactor-relative", p="f32", m="nf4", shapes="dense"),
+    "vectors": PLAIN._replace(optimizer="vectors", m="e2m1", v="solo4", block=16, shapes="ragged"),
+}
+
+
+def under_sanitizer(*names: str, steps: int = 2, file: str = "", before: str = "", after: str = "") -> None:
+    """Run settings, with a fault in the text if one is named."""
+    for name in names:
+        if file:
+            with stepping(schedule=2), patched(file, before, after):
+                run(SETTINGS[name], "native", steps=steps)
+        else:
+            with stepping(schedule=2) as device:
+                run(SETTINGS[name], "native", steps=steps)
+            assert device.launched["update"]
+
+
+@pytest.mark.parametrize("sanitizer", ["thread", "address"])
+def test_sanitizers_find_nothing(sanitizer: str):
+    names = ", ".join(map(repr, SETTINGS))
+    done = sanitized(sanitizer, f"from test_cuda_faults import *; under_sanitizer({names}); print('well')")
+    assert done.returncode == 0 and "well" in done.stdout, done.stderr[-4000:]
+
+
+class Fault(NamedTuple):
+    """What is put in the place of what, in which file; the setting that shows it."""
+
+    setting: str
+    file: str
+    before: str
+    after: str
+    how: str = "bits"  # or a sanitizer, or what the emulator says
+
+
+FAULTS = {
+    # step.cu
+    "tables are read before they are filled": Fault(
+        "adamw", "step.cu", "prepare_tables<0>(tables);\n  __syncthreads();", "prepare_tables<0>(tables);", "thread"
+    ),
+    "each lane its own scale": Fault("adamw", "moments.h", "largest<SCALE_LANES<K>>(most)", "most"),
+    "the last step's scale stays": Fault(
+        "stablespam", "moments.h", "store_float(job.scale[K] + index, scaled.scale[part]);", ""
+    ),
+    "codes that were made with another scale": Fault(
+        "stablespam", "moments.h", "to.inverse[part] = inverse(to.scale[part]);", "to.inverse[part] = 1.0f;"
+    ),
+    "a tail that is not masked": Fault(
+        "halves", "operands.h", "left < V ? (int)(left > 0 ? left : 0) : V", "left > 0 ? V : 0", "address"
+    ),
+    "a row that is not masked": Fault(
+        "adamw", "operands.h", "left = to.row < job.rows ? job.cols - to.col : 0", "left = job.cols - to.col", "address"
+    ),
+    "an unaligned gradient taken for an aligned one": Fault(
+        "adamw", "moments.h", "raw = load<bytes, SIZE<GRAD>>(at, place.count)", "raw = load_aligned<bytes>(at)", "address"
+    ),
+    "a lane skips its own values only": Fault("stablespam", "step.cu", "GUARDED && any<LANES>(bad)", "GUARDED && bad"),
+    "a parameter's random bits for a moment": Fault("adamw", "step.cu", "keys[1 + K]", "keys[K]"),
+    "lanes leave before the others": Fault(
+        "adamw", "step.cu", "if (!any<32>(here.count > 0)) break;", "if (here.count <= 0) break;", "__"
+    ),
+    "what is beyond a row counts": Fault(
+        "vectors", "moments.h", "x[k] = k < place.count ? x[k] : 0.0f;", "x[k] = x[k];"
+    ),
+    # measure.cu
+    "columns are added up before they are there": Fault(
+        "adafactor", "measure.cu", "room[turn][t * V + k] = value[k];\n    __syncthreads();",
+        "room[turn][t * V + k] = value[k];", "thread",
+    ),
+    "one room, and one barrier": Fault("adafactor", "measure.cu", "turn = 1 - turn", "turn = 0", "thread"),
+    "a barrier for those who add": Fault(
+        "adafactor", "measure.cu", "room[turn][t * V + k] = value[k];\n    __syncthreads();",
+        "room[turn][t * V + k] = value[k];\n    if (adding) __syncthreads();", "__syncthreads",
+    ),
+    "halves before the other half is there": Fault(
+        "stablespam", "sums.h", "t + apart]);\n    __syncthreads();", "t + apart]);", "thread"
+    ),
+    "a maximum that is not atomic": Fault(
+        "stablespam", "measure.cu", "if (lane() == 0) atomicMax(&run.most, most);",
+        "if (lane() == 0 && most > run.most) run.most = most;", "thread",
+    ),
+    "folds before all scalars are there": Fault(
+        "stablespam", "measure.cu", "__syncthreads();\n  if (t == 0) Folds<0>", "if (t == 0) Folds<0>", "thread"
+    ),
+    "a tensor is judged before all of it is known": Fault(
+        "stablespam", "measure.cu", "atomicMax(&run.skip, 1u);\n  __syncthreads();", "atomicMax(&run.skip, 1u);", "thread"
+    ),
+    "lanes of a team part": Fault(
+        "stablespam", "measure.cu", "first < lines; first +=", "first + own < lines; first +=", "__"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_planted_fault_is_found(name: str):
+    setting, file, before, after, how = FAULTS[name]
+    if how == "bits":
+        with patched(file, before, after):
+            assert wrong(SETTINGS[setting])
+    elif how in ("thread", "address"):
+        plant = f"under_sanitizer({setting!r}, file={file!r}, before={before!r}, after={after!r})"
+        done = sanitized(how, f"from test_cuda_faults import *; {plant}")
+        said = {"thread": "data race", "address": "AddressSanitizer"}[how]
+        assert done.returncode and said in done.stderr and "Traceback" not in done.stderr, done.stderr[-4000:]
+    else:
+        with patched(file, before, after), pytest.raises(DriverError, match=how):
+            wrong(SETTINGS[setting])

@@ -1,0 +1,263 @@
+"""What the host keeps from step to step for CUDA steps: structs, buckets, tables; when they are made anew, and freed."""
+
+import gc
+import subprocess
+import weakref
+from collections.abc import Iterator
+from ctypes import sizeof
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import CASES, assert_same, everything, gradient, parameters, train
+from cases import one_thread as one_thread
+from cuda_cases import Counting, device, needs_compiler, stepping
+from test_jobs import SEEN, UNSEEN, Named, lay, run
+from torch import Tensor
+from torch.nn import Parameter
+
+from lowbit.backends import cuda, cuda_step
+from lowbit.gpu import CompileError, jobs, sources, stages
+from lowbit.gpu.specialise import print_spec, special
+from lowbit.native import abi, build
+from lowbit.optim import AdamW, GlobalClip, StableSPAM
+from lowbit.stages import Job
+
+pytestmark = needs_compiler
+
+# ---- what is stated twice
+
+STRUCTS = {"Job": jobs.Job, "Dynamic": jobs.Dynamic, "Run": jobs.Run}
+
+
+def python_layout() -> dict[str, int]:
+    layout = {}
+    for name, struct in STRUCTS.items():
+        layout[f"sizeof({name})"] = sizeof(struct)
+        for field in struct._fields_:
+            its = getattr(struct, field[0])
+            layout |= {f"offsetof({name}, {field[0]})": its.offset, f"sizeof((({name} *)0)->{field[0]})": its.size}
+    return layout
+
+
+def test_structs_are_the_compilers(tmp_path: Path):
+    if not (cxx := build.compiler()):
+        pytest.skip("no C++ compiler")
+    layout = python_layout()
+    text = '#include <stddef.h>\n#include <stdio.h>\n#include "job.h"\nint main() {\n'
+    text += "".join(f'  printf("%d\\n", (int)({name}));\n' for name in layout) + "}\n"
+    (tmp_path / "layout.cpp").write_text(text)
+    folders = [f"-I{folder}" for folder in (build.HERE, build.device_sources())]
+    subprocess.run([cxx, *folders, tmp_path / "layout.cpp", "-o", tmp_path / "layout"], check=True)
+    said = subprocess.run([tmp_path / "layout"], check=True, capture_output=True, text=True).stdout.split()
+    assert dict(zip(layout, map(int, said), strict=True)) == layout
+    declared = sources()["job.h"].split("struct ")[1:]
+    for name, text in zip(STRUCTS, declared, strict=True):  # and no field is missing at an end
+        fields = [line for line in text.split("};")[0].splitlines()[1:] if ";" in line]
+        names = sum(line.partition(";")[0].count(",") + 1 for line in fields)
+        assert text.startswith(name) and names == len(STRUCTS[name]._fields_)
+
+
+def a_job(states: str = "8bit") -> Job:
+    """AdamW's, of a matrix."""
+    named = parameters([(64, 256)], torch.bfloat16)
+    opt = AdamW(named, states=states)
+    with stepping():
+        train(opt, named, range(1, 2))
+    return opt._slots[named[0][1]]._job
+
+
+NUMBERS = {
+    "step.cu": [("lb::THREADS", cuda_step.THREADS), ("lb::UNITS", cuda_step.UNITS)],
+    "measure.cu": [("lb::TILE", stages.TILE), ("lb::STRIPS", stages.STRIPS), ("lb::NARROW", stages.NARROW)],
+    "codec.cu": [("THREADS", cuda.THREADS), ("V", cuda.VALUES)],
+}
+
+
+@pytest.mark.parametrize("file", NUMBERS)
+def test_numbers_of_host_and_kernels_agree(file: str):
+    texts = sources()
+    spec = print_spec(special(a_job()))
+    if file == "codec.cu":
+        spec = cuda._spec(cuda.format("int8"), torch.float32, False, False, 0)
+    headers = {**{name: text for name, text in texts.items() if name.endswith(".h")}, "spec.h": spec}
+    for more in (0, 1):
+        said = "".join(f'static_assert({name} == {value + more}, "differs");\n' for name, value in NUMBERS[file])
+        if not more:
+            device().binary(texts[file] + said, headers)
+        else:
+            with pytest.raises(CompileError) as error:
+                device().binary(texts[file] + said, headers)
+            assert str(error.value).count("static assertion failed") == len(NUMBERS[file])
+
+
+def test_constants_have_their_room():
+    texts = sources()
+    for file, it in (("step.cu", special(a_job())), ("measure.cu", special(a_job()).folds)):
+        source, headers = cuda_step._text(file, it)
+        assert source == texts[file]
+        assert device().module(source, headers).symbol("constants")[1] == cuda_step.CONSTANTS == 4 * abi.CONSTANTS
+
+
+# ---- when a plan is made
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The plans that were made."""
+    plans: list[Any] = []
+
+    class Plan(cuda_step._Plan):
+        def __init__(self, jobs: list[Job]):
+            super().__init__(jobs)
+            plans.append(weakref.ref(self))
+
+    monkeypatch.setattr(cuda_step, "_Plan", Plan)
+    return plans
+
+
+@pytest.fixture
+def emulated() -> Iterator[Counting]:
+    with stepping() as its:
+        yield its
+
+
+def give(named: Named, t: int, dtype: torch.dtype | None = None) -> None:
+    for k, (_, p) in enumerate(named):
+        p.grad = None
+        p.grad_dtype = dtype or p.dtype
+        p.grad = gradient(tuple(p.shape), t, k, dtype or p.dtype)
+
+
+SHAPES = [(64, 256), (33, 300), (50,)]
+
+
+def test_a_plan_is_made_once(made: list[Any], emulated: Counting, monkeypatch: pytest.MonkeyPatch):
+    named = parameters(SHAPES, torch.bfloat16)
+    opt = StableSPAM(named, states="4bit")
+    give(named, 1)
+    opt.step()
+    assert len(made) == 1
+    monkeypatch.setattr(emulated, "module", None)  # nothing is compiled any more, nor looked up
+    for t in range(2, 6):
+        give(named, t)
+        for group in opt.param_groups:
+            group["lr"] *= 0.9
+        opt.step()
+    assert len(made) == 1
+
+
+def test_a_gradient_of_another_dtype_is_another_plan(made: list[Any], emulated: Counting):
+    named = parameters(SHAPES, torch.bfloat16)
+    opt = AdamW(named)
+    for t, dtype in enumerate([torch.bfloat16, torch.float32, torch.float32, torch.bfloat16], 1):
+        give(named, t, dtype)
+        opt.step()
+    assert len(made) == 3
+
+
+def test_who_shares_constants_is_seen_anew(made: list[Any], emulated: Counting):
+    """A third group comes later; until then and from then on a plan lasts."""
+    named = parameters(SHAPES, torch.bfloat16)
+    opt = AdamW([{"params": named[:1]}, {"params": named[1:2], "lr": 0.1}])
+    give(named, 1)
+    opt.step()
+    assert [len(bucket.numbers) for bucket in made[0]().buckets] == [1, 1]
+    opt.add_param_group({"params": named[2:], "lr": 0.3})
+    for t in (2, 3):
+        give(named, t)
+        opt.step()
+    assert len(made) == 2 and len(made[1]().buckets) == 3
+
+
+def test_alike_tensors_are_one_bucket(made: list[Any], emulated: Counting):
+    named = parameters([(64, 256), (32, 512), (7, 256)], torch.bfloat16)
+    opt = AdamW(named, policy=None)
+    train(opt, named, range(1, 2))
+    (plan,) = (ref() for ref in made)
+    assert emulated.launched["update"] == len(plan.buckets) < 3
+
+
+# ---- what happens between steps, as in test_jobs.py
+
+KEPT = [case for case in CASES if case.name in ("adamw", "stablespam", "adafactor", "adammini")]
+OPTIONS = [(torch.float32, {}), (torch.bfloat16, {"master": "kahan"}), (torch.bfloat16, {})]
+
+
+@pytest.mark.parametrize("case", KEPT, ids=str)
+@pytest.mark.parametrize("event", [*UNSEEN, *SEEN], ids=lambda event: event.__name__)
+@pytest.mark.filterwarnings("ignore:lr=.* is below the resolution")
+def test_what_happens_between_steps(case: Any, event: Any):
+    for dtype, options in OPTIONS[KEPT.index(case) % 3 :][:1]:
+        with stepping():
+            found = run(case, event, "native", dtype, options)
+        assert_same(found, run(case, event, "reference", dtype, options))
+
+
+@pytest.mark.parametrize("case", KEPT[:2], ids=str)
+def test_gradients_come_and_go(case: Any, monkeypatch: pytest.MonkeyPatch):
+    """Any subset of tensors, and gradients laid out in any way, of any dtype."""
+
+    def trained() -> dict[str, Any]:
+        named = parameters([(64, 64), (33, 300), (50,), (7, 5, 16), (1,)])
+        groups = [{"params": named[:2]}, {"params": named[2:], "lr": 1e-2}]
+        opt = case.build(groups, states="4bit", stabilize=(GlobalClip(0.5),))
+        for t, some in enumerate([31, 1, 30, 0, 7, 7, 24, 31, 12, 31, 31, 31], 1):
+            for k, (_, p) in enumerate(named):
+                p.grad_dtype = None
+                p.grad = lay(gradient(tuple(p.shape), t, k), t) if some >> k & 1 else None
+            opt.step()
+        return everything(opt)
+
+    with stepping(schedule=2):
+        found = trained()
+    monkeypatch.setenv("LOWBIT_BACKEND", "reference")
+    assert_same(found, trained())
+
+
+# ---- what stays alive
+
+
+@pytest.mark.parametrize("rule", [AdamW, StableSPAM])
+def test_nothing_of_an_optimizer_outlives_it(rule: Any, made: list[Any], emulated: Counting):
+    named = [*parameters(SHAPES), ("p3", Parameter(torch.ones(64, 32).t()))]
+    opt = rule(named)
+    train(opt, named, range(1, 4))
+    kept: list[Any] = [opt, *(p for _, p in named)]
+    kept += [opt._slots[p]._job for _, p in named]
+    kept += [x for _, p in named for x in opt.state[p].values() if isinstance(x, Tensor)]
+    seen = [weakref.ref(x) for x in kept] + made
+    assert len(made) == 1 and made[0]() is not None
+    del opt, kept, named
+    gc.collect()
+    assert [x() for x in seen if x() is not None] == []
+
+
+@pytest.mark.parametrize("lay_out", [lambda g: g, lambda g: g.t().contiguous().t()], ids=["plain", "transposed"])
+def test_a_gradient_does_not_outlive_its_step(lay_out: Any, emulated: Counting):
+    named = parameters([(64, 64)])
+    opt = AdamW(named)
+    for t in (1, 2):
+        named[0][1].grad = lay_out(gradient((64, 64), t, 0))
+        opt.step()
+    seen = weakref.ref(named[0][1].grad)
+    opt.zero_grad()
+    assert seen() is None
+
+
+def test_a_plan_goes_with_its_optimizer(made: list[Any], emulated: Counting):
+    """Without waiting for the garbage collector: it has tables and buffers on the device."""
+    before = len(cuda_step._plans)
+    named = parameters(SHAPES)
+    opt = AdamW(named)
+    train(opt, named, range(1, 2))
+    assert len(cuda_step._plans) == before + 1
+    job = opt._slots[named[0][1]]._job
+    opt._slots.clear()
+    gc.disable()
+    try:
+        del job
+        assert len(cuda_step._plans) == before and made[0]() is None
+    finally:
+        gc.enable()
