@@ -27,12 +27,10 @@ template <int K> struct Stored {
     return bad | Stored<K + 1>::encode(place, keys, tables.rest, x, to.rest);
   }
 
-  // What codes are taken from, of value k; whether it is what plain floats would have given.
-  template <class F> LB_FN bool take_sources(int k, const F (&values)[SLOTS], Stored &to) {
-    bool fine = true;
-    if constexpr (FormatOf<K>::SQUARE) fine = take(sqrt(values[2 + K]), to.scaled.source[k]);
-    else take(values[2 + K], to.scaled.source[k]);
-    return fine & Stored<K + 1>::take_sources(k, values, to.rest);
+  // What codes are taken from, of value k: its root for a format of roots.
+  template <class F> LB_FN void take_sources(int k, const F (&values)[SLOTS], Stored &to) {
+    to.scaled.source[k] = Number<F>::value(FormatOf<K>::SQUARE ? sqrt(values[2 + K]) : values[2 + K]);
+    Stored<K + 1>::take_sources(k, values, to.rest);
   }
 
   LB_FN void store(const Job &job, const Place &place, const Stored &from) {
@@ -42,7 +40,7 @@ template <int K> struct Stored {
 };
 template <> struct Stored<MOMENTS> {
   LB_FN bool encode(const Place &, const Key *, const Tables<MOMENTS> &, float (&)[LOADED][V], Stored &) { return false; }
-  template <class F> LB_FN bool take_sources(int, const F (&)[SLOTS], Stored &) { return true; }
+  template <class F> LB_FN void take_sources(int, const F (&)[SLOTS], Stored &) {}
   LB_FN void store(const Job &, const Place &, const Stored &) {}
 };
 
@@ -53,7 +51,7 @@ struct Operands {
   Fetched<0, ~0u> moments;
 };
 
-// All updates, after the last measurement, on numbers of type F. Whether they are what plain floats would have given.
+// All updates, after the last measurement, on numbers of type F. Whether plain floats might have given anything else.
 template <class F> LB_FN bool run_updates(const Operands &from, const Place &here, const Tables<0> &tables,
                                           const float *scalars, float (&x)[LOADED][V], Stored<0> &stored) {
   using Update = Sweep<MEASURES, F>;
@@ -61,15 +59,15 @@ template <class F> LB_FN bool run_updates(const Operands &from, const Place &her
   widen_gradient(from.gradient, x[1]);
   widen_parameter(from.parameter, x[0]);
   Fetched<0, ~0u>::decode(from.moments, here, tables, x);
-  bool fine = true;
+  Doubt doubt;
   LB_UNROLL for (int k = 0; k < V; ++k) {
     F values[SLOTS];
-    LB_UNROLL for (int slot = 0; slot < LOADED; ++slot) values[slot] = x[slot][k];
+    LB_UNROLL for (int slot = 0; slot < LOADED; ++slot) values[slot] = Number<F>::made(x[slot][k], doubt);
     Update::run(values, own);
-    fine &= Stored<0>::take_sources(k, values, stored);
-    LB_UNROLL for (int slot = 0; slot < 2 + MOMENTS; ++slot) fine &= take(values[slot], x[slot][k]);
+    Stored<0>::take_sources(k, values, stored);
+    LB_UNROLL for (int slot = 0; slot < 2 + MOMENTS; ++slot) x[slot][k] = Number<F>::value(values[slot]);
   }
-  return fine;
+  return Doubt::any(doubt);
 }
 
 }  // namespace lb
@@ -101,10 +99,11 @@ extern "C" __global__ void __launch_bounds__(lb::THREADS)
     float x[LOADED][V];
     load_vectors<0, Sweep<MEASURES>::READS>(job, workspace, here, x);
     Stored<0> stored;
-    const bool fine = run_updates<Quick>(old, here, tables, scalars, x, stored);
-    if (any<32>(!fine && here.count > 0)) run_updates<float>(old, here, tables, scalars, x, stored);
-    const ParamWords parameter = narrow_parameter(keys[0], here, x[0]);
-    bool bad = !all_finite<GRAD>(old.gradient) || spoiled(here, old.parameter.raw, parameter);
+    const bool doubtful = run_updates<Quick>(old, here, tables, scalars, x, stored);
+    if (any<32>(doubtful && here.count > 0)) run_updates<float>(old, here, tables, scalars, x, stored);
+    bool finite;
+    const ParamWords parameter = narrow_parameter(keys[0], here, x[0], finite);
+    bool bad = !finite_gradient(old.gradient) || (!finite && spoiled(here, old.parameter.raw, parameter));
     bad |= Stored<0>::encode(here, keys, tables, x, stored);
     __syncwarp();  // all lanes have loaded the scales, which one of them stores: a vote alone orders no memory
     if (GUARDED && any<LANES>(bad)) {

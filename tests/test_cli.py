@@ -7,12 +7,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from lowbit.__main__ import main
 from lowbit.formats import formats
+from lowbit.gpu import describe, nvrtc
 
 SMALL = [
     "--steps",
@@ -112,6 +114,43 @@ def test_doctor(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
     assert main(["doctor", "--json"]) == 1
     found = json.loads(capsys.readouterr().out)
     assert found["backend"] is None and "refrence" in found["advice"][0]
+
+
+@pytest.mark.parametrize("forced", ["", "reference"])
+def test_doctor_on_a_gpu(forced: str, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
+    """Driver, compiler, architecture, what is kept, and who does the work; or what is missing and the way out."""
+
+    def tell() -> dict:
+        main(["doctor", "--json"])
+        return json.loads(capsys.readouterr().out)
+
+    assert tell()["gpu"] is None or torch.cuda.is_available()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(describe, "Driver", lambda: SimpleNamespace(version=lambda: (13, 1)))
+    monkeypatch.setattr(describe, "_KERNEL_MODULE", tmp_path / "version")
+    (tmp_path / "version").write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.65.06  Sun Jul 27\n")
+    compiler = SimpleNamespace(version=(13, 0), path="/lib/libnvrtc.so.13", architectures=lambda: [80, 90, 100])
+    monkeypatch.setattr(nvrtc, "find", lambda newest: compiler)
+    monkeypatch.setenv("LOWBIT_CACHE", str(tmp_path))
+    monkeypatch.setenv("LOWBIT_BACKEND", forced)
+    (tmp_path / f"kernel-sm_90a-{'0' * 32}").write_bytes(b"")
+    (tmp_path / f"kernel-sm_90a-{'0' * 32}.lock").write_bytes(b"")
+    found = tell()["gpu"]
+    assert found["driver"] == "580.65.06, up to CUDA 13.1" and found["NVRTC"] == "13.0, /lib/libnvrtc.so.13"
+    assert found["architecture"] == "sm_90a" and found["kernels kept"].startswith(f"1 in {tmp_path}")
+    assert found["backend"].startswith("reference" if forced else "CUDA kernels")
+
+    def none(newest: int):
+        raise nvrtc.NoCompiler("there is none: pip install nvidia-cuda-nvrtc")
+
+    monkeypatch.setattr(nvrtc, "find", none)
+    told = tell()
+    assert "architecture" not in told["gpu"] and told["gpu"]["backend"].startswith("reference")
+    assert any(
+        "no kernels, so steps are" in line and "pip install nvidia-cuda-nvrtc" in line for line in told["advice"]
+    )
 
 
 def test_bench_end_to_end(tmp_path: Path, text: str, capsys: pytest.CaptureFixture):

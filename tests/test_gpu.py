@@ -326,10 +326,12 @@ def test_a_layer_computes_the_same(recipe: str | Recipe, cols: int, backend: str
 
 # torch's own tracing of autograd functions does what it warns of; and fp32 matmuls are meant to be fp32.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning", "ignore:TensorFloat32")
-def test_a_quantized_model_compiles(backend: str):
+@pytest.mark.parametrize("recipe", ["stablespam-int4", "fp4"])
+def test_a_quantized_model_compiles(recipe: str, backend: str):
+    torch._dynamo.reset()
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(256, 128), nn.GELU(), nn.Linear(128, 64)).to(CUDA)
-    lowbit.quantize_(model, "stablespam-int4")
+    lowbit.quantize_(model, recipe)
     x = torch.randn(64, 256, device=CUDA)
     compiled, found = torch.compile(model, fullgraph=True), []
     for its in (model, compiled):

@@ -7,9 +7,10 @@ compiler, no driver, a rule that cannot be printed), the reference does the work
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
-from functools import cache
+from functools import cache, cached_property
 from itertools import groupby
 from operator import attrgetter
 from types import ModuleType
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..formats import Format, nearest
+from ..formats import format as find_format
 from ..gpu import NoCompiler, NoDriver
 from ..native.build import BuildError
 from ..stages import Job, Program
@@ -95,13 +97,34 @@ def decode(fmt: Format, parts: dict[str, Tensor], cols: int) -> Tensor:
 def fake(fmt: Format, x: Tensor, noise: tuple[int, int] | None = None) -> Tensor:
     """decode(encode(x)) of a matrix of any float dtype, without making the codes: fp32, no gradient.
 
-    A compiler traces the reference, to fuse it with what is around it; and meta tensors and subclasses (fake tensors,
-    DTensor) may have no memory that the native backend could be pointed to. The bits are the same.
+    A compiler on a GPU takes the CUDA kernel as one operator: what it makes of the reference may round a value to the
+    next code, and searches in tables, and hashes, it makes slow. On a CPU it traces the reference, to fuse it with what
+    is around it. Meta tensors and subclasses (fake tensors, DTensor) may have no memory that the native backend could
+    be pointed to. The bits are the same.
     """
     x = x.detach() if x.dtype in native.DTYPES else x.detach().float()
+    if torch.compiler.is_compiling() and _is_operator(fmt, x.device):
+        return torch.ops.lowbit.fake(x, fmt.name, [] if noise is None else list(noise))
     if torch.compiler.is_compiling() or x.is_meta or type(x) is not Tensor:
         return reference.fake(fmt, x, noise)
     return choose(x.device).fake(fmt, x.resolve_neg(), noise)
+
+
+@torch.compiler.assume_constant_result
+def _is_operator(fmt: Format, device: torch.device) -> bool:
+    """Whether `fake` is an operator of torch that can be told of the format; then it is registered."""
+    for name, value in vars(Format).items():  # compilers before Python 3.12 cannot trace how these are found
+        if isinstance(value, cached_property):
+            with contextlib.suppress(ValueError):
+                getattr(fmt, name)
+    if _NATIVE.get(device.type) is not cuda or choose(device) is not cuda:
+        return False
+    from . import operators  # noqa: F401  # not before it is needed: importing the library registers nothing
+
+    try:
+        return find_format(fmt.name) == fmt
+    except ValueError:  # one's own
+        return False
 
 
 def share(jobs: list[Job]) -> list[tuple[ModuleType, list[Job]]]:

@@ -140,9 +140,7 @@ class _Plan:
         self.buffer = torch.empty(changing + CONSTANTS * len(kinds), dtype=torch.uint8, device=self.device)
         self.constants = self.buffer.data_ptr() + changing
         texts = [text for kind, _ in kinds for text in (_text("step.cu", kind), _text("measure.cu", kind.folds))]
-        modules = iter(
-            self.machine.prefetch(texts)
-        )  # all at once: the first time, each takes a second or so to compile
+        modules = iter(self.machine.prefetch(texts))  # all at once: the first time, each takes seconds to compile
         self.buckets = [
             _Bucket(self, index, kind, numbers, [table[self.places[k]] for k in numbers], next(modules), next(modules))
             for index, ((kind, _), numbers) in enumerate(kinds.items())

@@ -71,7 +71,8 @@ def doctor_main(args: argparse.Namespace, argv: list[str]) -> int:
     found["compiler"] = machine.compiler()
     found["backend"], problem = _backend()
     found["native"], missing = _native()
-    advice = [line for line in (problem, missing) if line]
+    found["gpu"], without = _gpu()
+    advice = [line for line in (problem, missing, without) if line]
     if not found["packages"]["matplotlib"]:
         advice.append("matplotlib is missing, so `lowbit bench` makes no plots: pip install 'lowbit[bench]'")
     if not found["packages"]["datasets"]:
@@ -155,6 +156,15 @@ def _native() -> tuple[dict[str, str], str]:
         "threads": f"{torch.get_num_threads()} (torch.set_num_threads)",
     }
     return found | told, ""
+
+
+def _gpu() -> tuple[dict[str, str] | None, str]:
+    """What kernels are compiled and run with on the first GPU, and what to do if they cannot be."""
+    import torch
+
+    from ..gpu.describe import describe
+
+    return describe(torch.device("cuda", 0)) if torch.cuda.is_available() else (None, "")
 
 
 def _lines(value: object) -> list[str]:
