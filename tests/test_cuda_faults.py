@@ -61,7 +61,7 @@ FAULTS = {
     "tables are read before they are filled": Fault(
         "adamw", "step.cu", "prepare_tables<0>(tables);\n  __syncthreads();", "prepare_tables<0>(tables);", "thread"
     ),
-    "each lane its own scale": Fault("adamw", "moments.h", "largest<SCALE_LANES<K>>(most)", "most"),
+    "each lane its own scale": Fault("adamw", "moments.h", "largest<SCALE_LANES<K>>(magnitude_bits(most))", "magnitude_bits(most)"),
     "the last step's scale stays": Fault(
         "stablespam", "moments.h", "store_float(job.scale[K] + index, scaled.scale[part]);", ""
     ),
