@@ -19,6 +19,7 @@ constexpr bool LONE = SCALED && Fmt::BLOCK % V != 0;  // the values of a lane ma
 // Whether a warp finds its scales itself; LANES share one.
 constexpr bool AT_ONCE = !SCALED || (Fmt::BLOCK >= V && Fmt::BLOCK <= 32 * V && (Fmt::BLOCK & (Fmt::BLOCK - 1)) == 0);
 constexpr int LANES = SCALED && AT_ONCE ? Fmt::BLOCK / V : 1;
+constexpr uint32_t MASK = 0xFFFFFFFFu >> (32 - Fmt::BITS);  // of a code
 static_assert(ROTATION == 0 || AT_ONCE, "what is rotated on the way is encoded in one pass");
 
 // lowbit/backends/cuda.py states the same layout.
@@ -222,14 +223,15 @@ template <bool FAKE> LB_FN void run(const Matrix &m, float *to, Codec<Fmt>::Shar
   } else {
     if constexpr (SCALED && Fmt::BITS < 8) {  // codes beyond the end of a row are 0
       LB_UNROLL for (int i = 0; i < V; ++i) {
-        if (i >= p.count) codes.word[i * Fmt::BITS / 32] &= ~(((1u << Fmt::BITS) - 1u) << i * Fmt::BITS % 32);
+        if (i >= p.count) codes.word[i * Fmt::BITS / 32] &= ~(MASK << i * Fmt::BITS % 32);
       }
     }
     store_codes(m, p, codes);
   }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) encode(const Matrix m) {
+// Five blocks of threads on a multiprocessor: left to themselves, compilers give udyn8 too few registers.
+extern "C" __global__ void __launch_bounds__(THREADS, 5) encode(const Matrix m) {
   __shared__ Codec<Fmt>::Shared shared;
   run<false>(m, nullptr, shared);
 }
@@ -253,7 +255,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) decode(const Matrix m) {
     LB_UNROLL for (int i = 0; i < V; ++i) {
       if (i >= p.count) break;
       const Block b = kept(m, first + (p.col + i) / Fmt::BLOCK);
-      const Codes<Fmt, 1> code = {{codes.word[i * Fmt::BITS / 32] >> i * Fmt::BITS % 32 & ((1u << Fmt::BITS) - 1u)}};
+      const Codes<Fmt, 1> code = {{codes.word[i * Fmt::BITS / 32] >> i * Fmt::BITS % 32 & MASK}};
       float out[1];
       Codec<Fmt>::decode<1>(code, b.scale, b.base, shared, out);
       x[i] = out[0];
@@ -309,7 +311,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) scales(const Matrix m) {
     }
     b.base = b.scale == 0.0f          ? 1.0f
              : odd || b.scale != b.scale ? float_of(0x7FC00000u)
-                                         : base_of(alive ? float_of(found) : 0.0f, b.scale, 1 << Fmt::BITS);
+                                         : base_of(alive ? float_of(found) : 0.0f, b.scale, (int)MASK + 1);
   }
   if (threadIdx.x == 0) keep(m, blockIdx.x, b);
 }

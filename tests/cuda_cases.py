@@ -77,4 +77,6 @@ def patched(file: str, before: str, after: str) -> Iterator[None]:
     faulty = {**texts, file: texts[file].replace(before, after)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda_step, "sources", lambda: faulty)
+        cuda_step._text.cache_clear()
         yield
+    cuda_step._text.cache_clear()

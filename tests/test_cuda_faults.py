@@ -140,7 +140,15 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("name", FAULTS)
+# Those that take long to find are among the slow tests, but for one of each kind.
+LONG = {name for name, fault in FAULTS.items() if fault.how in ("thread", "address")} - {
+    "tables are read before they are filled",
+    "folds before all scalars are there",
+    "a tail that is not masked",
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param(k, marks=pytest.mark.slow if k in LONG else []) for k in FAULTS])
 def test_a_planted_fault_is_found(name: str):
     setting, file, before, after, how = FAULTS[name]
     if how == "bits":

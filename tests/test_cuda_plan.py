@@ -185,7 +185,7 @@ KEPT = [case for case in CASES if case.name in ("adamw", "stablespam", "adafacto
 OPTIONS = [(torch.float32, {}), (torch.bfloat16, {"master": "kahan"}), (torch.bfloat16, {})]
 
 
-@pytest.mark.parametrize("case", KEPT, ids=str)
+@pytest.mark.parametrize("case", [KEPT[0], *(pytest.param(c, marks=pytest.mark.slow) for c in KEPT[1:])], ids=str)
 @pytest.mark.parametrize("event", [*UNSEEN, *SEEN], ids=lambda event: event.__name__)
 @pytest.mark.filterwarnings("ignore:lr=.* is below the resolution")
 def test_what_happens_between_steps(case: Any, event: Any):
@@ -195,6 +195,7 @@ def test_what_happens_between_steps(case: Any, event: Any):
         assert_same(found, run(case, event, "reference", dtype, options))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", KEPT[:2], ids=str)
 def test_gradients_come_and_go(case: Any, monkeypatch: pytest.MonkeyPatch):
     """Any subset of tensors, and gradients laid out in any way, of any dtype."""

@@ -20,6 +20,7 @@ import contextlib
 import struct
 from collections.abc import Iterator
 from ctypes import c_int32, c_uint64, sizeof
+from functools import lru_cache
 from weakref import WeakKeyDictionary, proxy, ref
 
 import torch
@@ -277,6 +278,7 @@ def _plain(x: Tensor) -> Tensor:
     return x if _is_plain(x) else x.detach().resolve_neg().contiguous()
 
 
+@lru_cache(maxsize=512)  # a matrix rule makes its jobs, and so its plans, in every step
 def _text(name: str, kind: Special) -> tuple[str, dict[str, str]]:
     """A kernel file and its headers."""
     texts = sources()

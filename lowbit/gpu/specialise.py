@@ -112,4 +112,3 @@ def _bool(x: bool) -> str:
 
 def _master(master: str) -> str:
     return {"none": "NONE", "fp32": "MASTER32"}.get(master, master.upper())
-
