@@ -32,6 +32,17 @@ LB_FN float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 LB_FN int count_bits(uint32_t x) { return __builtin_popcount(x); }
 #endif
 
+// The larger of a magnitude and that of a value; NaN if one is.
+LB_FN float larger_magnitude(float most, float x) {
+#if defined(__CUDACC__) && __CUDA_ARCH__ >= 800
+  float found;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(found) : "f"(most), "f"(abs(x)));
+  return found;
+#else
+  return float_of((uint32_t)peak_of((int32_t)bits_of(most), x));
+#endif
+}
+
 // ---- reductions over LANES neighbouring lanes, a power of two; every lane of the warp takes part and gets the result
 
 template <int LANES> LB_FN uint32_t largest(uint32_t x) {

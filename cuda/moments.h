@@ -115,11 +115,18 @@ LB_FN void widen_gradient(const GradientWords &from, float (&g)[V]) {
   LB_UNROLL for (int k = 0; k < V; ++k) g[k] = value<GRAD>(from.word, k);
 }
 
+LB_FN bool finite_gradient(const GradientWords &raw) {
+  if (GRAD == LB_FLOAT16) return all_finite<GRAD>(raw);
+  float sum = 0.0f;  // 0 * x is NaN for infinities and NaNs
+  LB_UNROLL for (int k = 0; k < V; ++k) sum = fma(value<GRAD>(raw.word, k), 0.0f, sum);
+  return sum == 0.0f;
+}
+
 // Fetched and widened at once, for sweeps that store nothing. The gradient: true if it is not finite.
 LB_FN bool load_gradient(const Dynamic &now, const Place &place, float (&g)[V]) {
   const GradientWords raw = fetch_gradient(now, place);
   widen_gradient(raw, g);
-  return !all_finite<GRAD>(raw);
+  return !finite_gradient(raw);
 }
 
 LB_FN void load_parameter(const Job &job, const Place &place, float (&p)[V]) {
@@ -155,8 +162,9 @@ LB_FN void load_vectors([[maybe_unused]] const Job &job, [[maybe_unused]] const 
 // ---- storing
 
 LB_FN float quick_inverse(float scale) {
-  float found;
-  return take(Quick(1.0f) / Quick(scale), found) ? found : inverse(scale);
+  Doubt doubt;
+  const Quick found = Quick(1.0f, &doubt) / Quick(scale);
+  return Doubt::any(doubt) ? inverse(scale) : found.x;
 }
 
 template <int K> struct Scaled {  // what a lane knows of the blocks that its values of a moment are in
@@ -165,21 +173,16 @@ template <int K> struct Scaled {  // what a lane knows of the blocks that its va
 };
 
 // A moment's scales; true if it cannot be stored.
-template <int K> LB_FN bool scale_moment(const float (&x)[V], Scaled<K> &to) {
+template <int K> LB_FN bool scale_moment(Scaled<K> &to) {
   using F = FormatOf<K>;
-  LB_UNROLL for (int k = 0; k < V; ++k) to.source[k] = F::SQUARE ? sqrt(x[k]) : x[k];
   bool bad = false;
   LB_UNROLL for (int part = 0; part < PARTS<K>; ++part) {
     to.scale[part] = to.inverse[part] = to.base[part] = 0.0f;
     if constexpr (!FLOATS<K>) {  // floats can be stored or not as they are narrowed
-      uint32_t most = 0u;
-      float values[PART<K>];
+      float values[PART<K>], most = 0.0f;
       take_part<K>(part, to.source, values);
-      LB_UNROLL for (int k = 0; k < PART<K>; ++k) {
-        const uint32_t bits = magnitude_bits(values[k]);
-        most = bits > most ? bits : most;
-      }
-      to.scale[part] = scale_of<F>(float_of(largest<SCALE_LANES<K>>(most)));
+      LB_UNROLL for (int k = 0; k < PART<K>; ++k) most = larger_magnitude(most, values[k]);
+      to.scale[part] = scale_of<F>(float_of(largest<SCALE_LANES<K>>(magnitude_bits(most))));
       to.inverse[part] = quick_inverse(to.scale[part]);
       if constexpr (F::KIND == LB_KIND_LOG) to.base[part] = log_base<F, PART<K>, SCALE_LANES<K>>(values, to.scale[part]);
       bad |= !finite_bits(magnitude_bits(to.scale[part]));

@@ -121,6 +121,20 @@ LB_FN void draw(const Key &key, int64_t number, uint32_t (&draws)[V]) {
   }
 }
 
+// ---- what is not finite
+
+// Whether stored numbers are finite. A 16-bit exponent of ones, and only that, carries into the sign's place.
+template <int DTYPE, int BYTES> LB_FN bool all_finite(const Words<BYTES> &words) {
+  float sum = 0.0f;
+  uint32_t carried = 0u;
+  LB_UNROLL for (int k = 0; k < Words<BYTES>::COUNT; ++k) {
+    if (DTYPE == LB_FLOAT32) sum = fma(float_of(words.word[k]), 0.0f, sum);  // 0 * x is NaN for infinities and NaNs
+    else if (DTYPE == LB_BFLOAT16) carried |= (words.word[k] & 0x7F807F80u) + 0x00800080u;
+    else carried |= (words.word[k] & 0x7C007C00u) + 0x04000400u;
+  }
+  return sum == 0.0f && (carried & 0x80008000u) == 0u;
+}
+
 // ---- the parameter, with its low bits (lowbit/masters.py)
 
 constexpr int COMPANION = MASTER == LB_SPLIT8 ? 1 : MASTER == LB_MASTER32 ? 4 : 2;  // bytes of a value's low bits
@@ -162,15 +176,9 @@ LB_FN void widen_parameter(const Parameter &from, float (&p)[V]) {
   }
 }
 
-// The parameter as it will be stored.
-LB_FN ParamWords narrow_parameter(const Key &key, const Place &place, const float (&p)[V]) {
+// The parameter as it will be stored, whatever it is.
+LB_FN ParamWords narrow_any(const uint32_t (&draws)[V], const float (&p)[V]) {
   ParamWords words;
-  if (PARAM == LB_FLOAT32) {
-    LB_UNROLL for (int k = 0; k < V; ++k) words.word[k] = bits_of(p[k]);
-    return words;
-  }
-  uint32_t draws[V] = {};
-  if (STOCHASTIC) draw(key, place.number, draws);
   LB_UNROLL for (int k = 0; k < V; ++k) {
     uint16_t narrowed;
     if (MASTER == LB_SPLIT16 && PARAM == LB_BFLOAT16) narrowed = high_split16(p[k]);
@@ -178,6 +186,35 @@ LB_FN ParamWords narrow_parameter(const Key &key, const Place &place, const floa
     else narrowed = STOCHASTIC ? narrow_fp16(p[k], draws[k]) : narrow_fp16(p[k]);
     set_half_word(words.word, k, narrowed);
   }
+  return words;
+}
+
+// The same, and whether all of it is finite.
+LB_FN ParamWords narrow_parameter(const Key &key, const Place &place, const float (&p)[V], bool &finite) {
+  ParamWords words;
+  if constexpr (PARAM == LB_FLOAT32) {
+    LB_UNROLL for (int k = 0; k < V; ++k) words.word[k] = bits_of(p[k]);
+    finite = all_finite<PARAM>(words);
+    return words;
+  }
+  uint32_t draws[V] = {};
+  if (STOCHASTIC) draw(key, place.number, draws);
+  if constexpr (PARAM == LB_BFLOAT16 && V % 2 == 0 && (MASTER == LB_NONE || MASTER == LB_KAHAN)) {
+    float most = 0.0f;  // nothing below 3.38e38 becomes infinite
+    LB_UNROLL for (int k = 0; k < V; ++k) most = larger_magnitude(most, p[k]);
+    if (most < 3.38e38f) {
+      LB_UNROLL for (int k = 0; k < V; k += 2) {
+        const uint32_t a = bits_of(p[k]), b = bits_of(p[k + 1]);
+        const uint32_t low = a + (STOCHASTIC ? draws[k] : 0x7FFFu + (a >> 16 & 1u));
+        const uint32_t high = b + (STOCHASTIC ? draws[k + 1] : 0x7FFFu + (b >> 16 & 1u));
+        words.word[k / 2] = permute(low, high, 0x7632);
+      }
+      finite = true;
+      return words;
+    }
+  }
+  words = narrow_any(draws, p);
+  finite = all_finite<PARAM>(words);
   return words;
 }
 
@@ -203,23 +240,8 @@ LB_FN void store_parameter(const Job &job, const Place &place, const float (&p)[
   put<V * COMPANION, COMPANION>(job.companion, place.at * COMPANION, low, place.count);
 }
 
-// ---- what is not finite
-
-// Whether stored numbers are finite. A 16-bit exponent of ones, and only that, carries into the sign's place.
-template <int DTYPE, int BYTES> LB_FN bool all_finite(const Words<BYTES> &words) {
-  float sum = 0.0f;
-  uint32_t carried = 0u;
-  LB_UNROLL for (int k = 0; k < Words<BYTES>::COUNT; ++k) {
-    if (DTYPE == LB_FLOAT32) sum = fma(float_of(words.word[k]), 0.0f, sum);  // 0 * x is NaN for infinities and NaNs
-    else if (DTYPE == LB_BFLOAT16) carried |= (words.word[k] & 0x7F807F80u) + 0x00800080u;
-    else carried |= (words.word[k] & 0x7C007C00u) + 0x04000400u;
-  }
-  return sum == 0.0f && (carried & 0x80008000u) == 0u;
-}
-
 // Whether a finite parameter would be so no longer: one that is broken already must not freeze its neighbours.
 LB_FN bool spoiled(const Place &place, const ParamWords &old, const ParamWords &fresh) {
-  if (all_finite<PARAM>(fresh)) return false;
   bool found = false;
   LB_UNROLL for (int k = 0; k < V; ++k) {
     const bool was = finite_bits(magnitude_bits(value<PARAM>(old.word, k)));

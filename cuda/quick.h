@@ -4,7 +4,10 @@
 // fused multiply-adds (Markstein, "Computation of elementary functions on the IBM RISC System/6000 processor", 1990),
 // and for operands far from 1 it branches to a slower course, at every single division. Those branches keep the
 // scheduler from working on several values at once. Here the course is the same, without branches, and so are the bits
-// where `fine` holds; where it does not, for any value of a warp, the warp does all of it again with plain floats.
+// unless there is `Doubt`; then a warp does all of it again with plain floats.
+//
+// Doubt is a few sums: of squares that overflow where an operand is too large, of bits that are lost where one is too
+// small. Comparisons would say it shorter, but they share a pipe with all integer work, at half the rate.
 #pragma once
 #include "device.h"
 
@@ -21,87 +24,100 @@ LB_FN float near_reciprocal_root(float x) {
   asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+LB_FN float flushed_product(float a, float b) {  // 0 for what is subnormal
+  float y;
+  asm("mul.ftz.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+}
 #else  // the approximations' error is not in the results
-LB_FN float near_reciprocal(float x) { return 1.0f / x; }
-LB_FN float near_reciprocal_root(float x) { return 1.0f / __builtin_sqrtf(x); }
+LB_FN float flushed(float x) { return float_of(bits_of(x) & 0x7F800000u) == 0.0f ? x * 0.0f : x; }
+LB_FN float near_reciprocal(float x) { return flushed(1.0f / flushed(x)); }
+LB_FN float near_reciprocal_root(float x) { return 1.0f / __builtin_sqrtf(flushed(x)); }
+LB_FN float flushed_product(float a, float b) { return flushed(flushed(a) * flushed(b)); }
 #endif
 
-struct Truth {
-  bool holds, fine;
+struct Doubt {
+  float large = 0.0f;  // infinite or NaN: something was too large
+  float small = 0.0f;  // not 0: something was too small
+  int32_t least = 0;   // the smallest integer: something was -0
+
+  LB_FN bool any(const Doubt &doubt) {
+    return !(doubt.large <= 3.4028234663852886e38f) || doubt.small != 0.0f || doubt.least == (int32_t)0x80000000;
+  }
 };
 
 struct Quick {
   float x;
-  bool fine;
+  Doubt *doubt;  // of all numbers of a computation; none for constants
 #ifdef __CUDACC__
   __device__ __forceinline__
 #endif
-  Quick(float number = 0.0f, bool known = true) : x(number), fine(known) {}
+  Quick(float number = 0.0f, Doubt *shared = nullptr) : x(number), doubt(shared) {}
 };
 
 template <> struct Same<Quick> {
   using type = float;
 };
 
-// Takes a number's value; whether it is what plain floats would have given.
-LB_FN bool take(Quick from, float &to) {
-  to = from.x;
-  return from.fine;
-}
-LB_FN bool take(float from, float &to) {
-  to = from;
-  return true;
-}
+LB_FN Doubt *doubt_of(Quick a, Quick b) { return a.doubt ? a.doubt : b.doubt; }
 
-// Whether low <= |x| <= high, by one subtraction and one comparison.
-LB_FN bool between(float x, float low, float high) {
-  return bits_of(x) * 2u - bits_of(low) * 2u <= bits_of(high) * 2u - bits_of(low) * 2u;
-}
+LB_FN Quick operator+(Quick a, Quick b) { return {a.x + b.x, doubt_of(a, b)}; }
+LB_FN Quick operator-(Quick a, Quick b) { return {a.x - b.x, doubt_of(a, b)}; }
+LB_FN Quick operator*(Quick a, Quick b) { return {a.x * b.x, doubt_of(a, b)}; }
+LB_FN Quick operator-(Quick a) { return {-a.x, a.doubt}; }
 
-LB_FN Quick operator+(Quick a, Quick b) { return {a.x + b.x, a.fine && b.fine}; }
-LB_FN Quick operator-(Quick a, Quick b) { return {a.x - b.x, a.fine && b.fine}; }
-LB_FN Quick operator*(Quick a, Quick b) { return {a.x * b.x, a.fine && b.fine}; }
-LB_FN Quick operator-(Quick a) { return {-a.x, a.fine}; }
-
+// Right for 2**-64 < |b| < 2**30, |a / b| < 2**64, and a that is +0 or not below 2**-102: then nothing overflows, the
+// quotient is normal, and what is left of a is a float when the quotient's product with b is taken away.
 LB_FN Quick operator/(Quick a, Quick b) {
+  Doubt *doubt = doubt_of(a, b);
+  if (!doubt) return a.x / b.x;
   const float near = near_reciprocal(b.x);
   const float inverse = fma(near, fma(-b.x, near, 1.0f), near);
-  const float quotient = a.x * inverse;
-  // The quotient is normal, and what is left of a when it has been subtracted is a float: 0 is, and has its sign.
-  const bool fine = (between(a.x, 0x1p-96f, 0x1p60f) || bits_of(a.x) == 0u) && between(b.x, 0x1p-60f, 0x1p28f);
-  return {fma(fma(-b.x, quotient, a.x), inverse, quotient), a.fine && b.fine && fine};
+  const float quotient = a.x * inverse, scaled = b.x * 0x1p34f;
+  const float sum = fma(near, near, doubt->large);
+  doubt->large = fma(quotient, quotient, fma(scaled, scaled, sum));
+  const float lost = fma(-flushed_product(a.x, 0x1p-24f), 0x1p24f, a.x);
+  doubt->small = doubt->small + abs(lost);
+  doubt->least = (int32_t)bits_of(a.x) < doubt->least ? (int32_t)bits_of(a.x) : doubt->least;
+  return {fma(fma(-b.x, quotient, a.x), inverse, quotient), doubt};
 }
 
+// Right for 2**-100 < a < infinity.
 LB_FN Quick sqrt(Quick a) {
-  const float near = near_reciprocal_root(a.x), root = a.x * near;
-  const bool fine = bits_of(a.x) - bits_of(0x1p-100f) < bits_of(0x1p126f) - bits_of(0x1p-100f);  // positive, too
-  return {fma(fma(-root, root, a.x), near * 0.5f, root), a.fine && fine};
+  Doubt *doubt = a.doubt;
+  if (!doubt) return sqrt(a.x);
+  const float near = near_reciprocal_root(a.x), root = a.x * near, scaled = near * 0x1p14f;
+  doubt->large = fma(root, 0.0f, fma(scaled, scaled, doubt->large));
+  return {fma(fma(-root, root, a.x), near * 0.5f, root), doubt};
 }
 
-LB_FN Truth operator<(Quick a, Quick b) { return {a.x < b.x, a.fine && b.fine}; }
-LB_FN Truth operator<=(Quick a, Quick b) { return {a.x <= b.x, a.fine && b.fine}; }
-LB_FN Truth operator>(Quick a, Quick b) { return {a.x > b.x, a.fine && b.fine}; }
-LB_FN Truth operator>=(Quick a, Quick b) { return {a.x >= b.x, a.fine && b.fine}; }
-LB_FN Truth operator==(Quick a, Quick b) { return {a.x == b.x, a.fine && b.fine}; }
-LB_FN Truth operator!=(Quick a, Quick b) { return {a.x != b.x, a.fine && b.fine}; }
-LB_FN Truth operator&(Truth a, Truth b) { return {a.holds && b.holds, a.fine && b.fine}; }
-LB_FN Truth operator|(Truth a, Truth b) { return {a.holds || b.holds, a.fine && b.fine}; }
-LB_FN Truth operator!(Truth a) { return {!a.holds, a.fine}; }
+LB_FN bool operator<(Quick a, Quick b) { return a.x < b.x; }
+LB_FN bool operator<=(Quick a, Quick b) { return a.x <= b.x; }
+LB_FN bool operator>(Quick a, Quick b) { return a.x > b.x; }
+LB_FN bool operator>=(Quick a, Quick b) { return a.x >= b.x; }
+LB_FN bool operator==(Quick a, Quick b) { return a.x == b.x; }
+LB_FN bool operator!=(Quick a, Quick b) { return a.x != b.x; }
 
 // The words of lowbit/native/words.h.
-LB_FN Quick where(Truth condition, Quick a, Quick b) {
-  return {condition.holds ? a.x : b.x, condition.fine && a.fine && b.fine};
-}
-LB_FN Quick where(bool condition, Quick a, Quick b) { return where(Truth{condition, true}, a, b); }
-LB_FN Quick lerp(Quick a, Quick b, Quick weight) {
-  return {lerp(a.x, b.x, weight.x), a.fine && b.fine && weight.fine};
-}
+LB_FN Quick where(bool condition, Quick a, Quick b) { return {condition ? a.x : b.x, doubt_of(a, b)}; }
+LB_FN Quick lerp(Quick a, Quick b, Quick weight) { return {lerp(a.x, b.x, weight.x), doubt_of(a, b)}; }
 LB_FN Quick reciprocal(Quick a) { return Quick(1.0f) / a; }
-LB_FN Quick binade(Quick a) { return {binade(a.x), a.fine}; }
-LB_FN Quick abs(Quick a) { return {abs(a.x), a.fine}; }
-LB_FN Quick sign(Quick a) { return {sign(a.x), a.fine}; }
-LB_FN Quick maximum(Quick a, Quick b) { return {maximum(a.x, b.x), a.fine && b.fine}; }
-LB_FN Quick minimum(Quick a, Quick b) { return {minimum(a.x, b.x), a.fine && b.fine}; }
+LB_FN Quick binade(Quick a) { return {binade(a.x), a.doubt}; }
+LB_FN Quick abs(Quick a) { return {abs(a.x), a.doubt}; }
+LB_FN Quick sign(Quick a) { return {sign(a.x), a.doubt}; }
+LB_FN Quick maximum(Quick a, Quick b) { return {maximum(a.x, b.x), doubt_of(a, b)}; }
+LB_FN Quick minimum(Quick a, Quick b) { return {minimum(a.x, b.x), doubt_of(a, b)}; }
 LB_FN Quick clip(Quick a, Quick low, Quick high) { return minimum(maximum(a, low), high); }
+
+// A number to compute with, and its value.
+template <class F> struct Number;
+template <> struct Number<Quick> {
+  LB_FN Quick made(float x, Doubt &doubt) { return {x, &doubt}; }
+  LB_FN float value(Quick a) { return a.x; }
+};
+template <> struct Number<float> {
+  LB_FN float made(float x, Doubt &) { return x; }
+  LB_FN float value(float a) { return a; }
+};
 
 }  // namespace lb

@@ -20,10 +20,17 @@ template <int K> struct Stored {
   // True if something of it is not finite.
   LB_FN bool encode(const Place &place, const Key *keys, const Tables<K> &tables, float (&x)[LOADED][V], Stored &to) {
     keep_inside(place, x[2 + K]);
-    bool bad = scale_moment<K>(x[2 + K], to.scaled);
+    keep_inside(place, to.scaled.source);
+    bool bad = scale_moment<K>(to.scaled);
     to.codes = encode_moment<K>(keys[1 + K], place, tables, x[2 + K], to.scaled);
     if constexpr (FLOATS<K>) bad = !all_finite<FormatOf<K>::DTYPE>(to.codes);
     return bad | Stored<K + 1>::encode(place, keys, tables.rest, x, to.rest);
+  }
+
+  // What codes are taken from, of value k: its root for a format of roots.
+  template <class F> LB_FN void take_sources(int k, const F (&values)[SLOTS], Stored &to) {
+    to.scaled.source[k] = Number<F>::value(FormatOf<K>::SQUARE ? sqrt(values[2 + K]) : values[2 + K]);
+    Stored<K + 1>::take_sources(k, values, to.rest);
   }
 
   LB_FN void store(const Job &job, const Place &place, const Stored &from) {
@@ -33,6 +40,7 @@ template <int K> struct Stored {
 };
 template <> struct Stored<MOMENTS> {
   LB_FN bool encode(const Place &, const Key *, const Tables<MOMENTS> &, float (&)[LOADED][V], Stored &) { return false; }
+  template <class F> LB_FN void take_sources(int, const F (&)[SLOTS], Stored &) {}
   LB_FN void store(const Job &, const Place &, const Stored &) {}
 };
 
@@ -43,22 +51,23 @@ struct Operands {
   Fetched<0, ~0u> moments;
 };
 
-// All updates, after the last measurement, on numbers of type F. Whether they are what plain floats would have given.
+// All updates, after the last measurement, on numbers of type F. Whether plain floats might have given anything else.
 template <class F> LB_FN bool run_updates(const Operands &from, const Place &here, const Tables<0> &tables,
-                                          const float *scalars, float (&x)[LOADED][V]) {
+                                          const float *scalars, float (&x)[LOADED][V], Stored<0> &stored) {
   using Update = Sweep<MEASURES, F>;
   const auto own = Update::scalars(scalars);
   widen_gradient(from.gradient, x[1]);
   widen_parameter(from.parameter, x[0]);
   Fetched<0, ~0u>::decode(from.moments, here, tables, x);
-  bool fine = true;
+  Doubt doubt;
   LB_UNROLL for (int k = 0; k < V; ++k) {
     F values[SLOTS];
-    LB_UNROLL for (int slot = 0; slot < LOADED; ++slot) values[slot] = x[slot][k];
+    LB_UNROLL for (int slot = 0; slot < LOADED; ++slot) values[slot] = Number<F>::made(x[slot][k], doubt);
     Update::run(values, own);
-    LB_UNROLL for (int slot = 0; slot < 2 + MOMENTS; ++slot) fine &= take(values[slot], x[slot][k]);
+    Stored<0>::take_sources(k, values, stored);
+    LB_UNROLL for (int slot = 0; slot < 2 + MOMENTS; ++slot) x[slot][k] = Number<F>::value(values[slot]);
   }
-  return fine;
+  return Doubt::any(doubt);
 }
 
 }  // namespace lb
@@ -89,12 +98,14 @@ extern "C" __global__ void __launch_bounds__(lb::THREADS)
     Fetched<0, ~0u>::fetch(job, here, old.moments);
     float x[LOADED][V];
     load_vectors<0, Sweep<MEASURES>::READS>(job, workspace, here, x);
-    const bool fine = run_updates<Quick>(old, here, tables, scalars, x);
-    if (any<32>(!fine && here.count > 0)) run_updates<float>(old, here, tables, scalars, x);
-    const ParamWords parameter = narrow_parameter(keys[0], here, x[0]);
     Stored<0> stored;
-    bool bad = !all_finite<GRAD>(old.gradient) || spoiled(here, old.parameter.raw, parameter);
+    const bool doubtful = run_updates<Quick>(old, here, tables, scalars, x, stored);
+    if (any<32>(doubtful && here.count > 0)) run_updates<float>(old, here, tables, scalars, x, stored);
+    bool finite;
+    const ParamWords parameter = narrow_parameter(keys[0], here, x[0], finite);
+    bool bad = !finite_gradient(old.gradient) || (!finite && spoiled(here, old.parameter.raw, parameter));
     bad |= Stored<0>::encode(here, keys, tables, x, stored);
+    __syncwarp();  // all lanes have loaded the scales, which one of them stores: a vote alone orders no memory
     if (GUARDED && any<LANES>(bad)) {
       lost += lane() % LANES == 0 && here.count > 0;
     } else {

@@ -1,4 +1,4 @@
-"""Steps of CPU tensors on the CUDA backend: the emulator takes the place of the GPU, all else is what a GPU would run."""
+"""Steps of CPU tensors on the CUDA backend: the emulator takes the place of the GPU, the rest is what a GPU runs."""
 
 import contextlib
 import functools

@@ -285,6 +285,27 @@ def test_of_two_branches_the_longer_is_counted():
     assert got == ["LDG.E.128", "BRA", "FMUL", "FMUL", "STG.E.128", "BRA"]
 
 
+def test_what_is_fallen_back_to_is_left_out():
+    text = """
+        head: LDG.E.128 R0
+        MUFU.RCP R1
+        VOTE.ANY R2
+        @!P0 BRA @over
+        FCHK P1, R0
+        @!P1 BRA @good
+        CALL.REL.NOINC 0x8000
+        good: FFMA R1
+        FFMA R2
+        over: STG.E.128 R0
+        @P2 BRA @head
+        EXIT
+    """
+    got = [one.opcode for one in inspect.hot_loop(kernel(text))]
+    assert got == ["LDG.E.128", "MUFU.RCP", "VOTE.ANY", "BRA", "STG.E.128", "BRA"]
+    always = text.replace("@!P0 BRA @over", "NOP")  # without another way, all of it but the call
+    assert [one.opcode for one in inspect.hot_loop(kernel(always))].count("FFMA") == 2
+
+
 def test_a_path_by_16_bits_is_left_out_where_there_is_a_wide_one():
     wide = "head: LDG.E.128 R0\n@P0 BRA @fast\nLDG.E.U16 R1\nfast: FADD R1\n@P1 BRA @head\nEXIT"
     assert [one.opcode for one in inspect.hot_loop(kernel(wide))] == ["LDG.E.128", "BRA", "FADD", "BRA"]

@@ -1,4 +1,4 @@
-"""What the host keeps from step to step for CUDA steps: structs, buckets, tables; when they are made and freed."""
+"""What the host keeps from step to step for CUDA steps: structs, buckets, tables; when they are made, and freed."""
 
 import gc
 import subprocess
@@ -82,7 +82,7 @@ def test_numbers_of_host_and_kernels_agree(file: str):
     texts = sources()
     spec = print_spec(special(a_job()))
     if file == "codec.cu":
-        spec = cuda._spec(cuda.format("int8"), torch.float32, False, False, 0)
+        spec = cuda.print_spec(cuda.format("int8"), torch.float32)
     headers = {**{name: text for name, text in texts.items() if name.endswith(".h")}, "spec.h": spec}
     for more in (0, 1):
         said = "".join(f'static_assert({name} == {value + more}, "differs");\n' for name, value in NUMBERS[file])

@@ -82,7 +82,6 @@ def test_a_rule_of_ones_own_has_the_references_bits(own: Any):
     expected = own.run(own.Mine, "reference")
     with stepping(schedule=2) as device:
         assert own.run(own.Mine, "native") == expected
-    assert device.launched["update"] == 3 * 2  # whole rows of step blocks, and others
     assert {"begin", "measure", "rows", "scalars", "update"} <= set(device.launched)
 
 

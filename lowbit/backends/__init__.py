@@ -141,11 +141,10 @@ def share(jobs: list[Job]) -> list[tuple[ModuleType, list[Job]]]:
         # A launch is for one GPU.
         shares.setdefault((backend, device if backend is cuda else None), []).extend(alike)
     apart = [device for backend, device in shares if backend is cuda]
-    if len(apart) > 1 and any(
-        m.over == "all" for program, device in kinds if device in apart for m in program.measures
-    ):
+    if len(apart) > 1 and any(stage.over == "all" for program, _ in kinds for stage in program.measures):
+        where = ", ".join(map(str, apart))
         raise ValueError(
-            f"what is measured over all tensors must be on one GPU, and these are on {', '.join(map(str, apart))}: give "
-            "each GPU's tensors an optimizer of their own, or clip gradients with torch and leave GlobalClip out"
+            f"what is measured over all tensors must be on one GPU, and these are on {where}: give each GPU's tensors "
+            "an optimizer of their own, or clip gradients with torch and leave GlobalClip out"
         )
     return [(backend, jobs) for (backend, _), jobs in shares.items()]

@@ -58,7 +58,8 @@ class Matrix(Structure):
 
 
 @lru_cache(maxsize=1024)
-def _spec(fmt: Format, dtype: torch.dtype, stochastic: bool, live: bool, rotation: int) -> str:
+def print_spec(fmt: Format, dtype: torch.dtype, stochastic: bool = False, live: bool = False, rotation: int = 0) -> str:
+    """The text of spec.h for cuda/codec.cu."""
     constants = {"bool STOCHASTIC": stochastic, "bool LIVE": live, "int ROTATION": rotation}
     lines = [f"constexpr {name} = {str(value).lower()};\n" for name, value in constants.items()]
     values = print_format(format(_NAMES[dtype]), "Values")
@@ -81,7 +82,7 @@ def _module(
     texts = _texts()
     headers = {name: texts[name] for name in HEADERS}
     return machine(device).module(
-        texts["codec.cu"], {**headers, "spec.h": _spec(fmt, dtype, stochastic, live, rotation)}
+        texts["codec.cu"], {**headers, "spec.h": print_spec(fmt, dtype, stochastic, live, rotation)}
     )
 
 

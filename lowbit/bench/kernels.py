@@ -7,31 +7,44 @@ from collections.abc import Callable
 import torch
 
 from .. import optim
+from ..backends import cuda
+from ..formats import format, formats
 from ..gpu import linear
 from ..gpu.inspect import Specialisation
 from ..gpu.specialise import print_spec, special
 from ..stages import Job
 
-# Optimizers with a parameter and a gradient in bf16, rounded at random, and aligned rows.
+# Optimizers with a parameter and a gradient in bf16, rounded at random, and aligned rows; and the parameter's name.
 _STEPS = [
-    (optim.AdamW, "8bit"),
-    (optim.AdamW, "4bit"),
-    (optim.StableSPAM, "4bit"),
-    (optim.Lion, "8bit"),
+    (optim.AdamW, "8bit", "weight"),
+    (optim.AdamW, "4bit", "weight"),
+    (optim.AdamW, "fp32", "weight"),
+    (optim.StableSPAM, "4bit", "weight"),
+    (optim.Lion, "8bit", "weight"),
+    (optim.AdamMini, "8bit", "weight"),
+    (optim.SCALE, "8bit", "lm_head.weight"),  # its last layer has a momentum
+    (optim.Muon, "8bit", "weight"),  # its momentum; a matrix stage follows
 ]
 
 
 def shipped() -> list[Specialisation]:
     """All of them. `values` are those that a thread handles in a turn of the main loop."""
-    return [*linear.shipped(), *(found for optimizer, states in _STEPS for found in _steps(optimizer, states))]
+    return [*linear.shipped(), *_codecs(), *(found for row in _STEPS for found in _steps(*row))]
 
 
-def _steps(optimizer: Callable[..., optim.Rule], states: str) -> list[Specialisation]:
+def _codecs() -> list[Specialisation]:
+    """Of every format, for matrices in bf16, to the nearest value."""
+    spec = [(name, cuda.print_spec(format(name), torch.bfloat16)) for name in formats()]
+    return [Specialisation(f"codec {name}", "codec.cu", text, {}) for name, text in spec]
+
+
+def _steps(optimizer: Callable[..., optim.Rule], states: str, weight: str) -> list[Specialisation]:
     param = torch.nn.Parameter(torch.zeros(64, 1024, dtype=torch.bfloat16))
     param.grad = torch.zeros_like(param)
-    made = optimizer([("weight", param)], lr=1e-3, states=states)
+    made = optimizer([(weight, param)], lr=1e-3, states=states)
     job = made._slots[param].job(made.param_groups[0], made.state[param], {})
-    assert isinstance(job, Job)
+    if not isinstance(job, Job):  # a matrix rule in parts: what comes before the first matrix stage
+        job = job.begin()
     kind, name = special(job), f"{type(made).__name__} {states}"
     found = [Specialisation(name, "step.cu", print_spec(kind), {"update": kind.values})]
     if kind.program.measures:
