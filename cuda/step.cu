@@ -52,7 +52,7 @@ template <int K> LB_FN constexpr bool searches() {
   else return false;
 }
 constexpr bool EARLY = !searches<0>();
-constexpr int TOGETHER = EARLY && PARAM == LB_FLOAT32 ? 5 : 6;
+constexpr int TOGETHER = PARAM == LB_FLOAT32 ? 5 : 6;
 
 // A lane's values of everything as it is stored; they stay in registers until the new ones are known to be right.
 struct Operands {
