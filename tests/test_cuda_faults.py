@@ -89,8 +89,8 @@ FAULTS = {
     "what is beyond a row counts": Fault(
         "vectors", "moments.h", "x[k] = k < place.count ? x[k] : 0.0f;", "x[k] = x[k];"
     ),
-    "quick numbers that are not fine are kept": Fault(
-        "small", "step.cu", "if (any<32>(!fine && here.count > 0)) run", "if (!fine && here.count > V) run"
+    "quick numbers that are in doubt are kept": Fault(
+        "small", "step.cu", "if (any<32>(doubtful && here.count > 0)) run", "if (doubtful && here.count > V) run"
     ),
     "a quotient that is nearly right": Fault(
         "adamw", "quick.h", "fma(fma(-b.x, quotient, a.x), inverse, quotient)", "quotient"
