@@ -201,7 +201,7 @@ template <int K> LB_FN CodeWords<K> encode_moment(const Key &key, const Place &p
   LB_UNROLL for (int part = 0; part < PARTS<K>; ++part) {
     float values[PART<K>], source[PART<K>];
     uint32_t own_draws[PART<K>];
-    take_part<K>(part, x, values);
+    take_part<K>(part, F::SQUARE ? scaled.source : x, values);  // a root is above 0 where its square is
     take_part<K>(part, scaled.source, source);
     LB_UNROLL for (int k = 0; k < PART<K>; ++k) own_draws[k] = draws[part * PART<K> + k];
     const auto own = Codec<F>::template encode<PART<K>, Moment<K>::STOCHASTIC, Moment<K>::LIVE, GUARDED>(

@@ -12,6 +12,7 @@ using namespace spec;
 
 constexpr int THREADS = 256, UNITS = 4;  // of a block of threads; of 32 * V numbers that a warp takes one after the other
 constexpr int CHUNK = THREADS * V * UNITS;  // element numbers of a block of threads
+constexpr int UPDATERS = 128, TURNS = CHUNK / (UPDATERS * V);  // the updating sweep has smaller ones with as many
 constexpr int LOADED = 2 + MOMENTS + VECTORS;  // slots that lie in memory: p, g, the moments, vectors
 constexpr int LANES = WIDTH / V;            // that share a step block
 static_assert(WIDTH % V == 0 && LANES <= 32, "a step block belongs to one warp, and a lane to one step block");

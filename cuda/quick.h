@@ -37,12 +37,14 @@ LB_FN float flushed_product(float a, float b) { return flushed(flushed(a) * flus
 #endif
 
 struct Doubt {
-  float large = 0.0f;  // infinite or NaN: something was too large
-  float small = 0.0f;  // not 0: something was too small
-  int32_t least = 0;   // the smallest integer: something was -0
+  float large = 0.0f;  // infinite or NaN: an operand or a quotient was too large
+  float roots = 0.0f;  // the same of roots, apart: then the same roots taken twice are the same sum
+  float small = 0.0f;  // not 0: a quotient was too small
+  int32_t least = 0;   // the smallest numerator's bits: it was -0
 
   LB_FN bool any(const Doubt &doubt) {
-    return !(doubt.large <= 3.4028234663852886e38f) || doubt.small != 0.0f || doubt.least == (int32_t)0x80000000;
+    return !(doubt.large + doubt.roots <= 3.4028234663852886e38f) || doubt.small != 0.0f ||
+           doubt.least == (int32_t)0x80000000;
   }
 };
 
@@ -66,18 +68,16 @@ LB_FN Quick operator-(Quick a, Quick b) { return {a.x - b.x, doubt_of(a, b)}; }
 LB_FN Quick operator*(Quick a, Quick b) { return {a.x * b.x, doubt_of(a, b)}; }
 LB_FN Quick operator-(Quick a) { return {-a.x, a.doubt}; }
 
-// Right for 2**-64 < |b| < 2**30, |a / b| < 2**64, and a that is +0 or not below 2**-102: then nothing overflows, the
-// quotient is normal, and what is left of a is a float when the quotient's product with b is taken away.
+// Right for 2**-64 < |b| < 2**64 and a that is +0 or makes 2**-38 < |a / b| < 2**64: then nothing overflows, no reciprocal
+// is subnormal, and what is left of a is a float when the quotient's product with b is taken away.
 LB_FN Quick operator/(Quick a, Quick b) {
   Doubt *doubt = doubt_of(a, b);
   if (!doubt) return a.x / b.x;
   const float near = near_reciprocal(b.x);
   const float inverse = fma(near, fma(-b.x, near, 1.0f), near);
-  const float quotient = a.x * inverse, scaled = b.x * 0x1p34f;
-  const float sum = fma(near, near, doubt->large);
-  doubt->large = fma(quotient, quotient, fma(scaled, scaled, sum));
-  const float lost = fma(-flushed_product(a.x, 0x1p-24f), 0x1p24f, a.x);
-  doubt->small = doubt->small + abs(lost);
+  const float quotient = a.x * inverse;
+  doubt->large = fma(quotient, quotient, fma(b.x, b.x, fma(near, near, doubt->large)));
+  doubt->small = doubt->small + abs(fma(flushed_product(quotient, 0x1p-88f), 0x1p88f, -quotient));
   doubt->least = (int32_t)bits_of(a.x) < doubt->least ? (int32_t)bits_of(a.x) : doubt->least;
   return {fma(fma(-b.x, quotient, a.x), inverse, quotient), doubt};
 }
@@ -87,7 +87,7 @@ LB_FN Quick sqrt(Quick a) {
   Doubt *doubt = a.doubt;
   if (!doubt) return sqrt(a.x);
   const float near = near_reciprocal_root(a.x), root = a.x * near, scaled = near * 0x1p14f;
-  doubt->large = fma(root, 0.0f, fma(scaled, scaled, doubt->large));
+  doubt->roots = fma(root, 0.0f, fma(scaled, scaled, doubt->roots));
   return {fma(fma(-root, root, a.x), near * 0.5f, root), doubt};
 }
 

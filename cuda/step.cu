@@ -28,9 +28,10 @@ template <int K> struct Stored {
   }
 
   // What codes are taken from, of value k: its root for a format of roots.
-  template <class F> LB_FN void take_sources(int k, const F (&values)[SLOTS], Stored &to) {
-    to.scaled.source[k] = Number<F>::value(FormatOf<K>::SQUARE ? sqrt(values[2 + K]) : values[2 + K]);
-    Stored<K + 1>::take_sources(k, values, to.rest);
+  template <class F> LB_FN void take_sources(int k, const float (&x)[LOADED][V], Doubt &doubt, Stored &to) {
+    to.scaled.source[k] = x[2 + K][k];
+    if (FormatOf<K>::SQUARE) to.scaled.source[k] = Number<F>::value(sqrt(Number<F>::made(x[2 + K][k], doubt)));
+    Stored<K + 1>::template take_sources<F>(k, x, doubt, to.rest);
   }
 
   LB_FN void store(const Job &job, const Place &place, const Stored &from) {
@@ -40,9 +41,18 @@ template <int K> struct Stored {
 };
 template <> struct Stored<MOMENTS> {
   LB_FN bool encode(const Place &, const Key *, const Tables<MOMENTS> &, float (&)[LOADED][V], Stored &) { return false; }
-  template <class F> LB_FN void take_sources(int, const F (&)[SLOTS], Stored &) {}
+  template <class F> LB_FN void take_sources(int, const float (&)[LOADED][V], Doubt &, Stored &) {}
   LB_FN void store(const Job &, const Place &, const Stored &) {}
 };
+
+// Whether the next operands are on their way while others are worked on, and for how many blocks of threads at once a
+// multiprocessor's registers are to suffice: what was fastest on an H100 without spills (docs/gpu-speed.md).
+template <int K> LB_FN constexpr bool searches() {
+  if constexpr (K < MOMENTS) return FormatOf<K>::KIND == LB_KIND_CODEBOOK || searches<K + 1>();
+  else return false;
+}
+constexpr bool EARLY = !searches<0>();
+constexpr int TOGETHER = PARAM == LB_FLOAT32 ? 5 : 6;
 
 // A lane's values of everything as it is stored; they stay in registers until the new ones are known to be right.
 struct Operands {
@@ -50,6 +60,13 @@ struct Operands {
   Parameter parameter;
   Fetched<0, ~0u> moments;
 };
+
+LB_FN void fetch_operands(const Job &job, const Dynamic &now, const Place &here, Operands &to) {
+  if (here.count == 0) return;
+  to.gradient = fetch_gradient(now, here);
+  to.parameter = fetch_parameter(job, here);
+  Fetched<0, ~0u>::fetch(job, here, to.moments);
+}
 
 // All updates, after the last measurement, on numbers of type F. Whether plain floats might have given anything else.
 template <class F> LB_FN bool run_updates(const Operands &from, const Place &here, const Tables<0> &tables,
@@ -59,20 +76,20 @@ template <class F> LB_FN bool run_updates(const Operands &from, const Place &her
   widen_gradient(from.gradient, x[1]);
   widen_parameter(from.parameter, x[0]);
   Fetched<0, ~0u>::decode(from.moments, here, tables, x);
-  Doubt doubt;
+  Doubt doubt, of_sources;
   LB_UNROLL for (int k = 0; k < V; ++k) {
     F values[SLOTS];
     LB_UNROLL for (int slot = 0; slot < LOADED; ++slot) values[slot] = Number<F>::made(x[slot][k], doubt);
     Update::run(values, own);
-    Stored<0>::take_sources(k, values, stored);
     LB_UNROLL for (int slot = 0; slot < 2 + MOMENTS; ++slot) x[slot][k] = Number<F>::value(values[slot]);
+    Stored<0>::template take_sources<F>(k, x, of_sources, stored);
   }
-  return Doubt::any(doubt);
+  return Doubt::any(doubt) || Doubt::any(of_sources);
 }
 
 }  // namespace lb
 
-extern "C" __global__ void __launch_bounds__(lb::THREADS)
+extern "C" __global__ void __launch_bounds__(lb::UPDATERS, lb::TOGETHER)
     update(const Job *jobs, const Dynamic *dynamic, const Run *runs, const int32_t *owner, uint8_t *workspace) {
   using namespace lb;
   __shared__ Tables<0> tables;
@@ -87,15 +104,15 @@ extern "C" __global__ void __launch_bounds__(lb::THREADS)
   LB_UNROLL for (int k = 0; k < SCALARS; ++k) scalars[k] = run.scalars[k];
   Key keys[1 + MOMENTS];
   if (DRAWS) stream_keys(job, now, keys);
-  const int64_t first = ((int64_t)blockIdx.x - job.first_chunk) * CHUNK + (int64_t)warp() * (32 * V * UNITS) + lane() * V;
+  const int64_t first = ((int64_t)blockIdx.x - job.first_chunk) * CHUNK + (int64_t)warp() * (32 * V * TURNS) + lane() * V;
   uint32_t lost = 0u;
-  LB_ONE_AT_A_TIME for (int unit = 0; unit < UNITS; ++unit) {
-    const Place here = place(job, first + (int64_t)unit * (32 * V));
-    if (!any<32>(here.count > 0)) break;
-    Operands old;
-    old.gradient = fetch_gradient(now, here);
-    old.parameter = fetch_parameter(job, here);
-    Fetched<0, ~0u>::fetch(job, here, old.moments);
+  Place here = place(job, first);
+  Operands old = {};
+  fetch_operands(job, now, here, old);
+  LB_ONE_AT_A_TIME for (int unit = 1; any<32>(here.count > 0); ++unit) {
+    const Place ahead = unit < TURNS ? place(job, first + (int64_t)unit * (32 * V)) : Place{};
+    Operands next = {};
+    if (EARLY) fetch_operands(job, now, ahead, next);
     float x[LOADED][V];
     load_vectors<0, Sweep<MEASURES>::READS>(job, workspace, here, x);
     Stored<0> stored;
@@ -112,6 +129,9 @@ extern "C" __global__ void __launch_bounds__(lb::THREADS)
       store_parameter(job, here, x[0], parameter);
       Stored<0>::store(job, here, stored);
     }
+    if (!EARLY) fetch_operands(job, now, ahead, next);
+    here = ahead;
+    old = next;
   }
   if (lost) atomicAdd((unsigned long long *)job.skipped, (unsigned long long)lost);
 }

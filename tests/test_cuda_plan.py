@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Iterator
 from ctypes import sizeof
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from test_jobs import SEEN, UNSEEN, Named, lay, run
 from torch import Tensor
 from torch.nn import Parameter
 
+from lowbit import backends
 from lowbit.backends import cuda, cuda_step
 from lowbit.gpu import CompileError, jobs, sources, stages
 from lowbit.gpu.specialise import print_spec, special
@@ -262,3 +264,16 @@ def test_a_plan_goes_with_its_optimizer(made: list[Any], emulated: Counting):
         assert len(cuda_step._plans) == before and made[0]() is None
     finally:
         gc.enable()
+
+
+def test_each_gpu_has_a_plan_of_its_own(monkeypatch: pytest.MonkeyPatch):
+    """A launch is for one; and what is measured over all tensors cannot be on two."""
+    named = parameters([(8, 8)])
+    programs = [rule.program(rule.param_groups[0]) for rule in (AdamW(named), AdamW(named, stabilize=GlobalClip()))]
+    jobs = {n: [SimpleNamespace(kind=(p, torch.device("cuda", k))) for k in (0, 1, 0)] for n, p in enumerate(programs)}
+    monkeypatch.setattr(backends, "for_program", lambda program, device: cuda)
+    first, second, third = jobs[0]
+    assert backends.share(jobs[0]) == [(cuda, [first, third]), (cuda, [second])]
+    with pytest.raises(ValueError, match="over all tensors must be on one GPU, and these are on cuda:0, cuda:1"):
+        backends.share(jobs[1])
+    assert backends.share(jobs[1][::2]) == [(cuda, jobs[1][::2])]

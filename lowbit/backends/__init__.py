@@ -130,12 +130,21 @@ def _is_operator(fmt: Format, device: torch.device) -> bool:
 def share(jobs: list[Job]) -> list[tuple[ModuleType, list[Job]]]:
     """Which backend is to step which jobs, those of one kind in a row.
 
-    Each backend once, so what is measured over all tensors sees all of its tensors.
+    Each backend once (CUDA for each GPU), so what is measured over all tensors sees all of its tensors.
     """
     kinds: dict[tuple[Program, torch.device], list[Job]] = {}
     for kind, alike in groupby(jobs, attrgetter("kind")):
         kinds.setdefault(kind, []).extend(alike)
-    shares: dict[ModuleType, list[Job]] = {}
-    for kind, alike in kinds.items():
-        shares.setdefault(for_program(*kind), []).extend(alike)
-    return list(shares.items())
+    shares: dict[tuple[ModuleType, torch.device | None], list[Job]] = {}
+    for (program, device), alike in kinds.items():
+        backend = for_program(program, device)
+        # A launch is for one GPU.
+        shares.setdefault((backend, device if backend is cuda else None), []).extend(alike)
+    apart = [device for backend, device in shares if backend is cuda]
+    if len(apart) > 1 and any(stage.over == "all" for program, _ in kinds for stage in program.measures):
+        where = ", ".join(map(str, apart))
+        raise ValueError(
+            f"what is measured over all tensors must be on one GPU, and these are on {where}: give each GPU's tensors "
+            "an optimizer of their own, or clip gradients with torch and leave GlobalClip out"
+        )
+    return [(backend, jobs) for (backend, _), jobs in shares.items()]

@@ -35,7 +35,7 @@ from ..layout import row_stride
 from ..native import abi
 from ..stages import Job, Program, Stage
 
-THREADS, UNITS = 256, 4  # as in cuda/operands.h
+THREADS, UNITS, UPDATERS = 256, 4, 128  # as in cuda/operands.h
 CONSTANTS = 4 * abi.CONSTANTS  # bytes of a bucket's
 ENOUGH = 2048  # blocks of threads that keep a GPU busy
 _LOW = 2**64 - 1
@@ -254,7 +254,7 @@ class _Bucket:
         self._set_constants(self.updating)
         owner = self.owners["chunks"]
         arguments = [*tables, c_uint64(owner.data_ptr()), room]
-        plan.machine.launch(self.updating.function("update"), len(owner), THREADS, arguments)
+        plan.machine.launch(self.updating.function("update"), len(owner), UPDATERS, arguments)
 
     def _set_constants(self, module: Module) -> None:
         """Another bucket may have launched this module with other constants."""
