@@ -61,7 +61,9 @@ FAULTS = {
     "tables are read before they are filled": Fault(
         "adamw", "step.cu", "prepare_tables<0>(tables);\n  __syncthreads();", "prepare_tables<0>(tables);", "thread"
     ),
-    "each lane its own scale": Fault("adamw", "moments.h", "largest<SCALE_LANES<K>>(magnitude_bits(most))", "magnitude_bits(most)"),
+    "each lane its own scale": Fault(
+        "adamw", "moments.h", "largest<SCALE_LANES<K>>(magnitude_bits(most))", "magnitude_bits(most)"
+    ),
     "the last step's scale stays": Fault(
         "stablespam", "moments.h", "store_float(job.scale[K] + index, scaled.scale[part]);", ""
     ),
@@ -84,7 +86,7 @@ FAULTS = {
     "a lane skips its own values only": Fault("spoilt", "step.cu", "GUARDED && any<LANES>(bad)", "GUARDED && bad"),
     "a parameter's random bits for a moment": Fault("adamw", "step.cu", "keys[1 + K]", "keys[K]"),
     "lanes leave before the others": Fault(
-        "adamw", "step.cu", "if (!any<32>(here.count > 0)) break;", "if (here.count <= 0) break;", "__"
+        "adamw", "step.cu", "any<32>(here.count > 0); ++unit", "here.count > 0; ++unit", "__"
     ),
     "what is beyond a row counts": Fault(
         "vectors", "moments.h", "x[k] = k < place.count ? x[k] : 0.0f;", "x[k] = x[k];"

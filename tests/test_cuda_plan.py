@@ -71,7 +71,11 @@ def a_job(states: str = "8bit") -> Job:
 
 
 NUMBERS = {
-    "step.cu": [("lb::THREADS", cuda_step.THREADS), ("lb::UNITS", cuda_step.UNITS)],
+    "step.cu": [
+        ("lb::THREADS", cuda_step.THREADS),
+        ("lb::UNITS", cuda_step.UNITS),
+        ("lb::UPDATERS", cuda_step.UPDATERS),
+    ],
     "measure.cu": [("lb::TILE", stages.TILE), ("lb::STRIPS", stages.STRIPS), ("lb::NARROW", stages.NARROW)],
     "codec.cu": [("THREADS", cuda.THREADS), ("V", cuda.VALUES)],
 }
