@@ -179,7 +179,7 @@ LB_FN void widen_parameter(const Parameter &from, float (&p)[V]) {
 
 // The parameter as it will be stored, whatever it is.
 LB_FN ParamWords narrow_any(const uint32_t (&draws)[V], const float (&p)[V]) {
-  ParamWords words;
+  ParamWords words = {};
   LB_UNROLL for (int k = 0; k < V; ++k) {
     uint16_t narrowed;
     if (MASTER == LB_SPLIT16 && PARAM == LB_BFLOAT16) narrowed = high_split16(p[k]);
