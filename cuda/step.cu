@@ -45,14 +45,12 @@ template <> struct Stored<MOMENTS> {
   LB_FN void store(const Job &, const Place &, const Stored &) {}
 };
 
-// Whether the next operands are on their way while others are worked on, and for how many blocks of threads at once a
-// multiprocessor's registers are to suffice: what was fastest on an H100 without spills (docs/gpu-speed.md).
+// Whether the next operands are on their way while others are worked on: what was faster on an H100 (docs/gpu-speed.md).
 template <int K> LB_FN constexpr bool searches() {
   if constexpr (K < MOMENTS) return FormatOf<K>::KIND == LB_KIND_CODEBOOK || searches<K + 1>();
   else return false;
 }
 constexpr bool EARLY = !searches<0>();
-constexpr int TOGETHER = PARAM == LB_FLOAT32 ? 5 : 6;
 
 // A lane's values of everything as it is stored; they stay in registers until the new ones are known to be right.
 struct Operands {
@@ -60,6 +58,9 @@ struct Operands {
   Parameter parameter;
   Fetched<0, ~0u> moments;
 };
+// For how many blocks of threads at once a multiprocessor's registers are to suffice: as many as was fastest on an H100,
+// and one less where they would spill.
+constexpr int TOGETHER = PARAM == LB_FLOAT32 || sizeof(Operands) > 112 ? 5 : 6;
 
 LB_FN void fetch_operands(const Job &job, const Dynamic &now, const Place &here, Operands &to) {
   if (here.count == 0) return;

@@ -22,7 +22,7 @@ SHIPPED = {special.name: special for special in shipped()}
 STRICT = ["-Werror", "all-warnings", "-Xptxas", "-v,-warn-spills,-warn-lmem-usage,-Werror"]
 
 # Registers of a thread at most; 64 where nothing is said. Two blocks of 128 threads fit a multiprocessor with 255.
-REGISTERS = {"linear": 255, "linear_transposed": 255, "linear_few": 128, "update": 96, "rows": 96}
+REGISTERS = {"linear": 255, "linear_transposed": 255, "linear_few": 128, "update": 96, "rows": 96, "elements": 80}
 
 # Instructions for each value, on sm_90a, at most: what an H100 can issue while its memory streams, or less. And the
 # bytes that a thread moves for each value in the main loop, without which the count of values would be only a claim.
