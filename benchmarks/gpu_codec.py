@@ -1,4 +1,4 @@
-"""Quantizing on a GPU: a bf16 matrix as users quantize it, beside two libraries; and what the layers cost.
+"""Quantizing on a GPU: a bf16 matrix as users quantize it, beside two libraries; products with it; what layers cost.
 
 Everything makes its result anew, as its users call it. torchao runs eagerly, and compiled where there is time for it.
 """
@@ -169,4 +169,27 @@ def layers(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     results = start(args, device)
     results |= {"tokens": tokens, "side": side}
     timing.add(results, group(gpu_tables.LAYERS, works, {}, args, device), args)
+    return results
+
+
+def linear(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Products of bf16 rows with a packed weight, forward and backward, beside torch's with the weight in bf16."""
+    from lowbit.gpu import linear as products
+
+    side, counts = (128, (1, 32)) if args.smoke else (4096, (1, 16, 64, 512, 8192))
+    torch.manual_seed(0)
+    dense = torch.randn(side, side, device=device, dtype=BF16) * 0.02
+    packed = {name: lowbit.quantize(dense, FORMATS[name]) for name in ("int4", "nf4", "int8")}
+    results = start(args, device)
+    results |= {"side": side}
+    for m in counts:
+        x = torch.randn(m, side, device=device, dtype=BF16)
+        rows = 2 * x.nbytes
+        works: Works = {gpu_tables.DENSE: (lambda x=x: x @ dense.T, rows + dense.nbytes)}
+        for name, weight in packed.items():
+            works[f"lowbit {name}"] = lambda x=x, w=weight: products.linear(x, w), rows + weight.nbytes
+            back = lambda x=x, w=weight: products.linear_transposed(x, w)  # noqa: E731
+            works[f"lowbit {name}, transposed"] = back, rows + weight.nbytes
+        made = group(f"{m} rows", works, {}, args, device)
+        timing.add(results, {**made, "rows": m}, args)
     return results

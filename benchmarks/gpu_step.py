@@ -86,8 +86,6 @@ def step(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         lists = {"one matrix": [(64, 1024)], "60M LLaMA": llama(64, 64, 1, 96)}
     else:
         lists = {"one matrix": [(8192, 8192)], "60M LLaMA": llama(), "1B LLaMA": llama(32000, 2048, 18, 5461)}
-    if args.quick:
-        lists.pop("1B LLaMA", None)
     results = start(args, device)
     for title, shapes in lists.items():
         few = title == "one matrix" or (title == "60M LLaMA" and not args.quick)

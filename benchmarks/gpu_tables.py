@@ -127,7 +127,23 @@ def layers(results: dict[str, Any]) -> list[Grid]:
     return [Grid(title, ["layer", "ms", "× dense", "TFLOP/s"], rows, caption)]
 
 
-TABLES = {"check": check, "copy": copy, "step": step, "codec": codec, "layers": layers}
+def linear(results: dict[str, Any]) -> list[Grid]:
+    """Products with a packed weight, by the number of rows."""
+    side, body = results["side"], []
+    for group in results["groups"]:
+        dense, flops = times(group["cases"][DENSE]), 2 * group["rows"] * side**2
+        for name, case in group["cases"].items():
+            if not name.startswith("probe"):
+                own = times(case)
+                middle = statistics.median(own)
+                ratio, rate = f"{timing.median_ratio(own, dense):.2f}", f"{case['bytes'] / middle / 1e9:.0f}"
+                body.append([str(group["rows"]), name, spread(own, 1e6), ratio, rate, f"{flops / middle / 1e12:.0f}"])
+    caption = "Microseconds: median [quartiles]; GB/s of the bytes that must be moved at least: rows, weight, result."
+    title = f"Products of bf16 rows with a packed weight of {side} × {side}"
+    return [Grid(title, ["rows", "product", "µs", "× torch bf16", "GB/s", "TFLOP/s"], body, caption)]
+
+
+TABLES = {"check": check, "copy": copy, "step": step, "codec": codec, "layers": layers, "linear": linear}
 
 
 def conditions(results: dict[str, Any]) -> str:

@@ -211,7 +211,8 @@ def test_a_captured_step_can_be_replayed(rule: str, backend: str):
     for (name, p), (_, q) in zip(eager, replayed, strict=True):
         assert torch.equal(p, q), name
         wrong = differences(
-            {k: v.cpu() for k, v in opt.state[p].items()}, {k: v.cpu() for k, v in other.state[q].items()}
+            {k: v.cpu() for k, v in opt.state[p].items() if isinstance(v, Tensor)},
+            {k: v.cpu() for k, v in other.state[q].items() if isinstance(v, Tensor)},
         )
         assert not wrong, wrong
 
@@ -325,7 +326,11 @@ def test_a_layer_computes_the_same(recipe: str | Recipe, cols: int, backend: str
 
 
 # torch's own tracing of autograd functions does what it warns of; and fp32 matmuls are meant to be fp32.
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning", "ignore:TensorFloat32")
+@pytest.mark.filterwarnings(
+    "ignore:.*should not be instantiated:DeprecationWarning",
+    "ignore:TensorFloat32",
+    "ignore:.torch.jit.script_method. is deprecated:DeprecationWarning",  # torch's own compiler uses it
+)
 @pytest.mark.parametrize("recipe", ["stablespam-int4", "fp4"])
 def test_a_quantized_model_compiles(recipe: str, backend: str):
     torch._dynamo.reset()
