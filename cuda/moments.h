@@ -39,7 +39,7 @@ template <int K> LB_FN int64_t code_index(const Job &job, const Place &place) {
 
 template <int K> LB_FN int64_t scale_index(const Job &job, const Place &place) {
   constexpr int64_t block = FormatOf<K>::BLOCK;
-  if (LINEAR) return place.number / block;  // here rows are whole blocks
+  if (LINEAR) return (int64_t)((uint64_t)place.number / (uint64_t)block);  // here rows are whole blocks
   return place.row * ((job.cols + block - 1) / block) + place.col / block;
 }
 

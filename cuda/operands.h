@@ -35,7 +35,7 @@ LB_FN int64_t quotient(int64_t a, int64_t b) {  // of natural numbers: 64 bits t
 LB_FN Place place(const Job &job, int64_t number) {
   Place to;
   to.number = number;
-  to.block = number / WIDTH;
+  to.block = (int64_t)((uint64_t)number / WIDTH);
   if (LINEAR) {  // only vectors ask for a row and a column
     to.row = VECTORS > 0 ? quotient(number, job.cols) : 0;
     to.col = VECTORS > 0 ? number - to.row * job.cols : 0;
