@@ -258,6 +258,7 @@ def test_a_plan_goes_with_its_optimizer(made: list[Any], emulated: Counting):
     assert len(cuda_step._plans) == before + 1
     job = opt._slots[named[0][1]]._job
     opt._slots.clear()
+    opt._roster = None
     gc.disable()
     try:
         del job

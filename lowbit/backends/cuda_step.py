@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import contextlib
 import struct
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterator, Mapping
 from ctypes import c_int32, c_uint64, sizeof
 from functools import lru_cache
 from weakref import WeakKeyDictionary, proxy, ref
@@ -33,12 +34,13 @@ from ..gpu.specialise import Special, print_spec, special
 from ..gpu.stages import TILE, Launch, elements, launches, lines, print_program, room
 from ..layout import row_stride
 from ..native import abi
-from ..stages import Job, Program, Stage
+from ..stages import Batch, Job, Kept, Program, Stage
 
 THREADS, UNITS, UPDATERS = 256, 4, 128  # as in cuda/operands.h
 CONSTANTS = 4 * abi.CONSTANTS  # bytes of a bucket's
 ENOUGH = 2048  # blocks of threads that keep a GPU busy
 _LOW = 2**64 - 1
+_DYNAMIC = sizeof(structs.Dynamic) // 8  # numbers of a job's
 
 
 @torch.no_grad()
@@ -97,7 +99,14 @@ def prepare(jobs: list[Job]) -> None:
 
 def _found(jobs: list[Job]) -> _Plan | None:
     """The plan for these jobs, as they are now."""
-    return next((plan for plan in _plans.get(jobs[0], ()) if plan.fits(jobs)), None)
+    kept = jobs.kept if isinstance(jobs, Batch) else Kept()
+    if kept.plan is None:
+        kept.plan = next((plan for plan in _plans.get(jobs[0], ()) if plan.fits(jobs)), None)
+    return kept.plan
+
+
+def _gradients(jobs: list[Job]) -> list[Tensor]:
+    return jobs.grads if isinstance(jobs, Batch) else [job.grad for job in jobs]
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
@@ -122,10 +131,11 @@ class _Plan:
         self.captured = False  # in a graph, which is to find all memory where it was
         self.jobs, self.pattern = [ref(job) for job in jobs], _pattern(jobs)
         kinds: dict[tuple[Special, int], list[int]] = {}
-        for number, (job, (_, constants)) in enumerate(zip(jobs, self.pattern, strict=True)):
-            kinds.setdefault((special(job), constants), []).append(number)
+        for number, (job, (_, turn)) in enumerate(zip(jobs, self.pattern, strict=True)):
+            kinds.setdefault((special(job), turn), []).append(number)
         self.order = [number for numbers in kinds.values() for number in numbers]  # of the jobs in the tables
         self.places = {number: place for place, number in enumerate(self.order)}
+        self.in_order = self.order == list(range(len(jobs)))
         # What is measured over all tensors is added up program by program, in the order of the jobs.
         programs = {program: k for k, program in enumerate(dict.fromkeys(job.program for job in jobs))}
         self.in_total = sorted(range(len(jobs)), key=lambda number: programs[jobs[number].program])
@@ -138,6 +148,7 @@ class _Plan:
         for target, number in zip(table, self.order, strict=True):
             self.room = _fill(target, jobs[number], self.copies.get(number, jobs[number].param), self.room)
         changing = sizeof(structs.Dynamic) * len(jobs)
+        self.changing = array("Q", bytes(changing))
         self.buffer = torch.empty(changing + CONSTANTS * len(kinds), dtype=torch.uint8, device=self.device)
         self.constants = self.buffer.data_ptr() + changing
         texts = [text for kind, _ in kinds for text in (_text("step.cu", kind), _text("measure.cu", kind.folds))]
@@ -161,15 +172,20 @@ class _Plan:
 
         Returns the gradients, contiguous, to be kept until the launches.
         """
-        grads = [_plain(job.grad) for job in jobs]
-        changing: list[int] = []
-        for number in self.order:
-            seed, step, _ = jobs[number].stream
-            changing += (grads[number].data_ptr(), seed & _LOW, step & _LOW)
+        grads = _gradients(jobs)
+        if not all(map(Tensor.is_contiguous, grads)) or any(map(Tensor.is_neg, grads)):
+            grads = [_plain(grad) for grad in grads]
+        # The fields of structs.Dynamic, one for all jobs at a time.
+        changing, addresses = self.changing, array("Q", map(Tensor.data_ptr, grads))
+        changing[::_DYNAMIC] = addresses if self.in_order else array("Q", [addresses[number] for number in self.order])
         constants: list[float] = []
         for bucket in self.buckets:
-            constants += bucket.packed(jobs[bucket.numbers[0]])
-        data = struct.pack(f"={len(changing)}Q{len(constants)}f", *changing, *constants)
+            turn, count = jobs[bucket.numbers[0]].turn, len(bucket.numbers)
+            rows = slice(_DYNAMIC * bucket.first, _DYNAMIC * (bucket.first + count))
+            for field, number in ((1, turn.seed), (2, turn.step)):
+                changing[rows.start + field : rows.stop : _DYNAMIC] = array("Q", [number & _LOW]) * count
+            constants += bucket.packed(turn.constants)
+        data = changing.tobytes() + struct.pack(f"={len(constants)}f", *constants)
         self.machine.write(self.buffer.data_ptr(), data)
         return grads
 
@@ -215,6 +231,7 @@ class _Bucket:
     ):
         # Not a cycle of references: a plan's memory on the device is free as soon as its jobs are.
         self.plan, self.index, self.kind, self.numbers = proxy(plan), index, kind, numbers
+        self.first = plan.places[numbers[0]]  # of its jobs in the tables
         self.names = print_program(kind.program).constants
         self.updating, self.measuring = updating, measuring
         strides = [(job.rows, row_stride(job.cols)) for job in table]
@@ -226,13 +243,13 @@ class _Bucket:
             self.owners["tiles"] = _owners(table, "first_tile", tiles).to(plan.device)
         self.launches = [(launch, _share(launch, kind.program, table)) for launch in launches(kind.program)]
 
-    def packed(self, job: Job) -> list[float]:
+    def packed(self, constants: Mapping[str, float]) -> list[float]:
         """The constants of its jobs, with room for more."""
-        return [job.constants[name] for name in self.names] + [0.0] * (abi.CONSTANTS - len(self.names))
+        return [constants[name] for name in self.names] + [0.0] * (abi.CONSTANTS - len(self.names))
 
     def run(self, workspace: int) -> Iterator[Stage]:
         """Launch its kernels; yields where a number over all tensors must be made first."""
-        plan, first = self.plan, self.plan.places[self.numbers[0]]
+        plan, first = self.plan, self.first
         pointers = (
             plan.table.data_ptr() + first * sizeof(structs.Job),
             plan.buffer.data_ptr() + first * sizeof(structs.Dynamic),
@@ -265,9 +282,10 @@ _plans: WeakKeyDictionary[Job, list[_Plan]] = WeakKeyDictionary()  # by the firs
 
 
 def _pattern(jobs: list[Job]) -> list[tuple[torch.dtype, int]]:
-    """What of the jobs decides on buckets and may differ from step to step: who shares constants with whom."""
+    """What of the jobs decides on buckets and may differ from step to step: who shares a turn with whom."""
     numbers: dict[int, int] = {}
-    return [(job.grad.dtype, numbers.setdefault(id(job.constants), len(numbers))) for job in jobs]
+    grads = _gradients(jobs)
+    return [(g.dtype, numbers.setdefault(id(job.turn), len(numbers))) for job, g in zip(jobs, grads, strict=True)]
 
 
 def _is_plain(x: Tensor) -> bool:
