@@ -342,8 +342,11 @@ class Job:
 
 
 class Batch(list[Job]):
-    """The jobs of a step for one backend, with their gradients. `kept` is the same object in every step that has the
-    same jobs, which share turns as before and have gradients of the same dtypes: a place for what a backend made."""
+    """The jobs of a step for one backend, with their gradients.
+
+    `kept` is the same object in every step that has the same jobs, which share turns as before and have gradients of
+    the same dtypes and strides: a place for what a backend made.
+    """
 
     def __init__(self, jobs: list[Job], grads: list[Tensor], kept: Kept):
         super().__init__(jobs)
@@ -354,3 +357,4 @@ class Kept:
     """What a backend keeps for as long as steps are alike."""
 
     plan: Any = None
+    plain: bool | None = None  # whether all gradients are contiguous, and none is a lazy negative

@@ -173,7 +173,10 @@ class _Plan:
         Returns the gradients, contiguous, to be kept until the launches.
         """
         grads = _gradients(jobs)
-        if not all(map(Tensor.is_contiguous, grads)) or any(map(Tensor.is_neg, grads)):
+        kept = jobs.kept if isinstance(jobs, Batch) else Kept()
+        if kept.plain is None:
+            kept.plain = all(map(_is_plain, grads))
+        if not kept.plain:
             grads = [_plain(grad) for grad in grads]
         # The fields of structs.Dynamic, one for all jobs at a time.
         changing, addresses = self.changing, array("Q", map(Tensor.data_ptr, grads))

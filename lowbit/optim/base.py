@@ -477,7 +477,7 @@ class Rule(torch.optim.Optimizer, Part):
             elif chains:
                 shares = backends.share([*jobs, *(c.begin() for c in chains if c.together)])
             counts = [count for its in turns for count in its.counts]
-            after = [its.then for its in turns for _ in its.counts]
+            after = [its.then for its in turns for _ in its.counts if its.then is not None]
             return shares, parts, chains, partial(_advance, counts, after)
         except BaseException:
             for group in self.param_groups:

@@ -169,8 +169,11 @@ class Chain:
         before = dict(host)
         first, second = self._key(index, 254)
         operands: dict[str, Any] = {
-            "c": Namespace(self.turn.constants), "host": host, "key": first << 32 | second, "shape": self.slot.made_for[2],
-        }  # fmt: skip
+            "c": Namespace(self.turn.constants),
+            "host": host,
+            "key": first << 32 | second,
+            "shape": self.slot.made_for[2],
+        }
         for letter in stage.reads:
             if letter not in operands:
                 operands[letter] = self._matrix(letter)
