@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from ..gpu import Module, machine, sources
+from ..gpu import Arguments, Module, machine, sources
 from ..gpu import jobs as structs
 from ..gpu.specialise import Special, print_spec, special
 from ..gpu.stages import TILE, Launch, elements, launches, lines, print_program, room
@@ -52,7 +52,7 @@ def step(jobs: list[Job]) -> None:
         captured = [known for known in _plans.get(jobs[0], ()) if known.captured]
         plan = _Plan(jobs)
         _plans[jobs[0]] = [*captured, plan]
-    with _on(plan.device):
+    with _on(plan.device), plan.machine.held():
         grads = plan.refresh(jobs)
         plan.launch(jobs)
         del grads  # contiguous copies were needed until now
@@ -72,7 +72,7 @@ def capture(jobs: list[Job]) -> None:
     plan = _found(jobs)
     assert plan is not None
     plan.captured = True  # the graph has its addresses
-    with _on(plan.device):
+    with _on(plan.device), plan.machine.held():
         plan.launch(jobs)
     increment_version([job.param for job in jobs])
 
@@ -92,7 +92,7 @@ def prepare(jobs: list[Job]) -> None:
     """Tell the device what a captured step is to do when it is replayed next."""
     plan = _found(jobs)
     assert plan is not None
-    with _on(plan.device):
+    with _on(plan.device), plan.machine.held():
         plan.refresh(jobs)
     increment_version([job.param for job in jobs])
 
@@ -133,6 +133,12 @@ class _Plan:
         kinds: dict[tuple[Special, int], list[int]] = {}
         for number, (job, (_, turn)) in enumerate(zip(jobs, self.pattern, strict=True)):
             kinds.setdefault((special(job), turn), []).append(number)
+        # Jobs that the same folds are for follow each other in the tables: one launch begins them all.
+        begun: dict[tuple[Special, int], int] = {}
+        for (kind, turn), numbers in kinds.items():
+            begun[kind.folds, turn] = begun.get((kind.folds, turn), 0) + len(numbers)
+        alike = list(begun)
+        kinds = dict(sorted(kinds.items(), key=lambda item: alike.index((item[0][0].folds, item[0][1]))))
         self.order = [number for numbers in kinds.values() for number in numbers]  # of the jobs in the tables
         self.places = {number: place for place, number in enumerate(self.order)}
         self.in_order = self.order == list(range(len(jobs)))
@@ -153,10 +159,10 @@ class _Plan:
         self.constants = self.buffer.data_ptr() + changing
         texts = [text for kind, _ in kinds for text in (_text("step.cu", kind), _text("measure.cu", kind.folds))]
         modules = iter(self.machine.prefetch(texts))  # all at once: the first time, each takes seconds to compile
-        self.buckets = [
-            _Bucket(self, index, kind, numbers, [table[self.places[k]] for k in numbers], next(modules), next(modules))
-            for index, ((kind, _), numbers) in enumerate(kinds.items())
-        ]
+        self.buckets = []
+        for index, ((kind, turn), numbers) in enumerate(kinds.items()):
+            rows, begins = [table[self.places[k]] for k in numbers], begun.pop((kind.folds, turn), 0)
+            self.buckets.append(_Bucket(self, index, kind, numbers, rows, begins, next(modules), next(modules)))
         self.table = torch.frombuffer(bytearray(table), dtype=torch.uint8).to(self.device)
 
     def fits(self, jobs: list[Job]) -> bool:
@@ -229,6 +235,7 @@ class _Bucket:
         kind: Special,
         numbers: list[int],
         table: list[structs.Job],
+        begins: int,
         updating: Module,
         measuring: Module,
     ):
@@ -244,37 +251,50 @@ class _Bucket:
         self.owners = {"chunks": self.chunks.to(plan.device)}
         if any(stage.over == "column" for stage in kind.program.measures):
             self.owners["tiles"] = _owners(table, "first_tile", tiles).to(plan.device)
-        self.launches = [(launch, _share(launch, kind.program, table)) for launch in launches(kind.program)]
+        self.begins = begins  # jobs, of this bucket and of those after it; or the one before has begun them
+        asked = [launch for launch in launches(kind.program) if launch.kernel != "begin" or begins]
+        self.launches = [(launch, _share(launch, kind.program, table)) for launch in asked]
+        self.prepared: list[tuple[str, int, Arguments]] = []
 
     def packed(self, constants: Mapping[str, float]) -> list[float]:
         """The constants of its jobs, with room for more."""
         return [constants[name] for name in self.names] + [0.0] * (abi.CONSTANTS - len(self.names))
 
-    def run(self, workspace: int) -> Iterator[Stage]:
-        """Launch its kernels; yields where a number over all tensors must be made first."""
-        plan, first = self.plan, self.first
-        pointers = (
-            plan.table.data_ptr() + first * sizeof(structs.Job),
-            plan.buffer.data_ptr() + first * sizeof(structs.Dynamic),
-            workspace + first * sizeof(structs.Run),
-        )
-        tables = [c_uint64(pointer) for pointer in pointers]
-        room = c_uint64(workspace)
-        self._set_constants(self.measuring)
+    def _prepare(self) -> None:
+        """Make the arguments of all launches; `runs` and `room` are the step's."""
+        plan = self.plan
+        self.runs, self.room = c_uint64(), c_uint64()
+        tables = [
+            c_uint64(plan.table.data_ptr() + self.first * sizeof(structs.Job)),
+            c_uint64(plan.buffer.data_ptr() + self.first * sizeof(structs.Dynamic)),
+            self.runs,
+        ]
         for launch, share in self.launches:
-            if launch.kernel == "total":
-                yield self.kind.program.measures[launch.measure]
-                self._set_constants(self.measuring)
-                continue
             owner = self.owners.get(launch.over)
             grid = len(self.numbers) * share if owner is None else len(owner)
-            arguments = [*tables, c_uint64(0 if owner is None else owner.data_ptr()), room]
-            arguments += [c_int32(launch.measure), c_int32(share)]
-            plan.machine.launch(self.measuring.function(launch.kernel), grid, THREADS, arguments)
-        self._set_constants(self.updating)
+            grid = self.begins if launch.kernel == "begin" else grid
+            pointers = [*tables, c_uint64(0 if owner is None else owner.data_ptr()), self.room]
+            numbers = [c_int32(launch.measure), c_int32(share)]
+            self.prepared.append((launch.kernel, grid, Arguments([*pointers, *numbers])))
         owner = self.owners["chunks"]
-        arguments = [*tables, c_uint64(owner.data_ptr()), room]
-        plan.machine.launch(self.updating.function("update"), len(owner), UPDATERS, arguments)
+        self.prepared.append(("update", len(owner), Arguments([*tables, c_uint64(owner.data_ptr()), self.room])))
+
+    def run(self, workspace: int) -> Iterator[Stage]:
+        """Launch its kernels; yields where a number over all tensors must be made first."""
+        if not self.prepared:
+            self._prepare()
+        self.runs.value, self.room.value = workspace + self.first * sizeof(structs.Run), workspace
+        *measuring, (_, grid, arguments) = self.prepared
+        if measuring:
+            self._set_constants(self.measuring)
+        for kernel, its_grid, its_arguments in measuring:
+            if kernel == "total":
+                yield self.kind.program.measures[its_arguments[5].value]
+                self._set_constants(self.measuring)
+            else:
+                self.plan.machine.launch(self.measuring.function(kernel), its_grid, THREADS, its_arguments)
+        self._set_constants(self.updating)
+        self.plan.machine.launch(self.updating.function("update"), grid, UPDATERS, arguments)
 
     def _set_constants(self, module: Module) -> None:
         """Another bucket may have launched this module with other constants."""
