@@ -281,6 +281,15 @@ def _cut(program: Program) -> tuple[Program | Stage, ...]:
 
 
 @dataclass(eq=False)
+class Turn:
+    """What tensors that are stepped alike share in a step: constants, and seed and step of their random bits."""
+
+    constants: dict[str, float] = field(default_factory=dict)
+    seed: int = 0
+    step: int = 0
+
+
+@dataclass(eq=False)
 class Job:
     """One tensor in a step; p and its states are written in place.
 
@@ -288,7 +297,7 @@ class Job:
     tensors by letter; scalars are 0-d fp32 tensors. Random bits are those of `rounding.key(*stream, operand)`: operand
     0 is p, and those in `moments` are 1, 2 … in order.
 
-    A job lasts: only the gradient, `constants` and `stream` are those of one step. Whoever replaces or moves a tensor
+    A job lasts: only the gradient and the turn's numbers are those of one step. Whoever replaces or moves a tensor
     makes a new job, so a backend may keep in `prepared` what it made of all else. Jobs of one `kind` are stepped alike.
     """
 
@@ -300,11 +309,11 @@ class Job:
     rows: int
     cols: int
     program: Program
-    constants: dict[str, float] = field(default_factory=dict)
+    turn: Turn = field(default_factory=Turn)
+    tensor: int = 0  # its number in random bits
     master: str = "none"
     companion: Tensor | None = None
     noise: frozenset[str] = frozenset()  # the operands that round stochastically: p, and letters of moments
-    stream: tuple[int, int, int] = (0, 0, 0)  # of random bits: seed, step, tensor id
     vectors: dict[str, Tensor] = field(default_factory=dict)
     group_rows: int = 1
     gathered: Tensor | None = None  # the gradient, where it is not the parameter's own
@@ -315,8 +324,37 @@ class Job:
         self.kind = self.program, self.param.device
 
     @property
+    def constants(self) -> dict[str, float]:
+        """What does not depend on the value, by name."""
+        return self.turn.constants
+
+    @property
+    def stream(self) -> tuple[int, int, int]:
+        """Of random bits: seed, step, tensor."""
+        return self.turn.seed, self.turn.step, self.tensor
+
+    @property
     def grad(self) -> Tensor:
         """The gradient: the parameter's, unless another is given."""
         grad = self.param.grad if self.gathered is None else self.gathered
         assert grad is not None
         return grad
+
+
+class Batch(list[Job]):
+    """The jobs of a step for one backend, with their gradients.
+
+    `kept` is the same object in every step that has the same jobs, which share turns as before and have gradients of
+    the same dtypes and strides: a place for what a backend made.
+    """
+
+    def __init__(self, jobs: list[Job], grads: list[Tensor], kept: Kept):
+        super().__init__(jobs)
+        self.grads, self.kept = grads, kept
+
+
+class Kept:
+    """What a backend keeps for as long as steps are alike."""
+
+    plan: Any = None
+    plain: bool | None = None  # whether all gradients are contiguous, and none is a lazy negative

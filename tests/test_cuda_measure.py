@@ -24,7 +24,7 @@ from lowbit.gpu.stages import room
 from lowbit.layout import rows_of
 from lowbit.optim import AdaClip, AdaGN, AdamW, GlobalClip, Moment, Rule
 from lowbit.rows import zeros
-from lowbit.stages import Job, Program, fold, measure, update
+from lowbit.stages import Job, Program, Turn, fold, measure, update
 from lowbit.words import abs, maximum, sqrt
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="kernels are compiled by g++ here, and there is none")
@@ -190,7 +190,7 @@ CONSTANTS = {"share": 0.37, "one": 1.0}
 
 def jobs_of(program: Program, shapes: list[tuple[int, ...]], seed: int = 0, dtype: Any = torch.float32) -> list[Job]:
     draw = torch.Generator().manual_seed(seed)
-    made = []
+    made, turn = [], Turn(CONSTANTS)
     for k, shape in enumerate(shapes):
         rows, cols = rows_of(shape)
         param = torch.randn(shape, generator=draw).to(dtype)
@@ -213,7 +213,7 @@ def jobs_of(program: Program, shapes: list[tuple[int, ...]], seed: int = 0, dtyp
                 rows=rows,
                 cols=cols,
                 program=program,
-                constants=CONSTANTS,
+                turn=turn,
                 vectors=vectors,
                 group_rows=group_rows,
             )

@@ -4,7 +4,7 @@ import gc
 import subprocess
 import weakref
 from collections.abc import Iterator
-from ctypes import sizeof
+from ctypes import c_char_p, sizeof
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -185,6 +185,64 @@ def test_alike_tensors_are_one_bucket(made: list[Any], emulated: Counting):
     assert emulated.launched["update"] == len(plan.buckets) < 3
 
 
+def test_one_launch_begins_all_that_have_the_same_folds(made: list[Any], emulated: Counting):
+    """Of one group; another one has its own constants."""
+    named = parameters([(64, 256), (33, 300), (50,), (32, 256)], torch.bfloat16)
+    opt = AdamW([{"params": named[:3]}, {"params": named[3:], "lr": 0.1}])
+    train(opt, named, range(1, 2))
+    (plan,) = (ref() for ref in made)
+    assert emulated.launched["begin"] == 2 and emulated.launched["update"] == len(plan.buckets) > 2
+
+
+# ---- what is kept from step to step, and others might have changed
+
+
+def alone(lr: float, between: Any = None) -> dict[str, Any]:
+    named = parameters(SHAPES, torch.bfloat16)
+    opt = AdamW(named, lr=lr, weight_decay=lr)
+    for t in range(1, 5):
+        give(named, t)
+        opt.step()
+        if between is not None:
+            between(t)
+    return everything(opt)
+
+
+def test_another_optimizer_of_the_same_kernels_may_step_in_between(emulated: Counting):
+    """On this stream or another: constants are a module's, and are the optimizer's own whenever it steps."""
+    expected = alone(1e-2)
+    for stream in (0, 7):
+        others = parameters(SHAPES, torch.bfloat16)
+        other = AdamW(others, lr=0.5, weight_decay=0.5)
+
+        def step(t: int, stream: int = stream, other: Any = other, others: Named = others) -> None:
+            emulated.current = stream
+            give(others, t)
+            other.step()
+            emulated.current = 0
+
+        assert_same(alone(1e-2, step), expected)
+
+
+def test_the_stream_is_asked_for_in_every_step(emulated: Counting):
+    named = parameters(SHAPES, torch.bfloat16)
+    opt = AdamW(named)
+    library = emulated.driver.library
+    library.emulator_calls.restype = c_char_p
+    for t, stream in enumerate((0, 3, 3, 4, 0), 1):
+        give(named, t)
+        emulated.current = stream
+        library.emulator_note_calls(1)
+        try:
+            opt.step()
+            calls = library.emulator_calls().decode().splitlines()
+        finally:
+            library.emulator_note_calls(0)
+            emulated.current = 0
+        work = [call for call in calls if call.startswith(("launch", "copy", "write"))]
+        assert work and all(call.endswith(f" on {stream}") for call in work)
+
+
 # ---- what happens between steps, as in test_jobs.py
 
 KEPT = [case for case in CASES if case.name in ("adamw", "stablespam", "adafactor", "adammini")]
@@ -262,6 +320,7 @@ def test_a_plan_goes_with_its_optimizer(made: list[Any], emulated: Counting):
     assert len(cuda_step._plans) == before + 1
     job = opt._slots[named[0][1]]._job
     opt._slots.clear()
+    opt._roster = None
     gc.disable()
     try:
         del job

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent / "emulator"))
 import emulator
 from emulator import Emulator
 
-from lowbit.gpu import CompileError, DriverError, NoDriver, machine, machines, sources
+from lowbit.gpu import Arguments, CompileError, DriverError, NoDriver, machine, machines, sources
 from lowbit.gpu import cache as gpu_cache
 from lowbit.gpu.driver import Driver
 
@@ -95,6 +95,44 @@ def test_a_driver_that_cannot_tell_sizes_is_believed(gpu, module, monkeypatch):
     gpu.write(module.symbol("factor")[0], bytes(c_float(3.0)))
     gpu.launch(module.function("scale"), 1, 32, [at(x), c_int(2)])
     assert x.tolist() == [3, 3, 1]
+
+
+def test_arguments_that_are_kept_are_read_in_every_launch(gpu, module):
+    gpu.write(module.symbol("factor")[0], bytes(c_float(3.0)))
+    x, count = torch.ones(3), c_int(1)
+    arguments = Arguments([at(x), count])
+    for value in (1, 2, 3):
+        count.value = value
+        gpu.launch(module.function("scale"), 1, 32, arguments)
+    assert x.tolist() == [27, 9, 3]
+    with pytest.raises(TypeError, match=r"scale takes arguments of \[8, 4\] bytes, not of \[8\]"):
+        gpu.launch(module.function("scale"), 1, 32, Arguments([at(x)]))
+
+
+def test_a_stream_is_held_by_the_thread_that_says_so(gpu, module):
+    x, function = torch.ones(1), module.function("scale")
+    gpu.current = 5
+
+    def launch() -> None:
+        gpu.launch(function, 1, 1, [at(x), c_int(1)])
+
+    def act() -> None:
+        with gpu.held():
+            gpu.current = 6
+            launch()
+            with gpu.held():
+                launch()
+            launch()
+            thread = threading.Thread(target=launch)
+            thread.start()
+            thread.join()
+        launch()
+
+    said = [call for call in calls(gpu, act) if call.startswith("launch")]
+    assert said == [f"launch scale on {stream}" for stream in (5, 6, 5, 6, 6)]
+    here = c_void_p()
+    gpu.driver.call("cuCtxGetCurrent", byref(here), doing="")
+    assert here.value is None  # as it was
 
 
 @pytest.mark.parametrize(("grid", "block"), [(1, 1), (1, 64), (7, 33), (300, 64)])

@@ -125,7 +125,7 @@ def run(
             train(opt, named, range(t, t + 1))
             event(opt, named)
             for slot in opt._slots.values() if anew else ():
-                slot._job = None
+                slot._job = opt._roster = None
         return everything(opt)
 
 

@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import contextlib
 import struct
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterator, Mapping
 from ctypes import c_int32, c_uint64, sizeof
 from functools import lru_cache
 from weakref import WeakKeyDictionary, proxy, ref
@@ -27,18 +28,19 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from ..gpu import Module, machine, sources
+from ..gpu import Arguments, Module, machine, sources
 from ..gpu import jobs as structs
 from ..gpu.specialise import Special, print_spec, special
 from ..gpu.stages import TILE, Launch, elements, launches, lines, print_program, room
 from ..layout import row_stride
 from ..native import abi
-from ..stages import Job, Program, Stage
+from ..stages import Batch, Job, Kept, Program, Stage
 
 THREADS, UNITS, UPDATERS = 256, 4, 128  # as in cuda/operands.h
 CONSTANTS = 4 * abi.CONSTANTS  # bytes of a bucket's
 ENOUGH = 2048  # blocks of threads that keep a GPU busy
 _LOW = 2**64 - 1
+_DYNAMIC = sizeof(structs.Dynamic) // 8  # numbers of a job's
 
 
 @torch.no_grad()
@@ -50,7 +52,7 @@ def step(jobs: list[Job]) -> None:
         captured = [known for known in _plans.get(jobs[0], ()) if known.captured]
         plan = _Plan(jobs)
         _plans[jobs[0]] = [*captured, plan]
-    with _on(plan.device):
+    with _on(plan.device), plan.machine.held():
         grads = plan.refresh(jobs)
         plan.launch(jobs)
         del grads  # contiguous copies were needed until now
@@ -70,7 +72,7 @@ def capture(jobs: list[Job]) -> None:
     plan = _found(jobs)
     assert plan is not None
     plan.captured = True  # the graph has its addresses
-    with _on(plan.device):
+    with _on(plan.device), plan.machine.held():
         plan.launch(jobs)
     increment_version([job.param for job in jobs])
 
@@ -90,14 +92,21 @@ def prepare(jobs: list[Job]) -> None:
     """Tell the device what a captured step is to do when it is replayed next."""
     plan = _found(jobs)
     assert plan is not None
-    with _on(plan.device):
+    with _on(plan.device), plan.machine.held():
         plan.refresh(jobs)
     increment_version([job.param for job in jobs])
 
 
 def _found(jobs: list[Job]) -> _Plan | None:
     """The plan for these jobs, as they are now."""
-    return next((plan for plan in _plans.get(jobs[0], ()) if plan.fits(jobs)), None)
+    kept = jobs.kept if isinstance(jobs, Batch) else Kept()
+    if kept.plan is None:
+        kept.plan = next((plan for plan in _plans.get(jobs[0], ()) if plan.fits(jobs)), None)
+    return kept.plan
+
+
+def _gradients(jobs: list[Job]) -> list[Tensor]:
+    return jobs.grads if isinstance(jobs, Batch) else [job.grad for job in jobs]
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
@@ -122,10 +131,17 @@ class _Plan:
         self.captured = False  # in a graph, which is to find all memory where it was
         self.jobs, self.pattern = [ref(job) for job in jobs], _pattern(jobs)
         kinds: dict[tuple[Special, int], list[int]] = {}
-        for number, (job, (_, constants)) in enumerate(zip(jobs, self.pattern, strict=True)):
-            kinds.setdefault((special(job), constants), []).append(number)
+        for number, (job, (_, turn)) in enumerate(zip(jobs, self.pattern, strict=True)):
+            kinds.setdefault((special(job), turn), []).append(number)
+        # Jobs that the same folds are for follow each other in the tables: one launch begins them all.
+        begun: dict[tuple[Special, int], int] = {}
+        for (kind, turn), numbers in kinds.items():
+            begun[kind.folds, turn] = begun.get((kind.folds, turn), 0) + len(numbers)
+        alike = list(begun)
+        kinds = dict(sorted(kinds.items(), key=lambda item: alike.index((item[0][0].folds, item[0][1]))))
         self.order = [number for numbers in kinds.values() for number in numbers]  # of the jobs in the tables
         self.places = {number: place for place, number in enumerate(self.order)}
+        self.in_order = self.order == list(range(len(jobs)))
         # What is measured over all tensors is added up program by program, in the order of the jobs.
         programs = {program: k for k, program in enumerate(dict.fromkeys(job.program for job in jobs))}
         self.in_total = sorted(range(len(jobs)), key=lambda number: programs[jobs[number].program])
@@ -138,14 +154,15 @@ class _Plan:
         for target, number in zip(table, self.order, strict=True):
             self.room = _fill(target, jobs[number], self.copies.get(number, jobs[number].param), self.room)
         changing = sizeof(structs.Dynamic) * len(jobs)
+        self.changing = array("Q", bytes(changing))
         self.buffer = torch.empty(changing + CONSTANTS * len(kinds), dtype=torch.uint8, device=self.device)
         self.constants = self.buffer.data_ptr() + changing
         texts = [text for kind, _ in kinds for text in (_text("step.cu", kind), _text("measure.cu", kind.folds))]
         modules = iter(self.machine.prefetch(texts))  # all at once: the first time, each takes seconds to compile
-        self.buckets = [
-            _Bucket(self, index, kind, numbers, [table[self.places[k]] for k in numbers], next(modules), next(modules))
-            for index, ((kind, _), numbers) in enumerate(kinds.items())
-        ]
+        self.buckets = []
+        for index, ((kind, turn), numbers) in enumerate(kinds.items()):
+            rows, begins = [table[self.places[k]] for k in numbers], begun.pop((kind.folds, turn), 0)
+            self.buckets.append(_Bucket(self, index, kind, numbers, rows, begins, next(modules), next(modules)))
         self.table = torch.frombuffer(bytearray(table), dtype=torch.uint8).to(self.device)
 
     def fits(self, jobs: list[Job]) -> bool:
@@ -161,15 +178,23 @@ class _Plan:
 
         Returns the gradients, contiguous, to be kept until the launches.
         """
-        grads = [_plain(job.grad) for job in jobs]
-        changing: list[int] = []
-        for number in self.order:
-            seed, step, _ = jobs[number].stream
-            changing += (grads[number].data_ptr(), seed & _LOW, step & _LOW)
+        grads = _gradients(jobs)
+        kept = jobs.kept if isinstance(jobs, Batch) else Kept()
+        if kept.plain is None:
+            kept.plain = all(map(_is_plain, grads))
+        if not kept.plain:
+            grads = [_plain(grad) for grad in grads]
+        # The fields of structs.Dynamic, one for all jobs at a time.
+        changing, addresses = self.changing, array("Q", map(Tensor.data_ptr, grads))
+        changing[::_DYNAMIC] = addresses if self.in_order else array("Q", [addresses[number] for number in self.order])
         constants: list[float] = []
         for bucket in self.buckets:
-            constants += bucket.packed(jobs[bucket.numbers[0]])
-        data = struct.pack(f"={len(changing)}Q{len(constants)}f", *changing, *constants)
+            turn, count = jobs[bucket.numbers[0]].turn, len(bucket.numbers)
+            rows = slice(_DYNAMIC * bucket.first, _DYNAMIC * (bucket.first + count))
+            for field, number in ((1, turn.seed), (2, turn.step)):
+                changing[rows.start + field : rows.stop : _DYNAMIC] = array("Q", [number & _LOW]) * count
+            constants += bucket.packed(turn.constants)
+        data = changing.tobytes() + struct.pack(f"={len(constants)}f", *constants)
         self.machine.write(self.buffer.data_ptr(), data)
         return grads
 
@@ -210,11 +235,13 @@ class _Bucket:
         kind: Special,
         numbers: list[int],
         table: list[structs.Job],
+        begins: int,
         updating: Module,
         measuring: Module,
     ):
         # Not a cycle of references: a plan's memory on the device is free as soon as its jobs are.
         self.plan, self.index, self.kind, self.numbers = proxy(plan), index, kind, numbers
+        self.first = plan.places[numbers[0]]  # of its jobs in the tables
         self.names = print_program(kind.program).constants
         self.updating, self.measuring = updating, measuring
         strides = [(job.rows, row_stride(job.cols)) for job in table]
@@ -224,37 +251,50 @@ class _Bucket:
         self.owners = {"chunks": self.chunks.to(plan.device)}
         if any(stage.over == "column" for stage in kind.program.measures):
             self.owners["tiles"] = _owners(table, "first_tile", tiles).to(plan.device)
-        self.launches = [(launch, _share(launch, kind.program, table)) for launch in launches(kind.program)]
+        self.begins = begins  # jobs, of this bucket and of those after it; or the one before has begun them
+        asked = [launch for launch in launches(kind.program) if launch.kernel != "begin" or begins]
+        self.launches = [(launch, _share(launch, kind.program, table)) for launch in asked]
+        self.prepared: list[tuple[str, int, Arguments]] = []
 
-    def packed(self, job: Job) -> list[float]:
+    def packed(self, constants: Mapping[str, float]) -> list[float]:
         """The constants of its jobs, with room for more."""
-        return [job.constants[name] for name in self.names] + [0.0] * (abi.CONSTANTS - len(self.names))
+        return [constants[name] for name in self.names] + [0.0] * (abi.CONSTANTS - len(self.names))
+
+    def _prepare(self) -> None:
+        """Make the arguments of all launches; `runs` and `room` are the step's."""
+        plan = self.plan
+        self.runs, self.room = c_uint64(), c_uint64()
+        tables = [
+            c_uint64(plan.table.data_ptr() + self.first * sizeof(structs.Job)),
+            c_uint64(plan.buffer.data_ptr() + self.first * sizeof(structs.Dynamic)),
+            self.runs,
+        ]
+        for launch, share in self.launches:
+            owner = self.owners.get(launch.over)
+            grid = len(self.numbers) * share if owner is None else len(owner)
+            grid = self.begins if launch.kernel == "begin" else grid
+            pointers = [*tables, c_uint64(0 if owner is None else owner.data_ptr()), self.room]
+            numbers = [c_int32(launch.measure), c_int32(share)]
+            self.prepared.append((launch.kernel, grid, Arguments([*pointers, *numbers])))
+        owner = self.owners["chunks"]
+        self.prepared.append(("update", len(owner), Arguments([*tables, c_uint64(owner.data_ptr()), self.room])))
 
     def run(self, workspace: int) -> Iterator[Stage]:
         """Launch its kernels; yields where a number over all tensors must be made first."""
-        plan, first = self.plan, self.plan.places[self.numbers[0]]
-        pointers = (
-            plan.table.data_ptr() + first * sizeof(structs.Job),
-            plan.buffer.data_ptr() + first * sizeof(structs.Dynamic),
-            workspace + first * sizeof(structs.Run),
-        )
-        tables = [c_uint64(pointer) for pointer in pointers]
-        room = c_uint64(workspace)
-        self._set_constants(self.measuring)
-        for launch, share in self.launches:
-            if launch.kernel == "total":
-                yield self.kind.program.measures[launch.measure]
+        if not self.prepared:
+            self._prepare()
+        self.runs.value, self.room.value = workspace + self.first * sizeof(structs.Run), workspace
+        *measuring, (_, grid, arguments) = self.prepared
+        if measuring:
+            self._set_constants(self.measuring)
+        for kernel, its_grid, its_arguments in measuring:
+            if kernel == "total":
+                yield self.kind.program.measures[its_arguments[5].value]
                 self._set_constants(self.measuring)
-                continue
-            owner = self.owners.get(launch.over)
-            grid = len(self.numbers) * share if owner is None else len(owner)
-            arguments = [*tables, c_uint64(0 if owner is None else owner.data_ptr()), room]
-            arguments += [c_int32(launch.measure), c_int32(share)]
-            plan.machine.launch(self.measuring.function(launch.kernel), grid, THREADS, arguments)
+            else:
+                self.plan.machine.launch(self.measuring.function(kernel), its_grid, THREADS, its_arguments)
         self._set_constants(self.updating)
-        owner = self.owners["chunks"]
-        arguments = [*tables, c_uint64(owner.data_ptr()), room]
-        plan.machine.launch(self.updating.function("update"), len(owner), UPDATERS, arguments)
+        self.plan.machine.launch(self.updating.function("update"), grid, UPDATERS, arguments)
 
     def _set_constants(self, module: Module) -> None:
         """Another bucket may have launched this module with other constants."""
@@ -265,9 +305,10 @@ _plans: WeakKeyDictionary[Job, list[_Plan]] = WeakKeyDictionary()  # by the firs
 
 
 def _pattern(jobs: list[Job]) -> list[tuple[torch.dtype, int]]:
-    """What of the jobs decides on buckets and may differ from step to step: who shares constants with whom."""
+    """What of the jobs decides on buckets and may differ from step to step: who shares a turn with whom."""
     numbers: dict[int, int] = {}
-    return [(job.grad.dtype, numbers.setdefault(id(job.constants), len(numbers))) for job in jobs]
+    grads = _gradients(jobs)
+    return [(g.dtype, numbers.setdefault(id(job.turn), len(numbers))) for job, g in zip(jobs, grads, strict=True)]
 
 
 def _is_plain(x: Tensor) -> bool:

@@ -12,7 +12,7 @@ from ..formats import format, formats
 from ..gpu import linear
 from ..gpu.inspect import Specialisation
 from ..gpu.specialise import print_spec, special
-from ..stages import Job
+from ..stages import Job, Turn
 
 # Optimizers with a parameter and a gradient in bf16, rounded at random, and aligned rows; and the parameter's name.
 _STEPS = [
@@ -42,7 +42,7 @@ def _steps(optimizer: Callable[..., optim.Rule], states: str, weight: str) -> li
     param = torch.nn.Parameter(torch.zeros(64, 1024, dtype=torch.bfloat16))
     param.grad = torch.zeros_like(param)
     made = optimizer([(weight, param)], lr=1e-3, states=states)
-    job = made._slots[param].job(made.param_groups[0], made.state[param], {})
+    job = made._slots[param].job(made.param_groups[0], made.state[param], Turn())
     if not isinstance(job, Job):  # a matrix rule in parts: what comes before the first matrix stage
         job = job.begin()
     kind, name = special(job), f"{type(made).__name__} {states}"

@@ -1,10 +1,11 @@
 """GPUs: kernels are compiled on the user's machine, kept on disk, and launched where torch launches its own."""
 
 from .driver import DriverError, NoDriver
-from .machine import Function, Machine, Module, capturing, machine, machines
+from .machine import Arguments, Function, Machine, Module, capturing, machine, machines
 from .nvrtc import CompileError, NoCompiler, sources
 
 __all__ = [
+    "Arguments",
     "CompileError",
     "DriverError",
     "Function",

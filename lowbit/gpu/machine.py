@@ -10,10 +10,11 @@ from __future__ import annotations
 import ctypes
 import os
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from ctypes import addressof, c_void_p, sizeof
-from threading import Lock, RLock
+from threading import Lock, RLock, local
 from typing import Any, Protocol
 
 import torch
@@ -37,6 +38,18 @@ class Compiler(Protocol):
         ...
 
 
+class Arguments(list[Any]):
+    """Of a launch, as the driver takes them: made once for launches that are repeated, between which values may change.
+
+    A launch copies the values, so `argument.value = ...` is for later launches only.
+    """
+
+    def __init__(self, values: Iterable[Any]):
+        super().__init__(values)
+        self.types = tuple(map(type, self))
+        self.pointers = (c_void_p * len(self))(*map(addressof, self))
+
+
 class Function:
     """A kernel. A launch compares the sizes of its arguments, once for each combination of types."""
 
@@ -48,12 +61,12 @@ class Function:
         self.dynamic = _FREE_SHARED
         self.seen: set[tuple[type, ...]] = set()
 
-    def check(self, arguments: Sequence[Any]) -> None:
+    def check(self, arguments: Arguments) -> None:
         """That these are ctypes values of the sizes that the kernel's arguments have."""
         given = [sizeof(x) for x in arguments]
         if self.sizes is not None and given != self.sizes:
             raise TypeError(f"{self.name} takes arguments of {self.sizes} bytes, not of {given}")
-        self.seen.add(tuple(map(type, arguments)))
+        self.seen.add(arguments.types)
 
     def resources(self) -> dict[str, int]:
         """What a thread or block of the kernel takes: registers, bytes of local and static shared memory, threads."""
@@ -95,6 +108,15 @@ class Module:
             return self._symbols[name]
 
 
+class _Held(local):
+    """The stream that a thread has said it keeps to, if it has."""
+
+    stream: int | None = None
+
+
+_NOTHING = nullcontext()
+
+
 class Machine:
     """One device. `stream` gives the handle of the stream to work on, `context` is the driver's."""
 
@@ -106,6 +128,7 @@ class Machine:
         self._staging = _Staging(driver)
         self._owned: list[tuple[int, int, Module]] = []  # variables of modules: begin, end; by begin
         self._event = 0
+        self._held = _Held()
 
     # ---- kernels
 
@@ -153,20 +176,23 @@ class Machine:
 
     def launch(self, function: Function, grid: int, block: int, arguments: Sequence[Any], shared: int = 0) -> None:
         """Launch `grid` blocks of `block` threads, with `shared` bytes of dynamic shared memory."""
-        if tuple(map(type, arguments)) not in function.seen:
+        if not isinstance(arguments, Arguments):
+            arguments = Arguments(arguments)
+        if arguments.types not in function.seen:
             function.check(arguments)
-        if not self.driver.is_current(self.context):
+        if self._held.stream is None and not self.driver.is_current(self.context):
             with self.driver.within(self.context):
                 return self.launch(function, grid, block, arguments, shared)
         if shared > function.dynamic:
             self.driver.allow_dynamic(function.handle, shared)
             function.dynamic = shared
-        stream, module = self.stream(), function.module
-        pointers = (c_void_p * len(arguments))(*map(addressof, arguments))
+        stream, module = self._stream(), function.module
         with module.lock:
             if module.stream != stream:
                 self._follow(module, stream)
-            code = self.driver.launch(function.handle, grid, 1, 1, block, 1, 1, shared, stream, pointers, None)
+            code = self.driver.launch(
+                function.handle, grid, 1, 1, block, 1, 1, shared, stream, arguments.pointers, None
+            )
         if code:
             what = f"{grid} blocks of {block} threads with {shared} bytes of dynamic shared memory"
             raise self.driver.error(code, f"launching {function.name}, {what}")
@@ -177,27 +203,47 @@ class Machine:
         """Copy bytes to the device, after what the stream has been given so far. `data` may be dropped at once."""
         if not data:
             return
-        stream = self.stream()
+        stream = self._stream()
         if self.driver.capturing(stream):
             raise RuntimeError(
                 "host values cannot be written while a CUDA graph is captured: every replay would write them again. "
                 "Write them before, and let the graph copy them on the device"
             )
-        with self.driver.within(self.context):
+        with self._within():
             self._order(pointer, stream)
             self._staging.write(pointer, data, stream)
 
     def copy(self, target: int, source: int, size: int) -> None:
         """Copy bytes on the device, after what the stream has been given so far."""
-        stream = self.stream()
-        with self.driver.within(self.context):
+        stream = self._stream()
+        with self._within():
             self._order(target, stream)
             self._order(source, stream)
             self.driver.copy(target, source, size, stream)
 
     def capturing(self) -> bool:
         """Whether a CUDA graph is being captured on the current stream."""
-        return self.driver.capturing(self.stream())
+        return self.driver.capturing(self._stream())
+
+    # ---- what is asked once for many launches
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """For what this thread does within, the stream and the context stay: torch and the driver are asked once."""
+        before = self._held.stream
+        with self.driver.within(self.context):
+            self._held.stream = self.stream()
+            try:
+                yield
+            finally:
+                self._held.stream = before
+
+    def _stream(self) -> int:
+        held = self._held.stream
+        return self.stream() if held is None else held
+
+    def _within(self) -> AbstractContextManager[None]:
+        return _NOTHING if self._held.stream is not None else self.driver.within(self.context)
 
     # ---- the order of streams
 

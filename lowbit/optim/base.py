@@ -32,6 +32,7 @@ from ..stages import Job, Moment, Program, Stage
 from . import checkpoint, replay, sparse
 from .explain import Explanation, explain
 from .matrices import Chain, carried
+from .roster import Roster, Turns
 from .slot import FLOATS, Slot, asked_of
 
 ROUNDINGS = ("auto", "nearest", "stochastic")
@@ -160,6 +161,7 @@ class Rule(torch.optim.Optimizer, Part):
         self.roles = role_map(roles)
         self._programs: dict[Any, Program] = {}
         self._slots: dict[Tensor, Slot] = {}
+        self._roster: Roster | None = None  # what the last step found
         self.devices: set[torch.device] = set()  # where there are parameters
         self._warned = False
         for part in self.stabilize:
@@ -358,14 +360,13 @@ class Rule(torch.optim.Optimizer, Part):
                 return loss
             work = self._work()
             self._warn_resolution(work)
-            shares, parts, chains, counts, after = self._counted(work)
+            shares, parts, chains, advance = self._counted(work)
             self._reset("before")
             self._run(shares, parts)
             for chain in chains:
                 chain.run()
             self._reset("after")
-            if counts:
-                torch._foreach_copy_(counts, after)  # pyright: ignore[reportPrivateImportUsage]
+            advance()
         return loss
 
     def _capture(self) -> None:
@@ -407,16 +408,21 @@ class Rule(torch.optim.Optimizer, Part):
         with torch.no_grad():
             work = self._work()
             self._warn_resolution(work)
-            shares, _, _, counts, after = self._counted(work, replay.check_replay)
+            shares, _, _, advance = self._counted(work, replay.check_replay)
             self._reset("before")
             for backend, jobs in shares:
                 backend.prepare(jobs)
-            if counts:
-                torch._foreach_copy_(counts, after)  # pyright: ignore[reportPrivateImportUsage]
+            advance()
         self._opt_called = True  # a scheduler of torch wants to come after a step
 
     def _work(self) -> Work:
         """What there is to do, checked."""
+        if self._roster is not None:
+            for group in self.param_groups:
+                check_common(group)
+            if self._roster.lasts(self):
+                return self._roster.work
+            self._roster = None
         if any(self._lacks_state(p) for group in self.param_groups for p in group["params"]):
             self.init_state()
         work: Work = []
@@ -446,47 +452,57 @@ class Rule(torch.optim.Optimizer, Part):
 
     def _counted(
         self, work: Work, check: Callable[[Rule, list[Slot], Shares, bool], None] | None = None
-    ) -> tuple[Shares, list[MakesPart], list[Chain], list[Tensor], list[Tensor]]:
+    ) -> tuple[Shares, list[MakesPart], list[Chain], Callable[[], None]]:
         """Count the step and make its jobs, by backend; if that or `check` fails, nothing has been counted.
 
         Also the chains of tensors that have matrix stages, whose first jobs are among the others if need be,
-        and every tensor's own count, and what that is after the step.
+        and what sets every tensor's own count when the step is done.
         """
         for group in self.param_groups:
             group["steps"] += 1
         try:
-            made, parts, counts, after = self._jobs(work)
+            if self._roster is not None:
+                shares, advance = self._roster.begin(self)
+                if check is not None:
+                    check(self, [slot for _, tensors in work for slot, _ in tensors], shares, False)
+                return shares, [], [], advance
+            made, parts, turns = self._jobs(work)
             chains = [job for job in made if isinstance(job, Chain)]
             jobs = [job for job in made if isinstance(job, Job)]
+            shares = backends.share(jobs)
             if check is not None:
-                check(self, [slot for _, tensors in work for slot, _ in tensors], backends.share(jobs), bool(parts))
-            return backends.share([*jobs, *(c.begin() for c in chains if c.together)]), parts, chains, counts, after
+                check(self, [slot for _, tensors in work for slot, _ in tensors], shares, bool(parts))
+            if Roster.can_be(work):
+                self._roster = Roster(self, work, shares, turns)
+            elif chains:
+                shares = backends.share([*jobs, *(c.begin() for c in chains if c.together)])
+            counts = [count for its in turns for count in its.counts]
+            after = [its.then for its in turns for _ in its.counts if its.then is not None]
+            return shares, parts, chains, partial(_advance, counts, after)
         except BaseException:
             for group in self.param_groups:
                 group["steps"] -= 1
             raise
 
-    def _jobs(self, work: Work) -> tuple[list[Job | Chain], list[MakesPart], list[Tensor], list[Tensor]]:
-        jobs, parts, counts, after = [], [], [], []
+    def _jobs(self, work: Work) -> tuple[list[Job | Chain], list[MakesPart], list[Turns]]:
+        jobs, parts, every = [], [], []
         for group, tensors in work:
-            # By the tensors' own counts, nearly always one, and kinds.
-            turns: dict[tuple[float, str], tuple[dict[str, float], Tensor]] = {}
+            turns: dict[tuple[float, str], Turns] = {}  # by the tensors' own counts, nearly always one, and kinds
             for slot, state in tensors:
                 count = state["step"]
-                turn = count.item(), slot.kind
-                if turn not in turns:
-                    t = int(turn[0]) + 1
-                    then = count.new_tensor(self.step_after(group, t))
-                    turns[turn] = self._constants(group, t, slot.kind), then
-                constants, then = turns[turn]
+                key = count.item(), slot.kind
+                if key not in turns:
+                    turns[key] = Turns(group, slot.kind)
+                    turns[key].then = count.new_tensor(turns[key].begin(self, key[0]))
+                turn = turns[key].turn
                 if slot.kept:
                     slot.fit(state)
-                    parts.append(partial(slot.part, group, state, constants))
+                    parts.append(partial(slot.part, group, state, turn))
                 elif slot.numel:
-                    jobs.append(slot.job(group, state, constants))
-                counts.append(count)
-                after.append(then)
-        return jobs, parts, counts, after
+                    jobs.append(slot.job(group, state, turn))
+                turns[key].counts.append(count)
+            every += turns.values()
+        return jobs, parts, every
 
     def _constants(self, group: Mapping[str, Any], t: int, kind: str) -> dict[str, float]:
         parts = [part.constants(group, t) for part in self.stabilize]
@@ -567,14 +583,14 @@ class Rule(torch.optim.Optimizer, Part):
 
     def __getstate__(self) -> dict[str, Any]:
         # Also what a subclass keeps; not hooks (as in torch), and not what is built again.
-        built = ("_programs", "_slots", "devices", "step")
+        built = ("_programs", "_slots", "_roster", "devices", "step")
         own = {k: v for k, v in vars(self).items() if k not in built and not k.startswith("_optimizer_")}
         return {**own, **super().__getstate__()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         checkpoint.unwrap(state)
         super().__setstate__(state)
-        self._programs, self._slots, self.devices = {}, {}, set()
+        self._programs, self._slots, self._roster, self.devices = {}, {}, None, set()
         for group in self.param_groups:
             for name, value in {**self.defaults, "steps": 0, "states_version": PRESETS_VERSION}.items():
                 if name != "differentiable":  # torch adds it to the defaults: a group would differ from before
@@ -599,6 +615,11 @@ class Rule(torch.optim.Optimizer, Part):
         """
         with checkpoint.checked_and_kept(self):
             super().load_state_dict(state_dict)
+
+
+def _advance(counts: list[Tensor], after: list[Tensor]) -> None:
+    if counts:
+        torch._foreach_copy_(counts, after)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _as_list(params: Any) -> list[Any]:

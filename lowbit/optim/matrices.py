@@ -20,7 +20,7 @@ from torch import Tensor
 from .. import backends, layout
 from ..formats import format as find_format
 from ..rounding import key
-from ..stages import CARRIED, Job, Namespace, Program, Stage, update
+from ..stages import CARRIED, Job, Namespace, Program, Stage, Turn, update
 
 if TYPE_CHECKING:
     from .slot import Slot
@@ -48,14 +48,13 @@ def is_matrix(shape: tuple[int, ...], role: str) -> bool:
 
 
 class Chain:
-    """The segments and matrix stages of one tensor; it lasts like a `Job`, but for `constants`, `stream`, `state`."""
+    """The segments and matrix stages of one tensor; it lasts like a `Job`, but for `turn` and `state`."""
 
     def __init__(self, slot: Slot, group: Mapping[str, Any], state: dict[str, Any]):
         self.slot, self.state = slot, state
         self.program: Program = slot.program
         self.noise = slot.noise(group, self.program.values)
-        self.constants: dict[str, float] = {}
-        self.stream: tuple[int, int, int] = 0, 0, 0
+        self.turn = Turn()
         self.together = together(self.program)
         self._begun = False
 
@@ -141,7 +140,7 @@ class Chain:
             param, gradient = (x if k in segment.named else stand_in for k, x in (("p", param), ("g", gradient)))
         if "g" in segment.named and self.program.guarded:
             gradient = torch.where(self.ok, gradient, torch.nan)
-        seed, step, tensor = self.stream
+        turn = self.turn
         own_p = param is slot.param
         vectors = {k: self.state[m.name] for k, m in segment.moments.items() if m.over != "value"}
         return Job(
@@ -153,11 +152,11 @@ class Chain:
             rows=rows,
             cols=cols,
             program=segment,
-            constants=self.constants,
+            turn=Turn(turn.constants, turn.seed, turn.step + (index << 32)),  # a moment's number is its segment's only
+            tensor=slot.id,
             master=slot.master if own_p and "master" in self.state else "none",
             companion=self.state.get("master") if own_p else None,
             noise=self.noise & (moments.keys() | ({"p"} if own_p else set())),
-            stream=(seed, step + (index << 32), tensor),  # a moment's number is one of its segment only
             vectors=vectors,
             group_rows=slot.group_rows,
             gathered=gradient,
@@ -170,8 +169,11 @@ class Chain:
         before = dict(host)
         first, second = self._key(index, 254)
         operands: dict[str, Any] = {
-            "c": Namespace(self.constants), "host": host, "key": first << 32 | second, "shape": self.slot.made_for[2],
-        }  # fmt: skip
+            "c": Namespace(self.turn.constants),
+            "host": host,
+            "key": first << 32 | second,
+            "shape": self.slot.made_for[2],
+        }
         for letter in stage.reads:
             if letter not in operands:
                 operands[letter] = self._matrix(letter)
@@ -190,8 +192,7 @@ class Chain:
                 self.state[name].fill_(value)
 
     def _key(self, index: int, operand: int) -> tuple[int, int]:
-        seed, step, tensor = self.stream
-        return key(seed, step, tensor, (index << 8) + operand)
+        return key(self.turn.seed, self.turn.step, self.slot.id, (index << 8) + operand)
 
     def _matrix(self, letter: str) -> Tensor:
         """An operand as a whole fp32 matrix; zeros in place of a gradient that is not finite."""

@@ -13,7 +13,7 @@ from .. import layout, masters, rows
 from ..formats import format as find_format
 from ..policy import Decision
 from ..roles import role_of
-from ..stages import Job, Program
+from ..stages import Job, Program, Turn
 from . import sparse
 from .matrices import Chain, over
 
@@ -61,7 +61,7 @@ class Slot:
                 over(self, part)  # raises for matrices that do not fit together
         self.master = group["master"]
         self.tensors = self._tensors()
-        self._of_state = itemgetter("step", *self.tensors)  # two at least, so always a tuple
+        self.of_state = itemgetter("step", *self.tensors)  # two at least, so always a tuple
         self._passed: Any = None  # what the last check saw
         self._job: Job | Chain | None = None
         self._job_of: Any = None  # what the job was made of
@@ -147,29 +147,29 @@ class Slot:
         vectors = {"row": self.rows, "column": self.kept or self.cols, "group": -(-self.rows // self.group_rows)}
         return (vectors[moment.over],)
 
-    def job(self, group: Mapping[str, Any], state: dict[str, Any], constants: dict[str, float]) -> Job | Chain:
+    def job(self, group: Mapping[str, Any], state: dict[str, Any], turn: Turn) -> Job | Chain:
         """Its job, or chain of them, in this step.
 
         The last one, unless a tensor was replaced or moved or the rounding changed since.
         """
         p = self.param
-        addresses = [p.data_ptr(), *map(Tensor.data_ptr, self._of_state(state))]
+        addresses = [p.data_ptr(), *map(Tensor.data_ptr, self.of_state(state))]
         job, made_of = self._job, (addresses, p.is_contiguous(), group["rounding"], group["state_rounding"])
         if job is None or made_of != self._job_of:
             self.fit(state)
             job = self._job = Chain(self, group, state) if self.program.parts else self._made(group, state)
             self._job_of = made_of
-        job.constants, job.stream = constants, (group["seed"], group["steps"], self.id)
+        job.turn = turn
         if isinstance(job, Chain):
             job.state = state
         return job
 
-    def part(self, group: Mapping[str, Any], state: dict[str, Any], constants: dict[str, float]) -> sparse.Part:
+    def part(self, group: Mapping[str, Any], state: dict[str, Any], turn: Turn) -> sparse.Part:
         """Its job in this step, on copies of the values that have moments; `Part.put_back` ends it."""
         part = sparse.Part(self.param, state["mask"], self.kept, state.get("master"))
         job = self._made(group, state)
         job.param, job.gathered, job.companion, job.cols = part.param, part.grad, part.companion, self.kept
-        job.constants, job.stream = constants, (group["seed"], group["steps"], self.id)
+        job.turn = turn
         part.job = job
         return part
 
@@ -207,6 +207,7 @@ class Slot:
             rows=self.rows,
             cols=self.cols,
             program=self.program,
+            tensor=self.id,
             master=self.master if "master" in self.tensors else "none",
             companion=state.get("master"),
             noise=self.noise(group, values),
