@@ -163,7 +163,7 @@ LB_FN void load_vectors([[maybe_unused]] const Job &job, [[maybe_unused]] const 
 
 LB_FN float quick_inverse(float scale) {
   Doubt doubt;
-  const Quick found = Quick(1.0f, &doubt) / Quick(scale);
+  const Quick found = reciprocal(Quick{scale, &doubt});
   return Doubt::any(doubt) ? inverse(scale) : found.x;
 }
 

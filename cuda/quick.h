@@ -50,64 +50,91 @@ struct Doubt {
 
 struct Quick {
   float x;
-  Doubt *doubt;  // of all numbers of a computation; none for constants
-#ifdef __CUDACC__
-  __device__ __forceinline__
-#endif
-  Quick(float number = 0.0f, Doubt *shared = nullptr) : x(number), doubt(shared) {}
+  Doubt *doubt;  // of all numbers of a computation; a plain float has none
 };
 
 template <> struct Same<Quick> {
   using type = float;
 };
 
-LB_FN Doubt *doubt_of(Quick a, Quick b) { return a.doubt ? a.doubt : b.doubt; }
-
-LB_FN Quick operator+(Quick a, Quick b) { return {a.x + b.x, doubt_of(a, b)}; }
-LB_FN Quick operator-(Quick a, Quick b) { return {a.x - b.x, doubt_of(a, b)}; }
-LB_FN Quick operator*(Quick a, Quick b) { return {a.x * b.x, doubt_of(a, b)}; }
+LB_FN Quick operator+(Quick a, Quick b) { return {a.x + b.x, a.doubt}; }
+LB_FN Quick operator+(Quick a, float b) { return {a.x + b, a.doubt}; }
+LB_FN Quick operator+(float a, Quick b) { return {a + b.x, b.doubt}; }
+LB_FN Quick operator-(Quick a, Quick b) { return {a.x - b.x, a.doubt}; }
+LB_FN Quick operator-(Quick a, float b) { return {a.x - b, a.doubt}; }
+LB_FN Quick operator-(float a, Quick b) { return {a - b.x, b.doubt}; }
 LB_FN Quick operator-(Quick a) { return {-a.x, a.doubt}; }
+LB_FN Quick operator*(Quick a, Quick b) { return {a.x * b.x, a.doubt}; }
+LB_FN Quick operator*(Quick a, float b) { return {a.x * b, a.doubt}; }
+LB_FN Quick operator*(float a, Quick b) { return {a * b.x, b.doubt}; }
 
 // Right for 2**-64 < |b| < 2**64 and a that is +0 or makes 2**-38 < |a / b| < 2**64: then nothing overflows, no reciprocal
 // is subnormal, and what is left of a is a float when the quotient's product with b is taken away.
-LB_FN Quick operator/(Quick a, Quick b) {
-  Doubt *doubt = doubt_of(a, b);
-  if (!doubt) return a.x / b.x;
-  const float near = near_reciprocal(b.x);
-  const float inverse = fma(near, fma(-b.x, near, 1.0f), near);
-  const float quotient = a.x * inverse;
-  doubt->large = fma(quotient, quotient, fma(b.x, b.x, fma(near, near, doubt->large)));
+LB_FN Quick divided(float a, float b, Doubt *doubt) {
+  const float near = near_reciprocal(b);
+  const float inverse = fma(near, fma(-b, near, 1.0f), near);
+  const float quotient = a * inverse;
+  doubt->large = fma(quotient, quotient, fma(b, b, fma(near, near, doubt->large)));
   doubt->small = doubt->small + abs(fma(flushed_product(quotient, 0x1p-88f), 0x1p88f, -quotient));
-  doubt->least = (int32_t)bits_of(a.x) < doubt->least ? (int32_t)bits_of(a.x) : doubt->least;
-  return {fma(fma(-b.x, quotient, a.x), inverse, quotient), doubt};
+  doubt->least = (int32_t)bits_of(a) < doubt->least ? (int32_t)bits_of(a) : doubt->least;
+  return {fma(fma(-b, quotient, a), inverse, quotient), doubt};
 }
+LB_FN Quick operator/(Quick a, Quick b) { return divided(a.x, b.x, a.doubt); }
+LB_FN Quick operator/(Quick a, float b) { return divided(a.x, b, a.doubt); }
+LB_FN Quick operator/(float a, Quick b) { return divided(a, b.x, b.doubt); }
 
 // Right for 2**-100 < a < infinity.
 LB_FN Quick sqrt(Quick a) {
   Doubt *doubt = a.doubt;
-  if (!doubt) return sqrt(a.x);
   const float near = near_reciprocal_root(a.x), root = a.x * near, scaled = near * 0x1p14f;
   doubt->roots = fma(root, 0.0f, fma(scaled, scaled, doubt->roots));
   return {fma(fma(-root, root, a.x), near * 0.5f, root), doubt};
 }
 
 LB_FN bool operator<(Quick a, Quick b) { return a.x < b.x; }
+LB_FN bool operator<(Quick a, float b) { return a.x < b; }
+LB_FN bool operator<(float a, Quick b) { return a < b.x; }
 LB_FN bool operator<=(Quick a, Quick b) { return a.x <= b.x; }
+LB_FN bool operator<=(Quick a, float b) { return a.x <= b; }
+LB_FN bool operator<=(float a, Quick b) { return a <= b.x; }
 LB_FN bool operator>(Quick a, Quick b) { return a.x > b.x; }
+LB_FN bool operator>(Quick a, float b) { return a.x > b; }
+LB_FN bool operator>(float a, Quick b) { return a > b.x; }
 LB_FN bool operator>=(Quick a, Quick b) { return a.x >= b.x; }
+LB_FN bool operator>=(Quick a, float b) { return a.x >= b; }
+LB_FN bool operator>=(float a, Quick b) { return a >= b.x; }
 LB_FN bool operator==(Quick a, Quick b) { return a.x == b.x; }
+LB_FN bool operator==(Quick a, float b) { return a.x == b; }
+LB_FN bool operator==(float a, Quick b) { return a == b.x; }
 LB_FN bool operator!=(Quick a, Quick b) { return a.x != b.x; }
+LB_FN bool operator!=(Quick a, float b) { return a.x != b; }
+LB_FN bool operator!=(float a, Quick b) { return a != b.x; }
 
-// The words of lowbit/native/words.h.
-LB_FN Quick where(bool condition, Quick a, Quick b) { return {condition ? a.x : b.x, doubt_of(a, b)}; }
-LB_FN Quick lerp(Quick a, Quick b, Quick weight) { return {lerp(a.x, b.x, weight.x), doubt_of(a, b)}; }
-LB_FN Quick reciprocal(Quick a) { return Quick(1.0f) / a; }
+// The words of lowbit/native/words.h; of several numbers, any may be a plain float.
+LB_FN float plain(Quick a) { return a.x; }
+LB_FN float plain(float a) { return a; }
+template <class... Rest> LB_FN Doubt *doubt_of(Quick a, Rest...) { return a.doubt; }
+template <class... Rest> LB_FN Doubt *doubt_of(float, Rest... rest) { return doubt_of(rest...); }
+
+template <class A, class B> LB_FN auto where(bool condition, A a, B b) -> decltype(a + b) {
+  return {condition ? plain(a) : plain(b), doubt_of(a, b)};
+}
+template <class A, class B, class W> LB_FN auto lerp(A a, B b, W weight) -> decltype(a + b + weight) {
+  return {lerp(plain(a), plain(b), plain(weight)), doubt_of(a, b, weight)};
+}
+template <class A, class B> LB_FN auto maximum(A a, B b) -> decltype(a + b) {
+  return {maximum(plain(a), plain(b)), doubt_of(a, b)};
+}
+template <class A, class B> LB_FN auto minimum(A a, B b) -> decltype(a + b) {
+  return {minimum(plain(a), plain(b)), doubt_of(a, b)};
+}
+template <class A, class L, class H> LB_FN auto clip(A a, L low, H high) -> decltype(a + low + high) {
+  return minimum(maximum(a, low), high);
+}
+LB_FN Quick reciprocal(Quick a) { return 1.0f / a; }
 LB_FN Quick binade(Quick a) { return {binade(a.x), a.doubt}; }
 LB_FN Quick abs(Quick a) { return {abs(a.x), a.doubt}; }
 LB_FN Quick sign(Quick a) { return {sign(a.x), a.doubt}; }
-LB_FN Quick maximum(Quick a, Quick b) { return {maximum(a.x, b.x), doubt_of(a, b)}; }
-LB_FN Quick minimum(Quick a, Quick b) { return {minimum(a.x, b.x), doubt_of(a, b)}; }
-LB_FN Quick clip(Quick a, Quick low, Quick high) { return minimum(maximum(a, low), high); }
 
 // A number to compute with, and its value.
 template <class F> struct Number;
