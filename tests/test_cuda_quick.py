@@ -16,13 +16,13 @@ extern "C" __global__ void __launch_bounds__(256) compare(const float *x, const 
   const int32_t i = (int32_t)(blockIdx.x * 256 + threadIdx.x);
   if (i >= n) return;
   Doubt of_quotient, of_root;
-  const float quotient = (Quick(x[i], &of_quotient) / Quick(y[i], &of_quotient)).x;
-  const float root = sqrt(Quick(x[i], &of_root)).x;
+  const float quotient = (Quick{x[i], &of_quotient} / Quick{y[i], &of_quotient}).x;
+  const float root = lb::sqrt(Quick{x[i], &of_root}).x;
   const bool divided = !Doubt::any(of_quotient), rooted = !Doubt::any(of_root);
   if (divided) atomicAdd(counts, 1u);
   if (rooted) atomicAdd(counts + 1, 1u);
   if (divided && bits_of(quotient) != bits_of(x[i] / y[i])) atomicAdd(counts + 2, 1u);
-  if (rooted && bits_of(root) != bits_of(sqrt(x[i]))) atomicAdd(counts + 3, 1u);
+  if (rooted && bits_of(root) != bits_of(lb::sqrt(x[i]))) atomicAdd(counts + 3, 1u);
 }
 """
 

@@ -13,7 +13,7 @@ import pytest
 # The house, ground floor first. A room is a module or package directly under lowbit. It imports only from rooms on
 # lower floors, and freely from inside itself. A new module gets its place here.
 FLOORS = [
-    {"words", "formats", "rounding"},
+    {"words", "formats", "rounding", "compiler"},
     {"codec", "layout", "stages", "masters", "roles", "rotation"},
     {"rows", "native"},
     {"gpu"},
@@ -171,3 +171,10 @@ def test_the_probe_sees_a_planted_process_connection_and_library(tmp_path):
     events, loaded = probe([], ["planted"], cwd=tmp_path)
     assert {"subprocess.Popen", "socket.connect"} <= set(events)
     assert loaded == ["triton"]
+
+
+def test_importing_the_library_imports_no_compiler():
+    code = "import sys, lowbit; print(sorted(m for m in sys.modules if m.startswith(('torch._dynamo', 'sympy'))))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    plain = subprocess.run([sys.executable, "-c", code.replace(", lowbit", ", torch")], capture_output=True, text=True)
+    assert done.stdout == plain.stdout

@@ -19,9 +19,10 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
+from ..compiler import constant
 from ..formats import Format, nearest
 from ..formats import format as find_format
-from ..gpu import NoCompiler, NoDriver
+from ..gpu import DriverError, NoCompiler, NoDriver
 from ..native.build import BuildError
 from ..stages import Job, Program
 from . import cuda, native, reference
@@ -59,7 +60,7 @@ def _available(device: torch.device) -> bool:
     """Whether the native backend can be had; if not, says why, once."""
     try:
         _NATIVE[device.type].find(device)
-    except (BuildError, NoDriver, NoCompiler, ValueError) as error:
+    except (BuildError, NoDriver, NoCompiler, DriverError, ValueError) as error:
         what = "without its native library" if device.type == "cpu" else f"without its kernels on {device}"
         warnings.warn(f"lowbit works {what}, 20 to 50 times slower: {error}", stacklevel=2)
         return False
@@ -110,7 +111,7 @@ def fake(fmt: Format, x: Tensor, noise: tuple[int, int] | None = None) -> Tensor
     return choose(x.device).fake(fmt, x.resolve_neg(), noise)
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _is_operator(fmt: Format, device: torch.device) -> bool:
     """Whether `fake` is an operator of torch that can be told of the format; then it is registered."""
     for name, value in vars(Format).items():  # compilers before Python 3.12 cannot trace how these are found

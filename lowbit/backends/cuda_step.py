@@ -17,7 +17,6 @@ CUDA graph is replayed after that copy alone.
 from __future__ import annotations
 
 import contextlib
-import struct
 from array import array
 from collections.abc import Iterator, Mapping
 from ctypes import c_int32, c_uint64, sizeof
@@ -38,6 +37,7 @@ from ..stages import Batch, Job, Kept, Program, Stage
 
 THREADS, UNITS, UPDATERS = 256, 4, 128  # as in cuda/operands.h
 CONSTANTS = 4 * abi.CONSTANTS  # bytes of a bucket's
+EAGER = 4  # plans that are kept for steps that begin with the same tensor
 ENOUGH = 2048  # blocks of threads that keep a GPU busy
 _LOW = 2**64 - 1
 _DYNAMIC = sizeof(structs.Dynamic) // 8  # numbers of a job's
@@ -48,10 +48,10 @@ def step(jobs: list[Job]) -> None:
     """Step every job: parameters, moments, scalars and skip counts, in place."""
     plan = _found(jobs)
     if plan is None:
-        # One plan is kept for eager steps, and those that graphs were captured of.
-        captured = [known for known in _plans.get(jobs[0], ()) if known.captured]
-        plan = _Plan(jobs)
-        _plans[jobs[0]] = [*captured, plan]
+        # Those that graphs were captured of are kept, and a few others: which tensors have gradients may alternate.
+        known, plan = _plans.get(jobs[0], []), _Plan(jobs)
+        eager = [its for its in known if not its.captured]
+        _plans[jobs[0]] = [*(its for its in known if its.captured), *eager[1 - EAGER :], plan]
     with _on(plan.device), plan.machine.held():
         grads = plan.refresh(jobs)
         plan.launch(jobs)
@@ -194,7 +194,7 @@ class _Plan:
             for field, number in ((1, turn.seed), (2, turn.step)):
                 changing[rows.start + field : rows.stop : _DYNAMIC] = array("Q", [number & _LOW]) * count
             constants += bucket.packed(turn.constants)
-        data = changing.tobytes() + struct.pack(f"={len(constants)}f", *constants)
+        data = changing.tobytes() + array("f", constants).tobytes()  # infinite beyond fp32
         self.machine.write(self.buffer.data_ptr(), data)
         return grads
 

@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..compiler import constant
 from ..formats import Format
 from ..formats import format as find_format
 from ..layout import row_bytes
@@ -71,7 +72,7 @@ def _operands(weight: Stored) -> tuple[Tensor, Tensor | None, Tensor | None, str
     return parts["codes"], parts.get("scale"), parts.get(EXTRA.get(fmt.kind, "")), _name(fmt), weight.shape[1]
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _name(fmt: Format) -> str:
     """What the operators know a format by."""
     if find_format(fmt.name) != fmt:

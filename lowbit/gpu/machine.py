@@ -124,7 +124,7 @@ class Machine:
         self.driver, self.compiler, self.context, self.stream = driver, compiler, context, stream
         self.arch = compiler.arch
         self._modules: dict[object, Future[Module]] = {}
-        self._lock = Lock()
+        self._lock, self._turn = Lock(), RLock()
         self._staging = _Staging(driver)
         self._owned: list[tuple[int, int, Module]] = []  # variables of modules: begin, end; by begin
         self._event = 0
@@ -229,9 +229,12 @@ class Machine:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """For what this thread does within, the stream and the context stay: torch and the driver are asked once."""
+        """For what this thread does within, the stream and the context stay: torch and the driver are asked once.
+
+        One thread at a time: what it writes to a module's variables is what its launches find there.
+        """
         before = self._held.stream
-        with self.driver.within(self.context):
+        with self._turn, self.driver.within(self.context):
             self._held.stream = self.stream()
             try:
                 yield

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ..compiler import constant
 from ..roles import clean_name
 from ..rounding import key
 from .fake import fake_quantize
@@ -133,7 +134,7 @@ def _checksum(x: Tensor) -> Tensor:
     return x.detach().contiguous().view(torch.int16).sum()  # stays on its device: nothing waits for it
 
 
-@torch.compiler.assume_constant_result  # compilers before torch 2.13 do not trace the question
+@constant  # compilers before torch 2.13 do not trace the question
 def _has_autocast(device: str) -> bool:
     return torch.amp.is_autocast_available(device)
 

@@ -358,15 +358,22 @@ class Rule(torch.optim.Optimizer, Part):
             if replay.capturing(self):
                 self._capture()
                 return loss
-            work = self._work()
-            self._warn_resolution(work)
-            shares, parts, chains, advance = self._counted(work)
-            self._reset("before")
-            self._run(shares, parts)
-            for chain in chains:
-                chain.run()
-            self._reset("after")
-            advance()
+            counts = [group["steps"] for group in self.param_groups]
+            try:
+                work = self._work()
+                self._warn_resolution(work)
+                shares, parts, chains, advance = self._counted(work)
+                self._reset("before")
+                self._run(shares, parts)
+                for chain in chains:
+                    chain.run()
+                self._reset("after")
+                advance()
+            except BaseException:  # such as kernels that cannot be compiled, or no memory: this was no step
+                for group, count in zip(self.param_groups, counts, strict=True):
+                    group["steps"] = count
+                self._roster = None
+                raise
         return loss
 
     def _capture(self) -> None:
@@ -396,7 +403,8 @@ class Rule(torch.optim.Optimizer, Part):
         the learning rate as it is now, draws the step's random bits, resets moments if they are due; and tells the
         device by one copy, for which nothing waits. So replays and eager steps may be mixed, and a checkpoint between
         them is that of as many eager steps. A replay without it repeats a step with the same random bits, uncounted.
-        Hooks of `step` are not called.
+        Hooks of `step` are not called. Graphs of optimizers that share kernels share the place of their constants too:
+        replay them on one stream, or one after the other.
 
         The graph goes on using the memory it was captured with: a state or parameter that was loaded or moved needs a
         new graph. Raises `RuntimeError` before anything has changed where no captured step can be this one (a tensor
