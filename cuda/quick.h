@@ -3,7 +3,8 @@
 // The machine has no IEEE division and square root: it has approximations, which a compiler makes exact by a few
 // fused multiply-adds (Markstein, "Computation of elementary functions on the IBM RISC System/6000 processor", 1990),
 // and for operands far from 1 it branches to a slower course, at every single division. Those branches keep the
-// scheduler from working on several values at once. Here the course is the same, without branches, and so are the bits
+// scheduler from working on several values at once. Here the course is the compiler's own (a test compares them, for every
+// architecture), without branches, and so are the bits
 // unless there is `Doubt`; then a warp does all of it again with plain floats.
 //
 // Doubt is a few sums: of squares that overflow where an operand is too large, of bits that are lost where one is too

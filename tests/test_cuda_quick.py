@@ -6,7 +6,8 @@ import pytest
 import torch
 from cuda_cases import needs_compiler, stepping
 
-from lowbit.gpu import machine, sources
+from lowbit.gpu import NoCompiler, inspect, machine, nvrtc, sources
+from lowbit.gpu.cost import ARCHITECTURES
 
 SOURCE = """
 #include "quick.h"
@@ -79,3 +80,27 @@ def test_a_gpus_approximations_are_good_enough():
         x = numbers[: 1 << 23]
         assert compared(x, y.expand(len(x)).contiguous())[2:] == [0, 0]
     assert compared(numbers, numbers)[1] == len(numbers)
+
+
+IEEE = """
+extern "C" __global__ void quotient(float *x, const float *y) { x[threadIdx.x] = x[threadIdx.x] / y[threadIdx.x]; }
+extern "C" __global__ void root(float *x) { x[threadIdx.x] = __fsqrt_rn(x[threadIdx.x]); }
+"""
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_course_is_the_compilers_own(arch: str):
+    """From an approximation to IEEE's quotient and root: as many multiply-adds as in quick.h, or products."""
+    if not inspect.nvdisasm():
+        pytest.skip("nvdisasm is not installed: pip install nvidia-cuda-nvdisasm")
+    try:
+        compiler = nvrtc.find()
+    except NoCompiler as error:
+        pytest.skip(str(error))
+    code = inspect.disassemble(compiler.compile(IEEE, "ieee.cu", sources(), arch)[0])
+    counted = {}
+    for kernel, near in (("quotient", "MUFU.RCP"), ("root", "MUFU.RSQ")):
+        names = [i.opcode for i in code[kernel]]
+        names = names[names.index(near) : names.index("EXIT")]  # what is called for odd operands stands behind
+        counted[kernel] = [sum(name.startswith(what) for name in names) for what in ("FFMA", "FMUL")]
+    assert counted == {"quotient": [5, 0], "root": [2, 2]}

@@ -23,7 +23,10 @@ from lowbit.nn import Operand, QuantLinear, Recipe
 from lowbit.optim import AdamW, StableSPAM
 from lowbit.rounding import key
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS"),  # torch's autograd threads, on their first product
+]
 
 CUDA = torch.device("cuda")
 BACKENDS = ["reference", "native"]
