@@ -2,6 +2,7 @@
 
 import gc
 import subprocess
+import threading
 import weakref
 from collections.abc import Iterator
 from ctypes import c_char_p, sizeof
@@ -20,7 +21,7 @@ from torch.nn import Parameter
 
 from lowbit import backends
 from lowbit.backends import cuda, cuda_step
-from lowbit.gpu import CompileError, jobs, sources, stages
+from lowbit.gpu import CompileError, jobs, machine, sources, stages
 from lowbit.gpu.specialise import print_spec, special
 from lowbit.native import abi, build
 from lowbit.optim import AdamW, GlobalClip, StableSPAM
@@ -357,3 +358,45 @@ def test_plans_of_steps_that_alternate_are_kept_but_not_all(made: list[Any], emu
         opt.step()
     assert len(made) == 8  # the last of them is as one before, which is gone by now
     assert sum(ref() is not None for ref in made) == cuda_step.EAGER
+
+
+def test_one_thread_at_a_time_steps_a_device(emulated: Counting):
+    """Constants are written to a module and read by the launches after that: nobody else may write in between."""
+    named = parameters([(4, 64)], torch.float32)
+    opt = AdamW(named)
+    give(named, 1, torch.float32)
+    opt.step()
+    other = threading.Thread(target=opt.step)
+    with machine(torch.device("cpu")).held():
+        other.start()
+        other.join(0.3)
+        assert other.is_alive() and opt.param_groups[0]["steps"] == 2
+    other.join(60)
+    assert not other.is_alive() and opt.state[named[0][1]]["step"] == 2
+
+
+def test_a_step_that_fails_is_no_step(emulated: Counting, monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_: Any) -> None:
+        raise CompileError("a kernel", "no compiler today")
+
+    named, like = parameters([(4, 64)], torch.float32), parameters([(4, 64)], torch.float32)
+    opt, other = AdamW(named, states="bf16"), AdamW(like, states="bf16")
+    for its in (named, like):
+        give(its, 1, torch.float32)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(machine(torch.device("cpu"))), "prefetch", refuse)
+        with pytest.raises(CompileError, match="no compiler today"):
+            opt.step()
+    assert opt.param_groups[0]["steps"] == 0
+    opt.step()
+    other.step()
+    assert torch.equal(named[0][1], like[0][1]) and opt.state[named[0][1]]["step"] == 1
+
+
+def test_a_constant_beyond_fp32_is_infinite(emulated: Counting):
+    named = parameters([(4, 64)], torch.float32)
+    opt = AdamW(named, lr=1e39)
+    give(named, 1, torch.float32)
+    before = named[0][1].detach().clone()
+    opt.step()
+    assert torch.equal(named[0][1], before) and opt.counters()["skipped_blocks"] == 4
