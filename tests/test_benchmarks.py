@@ -84,18 +84,22 @@ def test_benchmarks_run(script: str, tmp_path: Path):
     assert goals and all("measured" not in goal.verdict(results, "1") for goal in goals)
 
 
+# Products with packed weights have kernels for GPUs only.
+ON_NO_GPU = {name: table for name, table in gpu_tables.TABLES.items() if name != "linear"}
+
+
 @pytest.fixture(scope="module")
 def on_no_gpu(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, dict]]:
     """What every section of gpu.py says and writes in tiny sizes on the CPU."""
     folder = tmp_path_factory.mktemp("gpu")
     done = run("gpu", "--smoke", "--without", "torchao,bitsandbytes,flashoptim", "--out", str(folder))
     assert done.returncode == 0, done.stderr
-    return done.stdout, {name: json.loads((folder / f"gpu_{name}.json").read_text()) for name in gpu_tables.TABLES}
+    return done.stdout, {name: json.loads((folder / f"gpu_{name}.json").read_text()) for name in ON_NO_GPU}
 
 
 def test_the_gpu_benchmark_runs(on_no_gpu: tuple[str, dict[str, dict]]):
     said, every = on_no_gpu
-    for name, table in gpu_tables.TABLES.items():
+    for name, table in ON_NO_GPU.items():
         results, grids = every[name], table(every[name])
         assert results["environment"]["commit"] and results["environment"]["gpu"]["name"]
         assert all(grid.title in said and grid.rows for grid in grids)
