@@ -39,7 +39,7 @@ def under_sanitizer(*names: str, steps: int = 2, file: str = "", before: str = "
             assert device.launched["update"]
 
 
-@pytest.mark.parametrize("sanitizer", ["thread", "address"])
+@pytest.mark.parametrize("sanitizer", ["thread", pytest.param("address", marks=pytest.mark.slow)])
 def test_sanitizers_find_nothing(sanitizer: str):
     names = ", ".join(map(repr, SANITIZED))
     done = sanitized(sanitizer, f"from test_cuda_faults import *; under_sanitizer({names}); print('well')")
