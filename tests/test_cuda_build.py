@@ -352,6 +352,7 @@ def test_what_is_no_machine_code_is_an_error():
 # ---- lowbit doctor --arch
 
 
+@pytest.mark.slow
 def test_doctor_prints_what_kernels_cost(capsys: pytest.CaptureFixture):
     compiler("nvrtc13")
     needs_nvdisasm()
