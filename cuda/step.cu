@@ -60,7 +60,7 @@ struct Operands {
 };
 // For how many blocks of threads at once a multiprocessor's registers are to suffice: as many as was fastest on an H100,
 // and one less where they would spill.
-constexpr int TOGETHER = PARAM == LB_FLOAT32 || sizeof(Operands) > 112 ? 5 : 6;
+constexpr int TOGETHER = !LINEAR || PARAM == LB_FLOAT32 || sizeof(Operands) > 112 ? 5 : 6;
 
 LB_FN void fetch_operands(const Job &job, const Dynamic &now, const Place &here, Operands &to) {
   if (here.count == 0) return;

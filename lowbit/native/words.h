@@ -68,13 +68,7 @@ LB_FN float where(bool condition, float a, float b) { return condition ? a : b; 
 // words.py chooses between a + w * (b - a) and b - (1 - w) * (b - a). Negation is exact, so it is the same to choose
 // the operands first and to multiply once; with a weight that does not change in a loop, that leaves -, a blend, *, +.
 LB_FN float lerp(float a, float b, float weight) {
-#ifdef __CUDACC__  // by bits, since compilers make two loops of a choice that does not change in one
-  const uint32_t near = weight < 0.5f ? 0xFFFFFFFFu : 0u;
-  const float from = float_of((bits_of(a) & near) | (bits_of(b) & ~near));
-  return from + (weight < 0.5f ? weight : -(1.0f - weight)) * (b - a);
-#else
   return (weight < 0.5f ? a : b) + (weight < 0.5f ? weight : -(1.0f - weight)) * (b - a);
-#endif
 }
 
 LB_FN float reciprocal(float a) { return 1.0f / a; }
