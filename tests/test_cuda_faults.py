@@ -95,7 +95,7 @@ FAULTS = {
         "small", "step.cu", "if (any<32>(doubtful && here.count > 0)) run", "if (doubtful && here.count > V) run"
     ),
     "a quotient that is nearly right": Fault(
-        "adamw", "quick.h", "fma(fma(-b.x, quotient, a.x), inverse, quotient)", "quotient"
+        "adamw", "quick.h", "fma(fma(-b, quotient, a), inverse, quotient)", "quotient"
     ),
     # measure.cu and what it includes
     "columns are added up before they are there": Fault(
