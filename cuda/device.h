@@ -26,10 +26,8 @@ LB_FN int warp() { return (int)(threadIdx.x >> 5); }
 
 #ifdef __CUDACC__
 LB_FN float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
-LB_FN int count_bits(uint32_t x) { return __popc(x); }
 #else
 LB_FN float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
-LB_FN int count_bits(uint32_t x) { return __builtin_popcount(x); }
 #endif
 
 // The larger of a magnitude and that of a value; NaN if one is.

@@ -6,7 +6,7 @@
 //
 // Memory, bytes of a parameter: what is stored of p (read and written), g (read), and each moment (read and written).
 //   AdamW, bf16 p and g, 8-bit moments: 2 + 2 + 2 + 2 * 2 * (1 + 4/256) = 10.06; with 4 bits 2 * 2 * (1/2 + 4/128) = 8.13.
-// Instructions, of a parameter, on the aligned path for sm_90: docs/gpu-speed.md; an H100 can issue 99 and 80 meanwhile.
+// Instructions of a parameter: `lowbit doctor --arch sm_90a` counts them; an H100 can issue 99 and 80 meanwhile.
 #include "moments.h"
 
 namespace lb {
