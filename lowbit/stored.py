@@ -100,10 +100,7 @@ def _unfit(fmt: Format) -> str | None:
 
 def load(fmt: Format, parts: Mapping[str, Tensor], cols: int) -> Tensor:
     """The weight that an optimizer sees, fp32 [rows, cols]: code times scale, or (code + rest / 256) times scale."""
-    if "rest" not in parts:
-        return rows.decode_rows(fmt, dict(parts), cols)
-    scale = _multiplier(fmt, parts).unsqueeze(-1)
-    return _cut(_steps(fmt, parts, cols).float() / REST * scale, cols)
+    return _cut(decode(fmt, _blocks(fmt, parts, cols)), cols)
 
 
 @torch.no_grad()
@@ -121,21 +118,36 @@ def store_(fmt: Format, parts: Mapping[str, Tensor], value: Tensor, noise: tuple
     """
     cols = value.shape[1]
     value = value.float().contiguous()
-    x = _into_blocks(fmt, value)
-    absmax = x.abs().amax(-1)
-    keeps = absmax <= _reach(fmt, parts) * _multiplier(fmt, parts)  # false where either is NaN
-    scale = torch.where(keeps, parts["scale"], codec.derive_scale(fmt, absmax))
     u = None if noise is None else _into_blocks(fmt, uniform(rows.row_bits(noise, value)))
-    if fmt.kind == "integer":
-        k = _integers(fmt, x, scale.unsqueeze(-1), u, REST if "rest" in parts else 1)
-    else:
-        k = codec.encode(fmt, x, u, scale=scale)["codes"]
-    parts["scale"].copy_(scale)
-    if "rest" in parts:
-        code = torch.div(k - _LEAST, REST, rounding_mode="floor")
-        parts["rest"].copy_(_cut(k - REST * code, cols))
-        k = code
-    parts["codes"].copy_(rows.pack(_cut((k & ((1 << fmt.bits) - 1)).to(torch.uint8), cols), fmt.bits))
+    new = encode(fmt, _blocks(fmt, parts, cols), _into_blocks(fmt, value), u)
+    new["codes"] = rows.pack(_cut(new["codes"], cols), fmt.bits)
+    if "rest" in new:
+        new["rest"] = _cut(new["rest"], cols)
+    for part, tensor in new.items():
+        parts[part].copy_(tensor)
+
+
+def decode(fmt: Format, parts: Mapping[str, Tensor]) -> Tensor:
+    """`load` of blocks: codes (one per byte) and rest [..., block], scale [...], to values [..., block]."""
+    if "rest" not in parts:
+        return codec.decode(fmt, dict(parts))
+    sign = 1 << (fmt.bits - 1)
+    k = ((parts["codes"] ^ sign).int() - sign) * REST + parts["rest"].int()
+    return k.float() / REST * _multiplier(fmt, parts).unsqueeze(-1)
+
+
+def encode(fmt: Format, old: Mapping[str, Tensor], x: Tensor, u: Tensor | None) -> dict[str, Tensor]:
+    """`store_` of blocks: the parts that change, for values x [..., block] and numbers u in (0, 1), or None."""
+    absmax = x.abs().amax(-1)
+    keeps = absmax <= _reach(fmt, old) * _multiplier(fmt, old)  # false where either is NaN
+    scale = torch.where(keeps, old["scale"], codec.derive_scale(fmt, absmax))
+    if fmt.kind != "integer":
+        return codec.encode(fmt, x, u, scale=scale)
+    k = _integers(fmt, x, scale.unsqueeze(-1), u, REST if "rest" in old else 1)
+    if "rest" not in old:
+        return {"codes": _codes(fmt, k), "scale": scale}
+    code = torch.div(k - _LEAST, REST, rounding_mode="floor")
+    return {"codes": _codes(fmt, code), "scale": scale, "rest": (k - REST * code).to(torch.int8)}
 
 
 @torch.no_grad()
@@ -161,11 +173,9 @@ def _integers(fmt: Format, x: Tensor, scale: Tensor, u: Tensor | None, steps: in
     return q.clamp(-limit, limit).to(torch.int32)
 
 
-def _steps(fmt: Format, parts: Mapping[str, Tensor], cols: int) -> Tensor:
-    """k = 256 code + rest, in blocks."""
-    sign = 1 << (fmt.bits - 1)
-    codes = (rows.unpack(parts["codes"], fmt.bits, cols) ^ sign).int() - sign
-    return _into_blocks(fmt, codes * REST + parts["rest"].int())
+def _codes(fmt: Format, k: Tensor) -> Tensor:
+    """Integers as codes, in two's complement."""
+    return (k & ((1 << fmt.bits) - 1)).to(torch.uint8)
 
 
 def _reach(fmt: Format, parts: Mapping[str, Tensor]) -> float:
@@ -176,6 +186,13 @@ def _reach(fmt: Format, parts: Mapping[str, Tensor]) -> float:
 def _multiplier(fmt: Format, parts: Mapping[str, Tensor]) -> Tensor:
     """What a code's value is multiplied with, fp32, one number per block."""
     return parts["scale"]
+
+
+def _blocks(fmt: Format, parts: Mapping[str, Tensor], cols: int) -> dict[str, Tensor]:
+    """Parts of a matrix as `decode` takes them."""
+    codes = {"codes": rows.unpack(parts["codes"], fmt.bits, cols)}
+    codes.update({part: parts[part] for part in ("rest",) if part in parts})
+    return {**parts, **{part: _into_blocks(fmt, x) for part, x in codes.items()}}
 
 
 def _into_blocks(fmt: Format, x: Tensor) -> Tensor:
