@@ -86,6 +86,12 @@ def find_store(name: str) -> Store:
     return Store(fmt.name, fmt)
 
 
+def store_of(fmt: Format, rest: bool) -> Store:
+    """The store of a weight that is kept so."""
+    named = (store for store in stores().values() if (store.format, store.rest) == (fmt, rest))
+    return next(named, Store(f"{fmt.name} + rest" if rest else fmt.name, fmt, rest))
+
+
 def _unfit(fmt: Format) -> str | None:
     if not fmt.compressed:
         return "it has no codes"
@@ -156,6 +162,13 @@ def rescale_(fmt: Format, parts: Mapping[str, Tensor], cols: int) -> None:
     value = load(fmt, parts, cols)
     parts["scale"].zero_()  # so that whatever is not 0 would clip
     store_(fmt, parts, value, None)
+
+
+def resolution(fmt: Format, parts: Mapping[str, Tensor]) -> float:
+    """The mean distance of two neighbouring codes of a weight, or of two steps of its rest."""
+    values = [value for value, _ in fmt.ladder]
+    each = (values[-1] - values[0]) / (len(values) - 1) / (REST if "rest" in parts else 1)
+    return each * float(_multiplier(fmt, parts).mean())
 
 
 def _integers(fmt: Format, x: Tensor, scale: Tensor, u: Tensor | None, steps: int) -> Tensor:

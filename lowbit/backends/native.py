@@ -24,6 +24,7 @@ from ..native.library import Library, load
 from ..native.tables import table
 from ..rows import part_shapes
 from ..stages import Job, Program
+from . import reference
 
 EXTRA = {"affine": "zero", "log": "base"}
 
@@ -110,6 +111,8 @@ def unsupported(program: Program) -> str:
 @torch.no_grad()
 def step(jobs: list[Job]) -> None:
     """Step every job, those of a program in a row: parameters, moments, scalars and skip counts, in place."""
+    if any(job.stored for job in jobs):
+        return reference.step(jobs)
     structs: list[bytearray] = []
     kept: list[Tensor] = []  # contiguous copies, for as long as the library works on them
     back: list[tuple[Tensor, Tensor]] = []
