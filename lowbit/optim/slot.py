@@ -112,7 +112,7 @@ class Slot:
             return None
         if self.master != "none":
             raise ValueError(
-                f"{self.label}: master={self.master!r} keeps the low bits of a 16-bit parameter, and this one is stored "
+                f"{self.label}: master={self.master!r} keeps the low bits of a 16-bit parameter, and this is stored "
                 f'as {fmt.name}: give it a group with master="none"; store="split" keeps what codes alone lose'
             )
         parts = parts_of(self.param)
