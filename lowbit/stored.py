@@ -86,6 +86,11 @@ def find_store(name: str) -> Store:
     return Store(fmt.name, fmt)
 
 
+def name_of(fmt: Format, rest: bool) -> str:
+    """What the store with this format of codes is called."""
+    return next((store.name for store in stores().values() if (store.format, store.rest) == (fmt, rest)), fmt.name)
+
+
 def _unfit(fmt: Format) -> str | None:
     if not fmt.compressed:
         return "it has no codes"
