@@ -86,10 +86,9 @@ def find_store(name: str) -> Store:
     return Store(fmt.name, fmt)
 
 
-def store_of(fmt: Format, rest: bool) -> Store:
-    """The store of a weight that is kept so."""
-    named = (store for store in stores().values() if (store.format, store.rest) == (fmt, rest))
-    return next(named, Store(f"{fmt.name} + rest" if rest else fmt.name, fmt, rest))
+def name_of(fmt: Format, rest: bool) -> str:
+    """What the store with this format of codes is called."""
+    return next((store.name for store in stores().values() if (store.format, store.rest) == (fmt, rest)), fmt.name)
 
 
 def _unfit(fmt: Format) -> str | None:

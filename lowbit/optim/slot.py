@@ -15,7 +15,7 @@ from ..formats import format as find_format
 from ..policy import Decision
 from ..roles import role_of
 from ..stages import Job, Program, Turn
-from ..stored import Store, resolution, store_of
+from ..stored import Store, name_of, resolution
 from . import sparse
 from .matrices import Chain, over
 
@@ -116,7 +116,7 @@ class Slot:
                 f'as {fmt.name}: give it a group with master="none"; store="split" keeps what codes alone lose'
             )
         parts = parts_of(self.param)
-        store = store_of(fmt, "rest" in parts)
+        store = Store(name_of(fmt, "rest" in parts), fmt, "rest" in parts)
         shapes = store.part_shapes(tuple(self.param.shape))
         if shapes.keys() != parts.keys():
             raise ValueError(f"{self.label}: {fmt.name} has the parts {', '.join(shapes)}, not {', '.join(parts)}")
