@@ -77,7 +77,9 @@ class Call:
         low, high = self.noise(_ROTATIONS[matmul])
         return Rotation(operand.hadamard, low | high << 32)
 
-    def forward(self, rows: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, bool]) -> tuple[Tensor, dict]:
+    def forward(
+        self, rows: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, bool]
+    ) -> tuple[Tensor, dict]:
         """(y, what to keep for the backward pass), where (x, W) need gradients."""
         activation, other = self.recipe.forward[0], self.recipe.wgrad[1]
         needs_x, needs_weight = needs
