@@ -6,8 +6,9 @@
 // 5 to 10 to encode, 3 to 5 to decode (an H100 has about 30 in the time that 3 bytes take).
 // Blocks that do not fit a warp, or are no power of two, take two passes: `scales`, then `encode` or `fake`.
 //
-// spec.h has the types Fmt (the codes) and Values (the matrix), and the constants STOCHASTIC, LIVE, and ROTATION: how
-// many values a random Hadamard rotation mixes before they are encoded (lowbit/rotation.py), 0 for none.
+// spec.h has the types Fmt (the codes), Values (the matrix) and Out (what `fake` writes), and the constants STOCHASTIC,
+// LIVE, and ROTATION: how many values a random Hadamard rotation mixes before they are encoded (lowbit/rotation.py), 0
+// for none.
 #include "formats.h"
 #include "spec.h"
 
@@ -60,11 +61,11 @@ template <int N> LB_FN void read(const void *values, int64_t at, int count, floa
   Codec<Values>::template decode<N>(raw, 1.0f, 0.0f, {}, x);
 }
 
-template <class Type> LB_FN void write(void *values, int64_t at, int count, const float (&x)[V]) {
+template <class Type, int N> LB_FN void write(void *values, int64_t at, int count, const float (&x)[N]) {
   constexpr int SIZE = Type::BITS / 8;
-  const uint32_t draws[V] = {};
-  const auto raw = Codec<Type>::template encode<V, false, false, false>(x, x, 1.0f, 0.0f, draws, {});
-  store<V * SIZE>((char *)values + at * SIZE, raw, count * SIZE);
+  const uint32_t draws[N] = {};
+  const auto raw = Codec<Type>::template encode<N, false, false, false>(x, x, 1.0f, 0.0f, draws, {});
+  store<N * SIZE>((char *)values + at * SIZE, raw, count * SIZE);
 }
 
 // ---- what a block is stored with
@@ -170,7 +171,7 @@ LB_FN void store_codes(const Matrix &m, const Place &p, const Codes<Fmt, V> &cod
 
 // ---- kernels
 
-template <bool FAKE> LB_FN void run(const Matrix &m, float *to, Codec<Fmt>::Shared &shared) {
+template <bool FAKE> LB_FN void run(const Matrix &m, void *to, Codec<Fmt>::Shared &shared) {
   Codec<Fmt>::prepare(shared);
   __syncthreads();
   const Place p = Place::of(m);
@@ -192,7 +193,7 @@ template <bool FAKE> LB_FN void run(const Matrix &m, float *to, Codec<Fmt>::Shar
       if (!FAKE) continue;
       float out[1];
       Codec<Fmt>::decode<1>(code, b.scale, b.base, shared, out);
-      to[p.row * m.cols + p.col + i] = out[0];
+      write<Out>(to, p.row * m.cols + p.col + i, 1, out);
     }
     if (!FAKE) store_codes(m, p, codes);
     return;
@@ -217,9 +218,7 @@ template <bool FAKE> LB_FN void run(const Matrix &m, float *to, Codec<Fmt>::Shar
   if constexpr (FAKE) {
     float out[V];
     Codec<Fmt>::decode<V>(codes, b.scale, b.base, shared, out);
-    Words<V * 4> words;
-    LB_UNROLL for (int i = 0; i < V; ++i) words.word[i] = bits_of(out[i]);
-    store<V * 4>(to + p.row * m.cols + p.col, words, p.count * 4);
+    write<Out>(to, p.row * m.cols + p.col, p.count, out);
   } else {
     if constexpr (SCALED && Fmt::BITS < 8) {  // codes beyond the end of a row are 0
       LB_UNROLL for (int i = 0; i < V; ++i) {
@@ -236,7 +235,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 5) encode(const Matrix m) 
   run<false>(m, nullptr, shared);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) fake(const Matrix m, float *to) {
+extern "C" __global__ void __launch_bounds__(THREADS) fake(const Matrix m, void *to) {
   __shared__ Codec<Fmt>::Shared shared;
   run<true>(m, to, shared);
 }

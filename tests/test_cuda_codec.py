@@ -96,6 +96,17 @@ def test_special_values(name):
         check(fmt, x.abs(), live=True)
 
 
+@pytest.mark.parametrize("name", ["nf4", "int4-affine:32", "int4:3", "solo2:300", "fp32"])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_what_comes_out_in_16_bits_is_rounded_once(name, dtype):
+    fmt = format(name)
+    x = values(fmt, (3, 300))
+    x[1, 7], x[2, 8] = 3e38 if fmt.signed else 1e30, math.inf
+    parts = reference.encode(fmt, x)
+    same(cuda.decode(fmt, parts, 300, dtype), reference.decode(fmt, parts, 300).to(dtype), name)
+    same(cuda.fake(fmt, x, NOISE, dtype=dtype), reference.fake(fmt, x, NOISE).to(dtype), name)
+
+
 @pytest.mark.parametrize("name", formats())
 def test_every_code_is_decoded(name):
     fmt = format(name)

@@ -58,12 +58,20 @@ class Matrix(Structure):
 
 
 @lru_cache(maxsize=1024)
-def print_spec(fmt: Format, dtype: torch.dtype, stochastic: bool = False, live: bool = False, rotation: int = 0) -> str:
+def print_spec(
+    fmt: Format,
+    dtype: torch.dtype,
+    stochastic: bool = False,
+    live: bool = False,
+    rotation: int = 0,
+    out: torch.dtype = torch.float32,
+) -> str:
     """The text of spec.h for cuda/codec.cu."""
     constants = {"bool STOCHASTIC": stochastic, "bool LIVE": live, "int ROTATION": rotation}
     lines = [f"constexpr {name} = {str(value).lower()};\n" for name, value in constants.items()]
-    values = print_format(format(_NAMES[dtype]), "Values")
-    return f'#pragma once\n#include "arithmetic.h"\n{print_format(fmt, "Fmt")}{values}{"".join(lines)}'
+    types = (fmt, "Fmt"), (format(_NAMES[dtype]), "Values"), (format(_NAMES[out]), "Out")
+    printed = "".join(print_format(one, name) for one, name in types)
+    return f'#pragma once\n#include "arithmetic.h"\n{printed}{"".join(lines)}'
 
 
 @lru_cache(maxsize=1)
@@ -78,12 +86,12 @@ def _module(
     stochastic: bool = False,
     live: bool = False,
     rotation: int = 0,
+    out: torch.dtype = torch.float32,
 ) -> Module:
     texts = _texts()
     headers = {name: texts[name] for name in HEADERS}
-    return machine(device).module(
-        texts["codec.cu"], {**headers, "spec.h": print_spec(fmt, dtype, stochastic, live, rotation)}
-    )
+    spec = print_spec(fmt, dtype, stochastic, live, rotation, out)
+    return machine(device).module(texts["codec.cu"], {**headers, "spec.h": spec})
 
 
 HEADERS = ("stdint.h", "abi.h", "words.h", "arithmetic.h", "device.h", "formats.h")
@@ -141,16 +149,17 @@ def _encode(
     noise: tuple[int, int] | None,
     live: bool,
     rotation: Rotation | None,
-    *arguments: object,
+    out: Tensor | None = None,
 ) -> None:
-    module = _module(x.device, fmt, x.dtype, noise is not None, live, rotation.size if rotation else 0)
+    size, dtype = rotation.size if rotation else 0, torch.float32 if out is None else out.dtype
+    module = _module(x.device, fmt, x.dtype, noise is not None, live, size, dtype)
     if not _at_once(fmt):
         matrix, _ = _matrix(fmt, x, parts)
         blocks = matrix.rows * matrix.scales
         threads = THREADS if fmt.block[1] > WARP else 32
         module.machine.launch(module.function("scales"), blocks, threads, (matrix,))
     matrix, lanes = _matrix(fmt, x, parts, noise, rotation)
-    _launch(module, name, lanes, matrix, *arguments)
+    _launch(module, name, lanes, matrix, *(() if out is None else (c_void_p(out.data_ptr()),)))
 
 
 def _ready(fmt: Format, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, Rotation | None]:
@@ -179,23 +188,30 @@ def encode(
     return parts
 
 
-def decode(fmt: Format, parts: dict[str, Tensor], cols: int) -> Tensor:
+def decode(fmt: Format, parts: dict[str, Tensor], cols: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """See `backends.decode`."""
     parts = {part: tensor.contiguous() for part, tensor in parts.items()}
     codes = parts["codes"]
     rows = codes.shape[0] if fmt.compressed or not cols else codes.numel() // cols
-    values = torch.empty(rows, cols, dtype=torch.float32, device=codes.device)
+    values = torch.empty(rows, cols, dtype=dtype, device=codes.device)
     if values.numel():
         matrix, lanes = _matrix(fmt, values, parts)
-        _launch(_module(codes.device, fmt, torch.float32), "decode", lanes, matrix)
+        _launch(_module(codes.device, fmt, dtype), "decode", lanes, matrix)
     return values
 
 
-def fake(fmt: Format, x: Tensor, noise: tuple[int, int] | None = None, *, rotation: Rotation | None = None) -> Tensor:
+def fake(
+    fmt: Format,
+    x: Tensor,
+    noise: tuple[int, int] | None = None,
+    *,
+    rotation: Rotation | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
     """decode(encode(x)), without making the codes."""
     x, rotation = _ready(fmt, x, rotation)
-    values = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    values = torch.empty(x.shape, dtype=dtype, device=x.device)
     if x.numel():
         parts = {} if _at_once(fmt) else _empty(fmt, x)
-        _encode("fake", fmt, x, parts, noise, False, rotation, c_void_p(values.data_ptr()))
+        _encode("fake", fmt, x, parts, noise, False, rotation, values)
     return values
