@@ -27,6 +27,8 @@ STATEMENTS: dict[str, Callable[..., Matmuls]] = {
     "quartet": mx.quartet,
     "nvfp4": nv.nvidia,
     "quartet2": nv.quartet2,
+    "tetrajet2": nv.tetrajet2,
+    "qlora-nf4": gaussian.qlora,
     "quest": gaussian.quest,
     "luq": gaussian.luq,
     "stablespam-int4": released.int4,
@@ -48,10 +50,6 @@ class FromLowbit:
         rotation = self.call.rotation(matmul)
         assert rotation is not None and rotation.size == size
         return np.where(rotation.signs(-(-cols // size) * size).numpy(), -1.0, 1.0)[None, :]
-
-
-def padded(signs: Matrix, cols: int) -> Matrix:
-    return signs[:, :cols]
 
 
 def randn(*shape: int, seed: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Recipes whose scales are the best for a Gaussian: QuEST and LUQ; and QLoRA's base."""
+"""Recipes whose scales are the best for a Gaussian: QuEST and LUQ; and QLoRA's grid, which is."""
 
 import numpy as np
 
@@ -33,3 +33,32 @@ def luq(x: Matrix, w: Matrix, g: Matrix, draws: Draws) -> Matmuls:
     down = scaled(g, (0, 0), E3M0, draws.uniform("dgrad gradient", *g.shape))
     across = scaled(g.T, (0, 0), E3M0, draws.uniform("wgrad gradient", *g.T.shape))
     return xq @ wq.T, down @ wq, across @ xq
+
+
+NF4 = np.array(
+    [-1.0, -0.6961928, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.09105004, 0.0]
+    + [0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0]
+)
+
+
+def dynamic_map() -> Matrix:
+    """Dettmers 2015, as bitsandbytes builds it for 8 bits with a sign: 7 decades, each with twice the values."""
+    values = [0.0, 1.0]
+    for i in range(7):
+        edges = np.linspace(0.1, 1, 2**i + 1)
+        decade = 10.0 ** (i - 6) * (edges[:-1] + edges[1:]) / 2
+        values += [*decade, *-decade]
+    return np.sort(values)
+
+
+def qlora(x: Matrix, w: Matrix, g: Matrix, draws: Draws) -> Matmuls:
+    """2305.14314, section 3: NF4 per 64; scales less their mean in 8 bits, with one scale per 256 of them."""
+    blocks = [row[j : j + 64] for row in w for j in range(0, len(row), 64)]
+    scales = np.array([np.abs(block).max() for block in blocks])
+    apart, doubled = scales - scales.mean(), []
+    for i in range(0, len(apart), 256):
+        inner = np.abs(apart[i : i + 256]).max()
+        doubled.append(nearest(apart[i : i + 256] / inner, dynamic_map()) * inner + scales.mean())
+    # The codes are those of the scales before they were quantized, as in bitsandbytes.
+    values = [nearest(b / s, NF4) * d for b, s, d in zip(blocks, scales, np.concatenate(doubled), strict=True)]
+    return straight_through(x, np.concatenate(values).reshape(w.shape), g)

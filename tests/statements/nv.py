@@ -1,4 +1,4 @@
-"""Recipes in NVFP4: NVIDIA's, and Quartet II."""
+"""Recipes in NVFP4: NVIDIA's, Quartet II and TetraJet-v2."""
 
 import numpy as np
 
@@ -62,5 +62,26 @@ def quartet2(x: Matrix, w: Matrix, g: Matrix, draws: Draws) -> Matmuls:
         a, b = rotated(a, 128, signs), rotated(b, 128, signs)
         aq = ms_eden(a, 128, draws.uniform(f"{name} gradient", len(a), a.shape[1] // 16))
         return aq @ ms_eden(b, 128, draws.uniform(f"{name} {second}", len(b), b.shape[1] // 16)).T
+
+    return xq @ wq.T, product("dgrad", g, wq.T, "weight"), product("wgrad", g.T, xq.T, "activation")
+
+
+def double_block(x: Matrix, uniform: Matrix | None = None) -> Matrix:
+    """2510.27527, section 4: an fp32 scale for 128 values of a row, an E4M3 scale for 16."""
+    outer = per_block(x, (1, 128), absmax) / (6 * 448)
+    stored = nearest(np.maximum(divided(per_block(x, ROW, absmax) / 6, outer), 2.0**-9), E4M3)
+    u = divided(x, stored * outer)
+    return (nearest(u, E2M1) if uniform is None else away(u, E2M1, uniform)) * stored * outer
+
+
+def tetrajet2(x: Matrix, w: Matrix, g: Matrix, draws: Draws) -> Matmuls:
+    """2510.27527, TJv2-base: rotations of 16, all four backward operands stochastically, the forward's values again."""
+    xq, wq = double_block(x), double_block(w)
+
+    def product(name: str, a: Matrix, b: Matrix, second: str) -> Matrix:
+        signs = draws.signs(name, 16, a.shape[1])
+        a, b = rotated(a, 16, signs), rotated(b, 16, signs)
+        aq = double_block(a, draws.uniform(f"{name} gradient", *a.shape))
+        return aq @ double_block(b, draws.uniform(f"{name} {second}", *b.shape)).T
 
     return xq @ wq.T, product("dgrad", g, wq.T, "weight"), product("wgrad", g.T, xq.T, "activation")
