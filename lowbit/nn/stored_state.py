@@ -34,6 +34,13 @@ class Saved(NamedTuple):
 class StoredState(nn.Module):
     """A module whose parameters may be `StoredWeight`s, or that may be loaded from one which had such."""
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        for parameter in self._parameters.values():
+            if isinstance(parameter, StoredWeight):
+                _keep_hooks(parameter)
+        return self
+
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name, parameter in self._parameters.items():
@@ -85,7 +92,9 @@ def found(state: Mapping[str, Any], key: str, parameter: Tensor) -> Saved:
     value = state[key]
     if f"{key}_format" not in state:
         if not value.is_floating_point():
-            raise ValueError(f"{key} is {value.dtype}, which is neither a dense weight nor, without {key}_format, codes")
+            raise ValueError(
+                f"{key} is {value.dtype}, which is neither a dense weight nor, without {key}_format, codes"
+            )
         _same(key, value, tuple(parameter.shape), value.dtype)
         return Saved(value, None)
     tag = int(state[f"{key}_format"])
@@ -107,7 +116,9 @@ def found(state: Mapping[str, Any], key: str, parameter: Tensor) -> Saved:
 
 def _same(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     if tuple(x.shape) != shape or x.dtype != dtype:
-        raise ValueError(f"size mismatch for {name}: the checkpoint has {x.dtype} {tuple(x.shape)}, not {dtype} {shape}")
+        raise ValueError(
+            f"size mismatch for {name}: the checkpoint has {x.dtype} {tuple(x.shape)}, not {dtype} {shape}"
+        )
 
 
 @torch.no_grad()
@@ -144,3 +155,30 @@ def _assigned(old: StoredWeight, saved: Saved) -> StoredWeight:
     value = saved.stored.load() if saved.stored is not None else saved.value
     assert value is not None
     return StoredWeight.of(value, old.store, stream=old.stream)
+
+
+@torch.no_grad()
+def store_parameter_(parameter: Tensor, store: str, stream: int) -> None:
+    """Make a parameter a stored weight. It stays the same object, wherever it is used, with its hooks and gradient."""
+    if not isinstance(parameter, StoredWeight):
+        _become(parameter, StoredWeight.of(parameter.detach(), store, stream=stream))
+
+
+@torch.no_grad()
+def dense_parameter_(parameter: Tensor, values: Tensor) -> None:
+    """Make a stored weight a plain parameter with these values. It stays the same object."""
+    _become(parameter, values)
+
+
+def _become(parameter: Tensor, value: Tensor) -> None:
+    grad, parameter.grad = parameter.grad, None
+    torch.utils.swap_tensors(parameter, nn.Parameter(value, requires_grad=parameter.requires_grad))
+    _keep_hooks(parameter)
+    if grad is not None and grad.dtype == parameter.dtype:
+        parameter.grad = grad
+
+
+def _keep_hooks(parameter: Tensor) -> None:
+    """Hooks that a swap has left in Python alone are known to autograd again; their handles still remove them."""
+    for hooks in ("_backward_hooks", "_post_accumulate_grad_hooks"):
+        setattr(parameter, hooks, getattr(parameter, hooks))
