@@ -102,7 +102,7 @@ class StoredWeight(StoredTensor):
         return made
 
     @property
-    def nbytes(self) -> int:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def nbytes(self) -> int:  # pyright: ignore
         """Bytes of all parts together."""
         return sum(part.nbytes for part in self.parts.values())
 

@@ -21,7 +21,7 @@ Rule = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 class StoredTensor(Tensor):
     """A tensor with no memory of its own: what `StoredWeight` and its views share."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
     owns_codes = False
 
     def dense(self) -> Tensor:

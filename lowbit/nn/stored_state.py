@@ -122,7 +122,7 @@ def _same(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> N
 
 
 @torch.no_grad()
-def _loaded(parameter: Tensor, saved: Saved, key: str, assign: bool) -> nn.Parameter:
+def _loaded(parameter: Tensor, saved: Saved, key: str, assign: bool) -> Any:
     """The parameter with the saved values: itself, or, to `assign`, one on top of the saved tensors."""
     old: Any = parameter
     if parameter.is_meta and not assign:
