@@ -183,6 +183,13 @@ def rescale_(fmt: Format, parts: Mapping[str, Tensor], cols: int) -> None:
     store_(fmt, parts, value, None)
 
 
+def resolution(fmt: Format, parts: Mapping[str, Tensor]) -> float:
+    """The mean distance of two neighbouring codes of a weight, or of two steps of its rest."""
+    values = [value for value, _ in fmt.ladder]
+    each = (values[-1] - values[0]) / (len(values) - 1) / (REST if "rest" in parts else 1)
+    return each * float(_multiplier(fmt, parts).mean())
+
+
 def _integers(fmt: Format, x: Tensor, scale: Tensor, u: Tensor | None, steps: int) -> Tensor:
     """x / scale in units of 1 / steps, rounded: int32, -limit to limit.
 
