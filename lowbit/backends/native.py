@@ -228,7 +228,8 @@ def _encode(
     matrix.dtype, matrix.stochastic = DTYPES[x.dtype], noise is not None
     matrix.key[:] = noise or (0, 0)
     if rotation is not None:
-        matrix.rotation, matrix.signs[:] = -rotation.size if back else rotation.size, rotation.keys
+        matrix.rotation, matrix.flips = -rotation.size if back else rotation.size, rotation.seed is not None
+        matrix.signs[:] = (0, 0) if rotation.seed is None else rotation.keys
     values = None
     if dtype is not None:
         values = _empty_like(x, columns, dtype)

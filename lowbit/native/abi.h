@@ -156,6 +156,7 @@ typedef struct lb_matrix {
   int32_t dtype, out_dtype;
   int32_t stochastic;
   int32_t rotation;  // runs of so many values are rotated before they are encoded; negative: rotated back
+  int32_t flips;     // whether the rotation changes signs
   uint32_t key[2], signs[2];  // of random bits, and of the rotation's signs
   lb_operand packed;          // codes may be null: values are enough
 } lb_matrix;

@@ -196,7 +196,7 @@ static bool encode_piece(const lb_matrix &m, const Piece &p, float *room, Desk &
   for (int64_t i = 0; own && !m.columns && i < n; i += SPAN) widen(m.values, m.dtype, at + i, part_of(n - i), room + i);
   for (int l = 0; l < p.lanes; ++l) {
     float *copy = room + l * width;
-    if (m.rotation) rotate(copy, n, p.first, m.rotation, m.signs);
+    if (m.rotation) rotate(m, copy, n, p.first);
     const float *x = own ? copy : (const float *)m.values + at;
     const Line line = {p.row + l, p.first, n, x, !m.out ? nullptr : direct ? (float *)m.out + out_at : copy};
     if (!encode_line(m, line, desk)) return false;
