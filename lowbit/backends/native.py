@@ -224,8 +224,8 @@ def _encode(
     rows, cols = x.shape
     if rotation is not None:
         rotation.check(cols)
-    matrix = abi.Matrix(values=x.data_ptr(), rows=rows, cols=cols, stride=row_stride(cols), step=step, columns=columns)
-    matrix.dtype, matrix.stochastic = DTYPES[x.dtype], noise is not None
+    matrix = abi.Matrix(values=x.data_ptr(), rows=rows, cols=cols, stride=row_stride(cols), step=step)
+    matrix.dtype, matrix.columns, matrix.stochastic, matrix.tile = DTYPES[x.dtype], columns, noise is not None, 1
     matrix.key[:] = noise or (0, 0)
     if rotation is not None:
         matrix.rotation, matrix.flips = -rotation.size if back else rotation.size, rotation.seed is not None
@@ -303,7 +303,7 @@ def decode(fmt: Format, parts: dict[str, Tensor], cols: int, dtype: torch.dtype 
     codes = parts["codes"]
     rows = codes.shape[0] if fmt.compressed or not cols else codes.numel() // cols
     values = torch.empty(rows, cols, dtype=dtype)
-    matrix = abi.Matrix(out=values.data_ptr(), out_dtype=DTYPES[dtype], rows=rows, cols=cols, out_step=cols)
+    matrix = abi.Matrix(out=values.data_ptr(), out_dtype=DTYPES[dtype], rows=rows, cols=cols, out_step=cols, tile=1)
     fill_operand(matrix.packed, fmt, parts, cols)
     if values.numel() and load().decode(byref(matrix), torch.get_num_threads()):
         raise MemoryError("the native decoder found no memory")

@@ -100,14 +100,14 @@ struct Piece {  // columns first .. last of some rows: one, or those of a strip
   int lanes;
 };
 
-// How a matrix is shared out: whole rows, or of long ones runs of whole blocks that begin at a byte of codes.
+// How a matrix is shared out: whole rows, or of long ones runs that begin at a byte of codes, of whole blocks if need be.
 struct Pieces {
   int64_t rows, cols, across, each, count;
   int lanes;
-  explicit Pieces(const lb_matrix &m) : rows(m.rows), cols(m.cols), lanes(m.columns ? LANES : 1) {
+  Pieces(const lb_matrix &m, bool blocks) : rows(m.rows), cols(m.cols), lanes(m.columns ? LANES : 1) {
     const lb_format &f = *m.packed.format;
     const int64_t wide = m.columns ? STRIP : WIDE;
-    int64_t unit = f.kind == LB_KIND_FLOAT ? 1 : f.block;
+    int64_t unit = f.kind == LB_KIND_FLOAT || !blocks ? 1 : f.block;
     while (unit % (m.rotation ? LB_BLOCK / 2 : 8)) unit *= 2;
     each = cols > 0 ? cols : 1;
     if (cols > (m.columns ? wide : 2 * wide) && unit < cols) each = (wide + unit - 1) / unit * unit;
