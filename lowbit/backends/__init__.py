@@ -86,6 +86,12 @@ def _tell(program: Program, reason: str) -> None:
         warnings.warn(f"a rule runs on the reference backend, 20 to 50 times slower: {reason}", stacklevel=2)
 
 
+def for_format(fmt: Format, device: torch.device, live: bool = False) -> ModuleType:
+    """The backend that codes and decodes a format: the reference's where kernels know no such scales."""
+    backend = choose(device)
+    return backend if backend.takes(fmt, live) else reference
+
+
 def encode(
     fmt: Format,
     x: Tensor,
@@ -104,12 +110,12 @@ def encode(
         live: what is above 0 may not become 0.
         rotation: rotate the rows first (see `rotation`); raises `ValueError` where they cannot be.
     """
-    return choose(x.device).encode(fmt, x, noise, live=live, rotation=rotation)
+    return for_format(fmt, x.device, live).encode(fmt, x, noise, live=live, rotation=rotation)
 
 
 def decode(fmt: Format, parts: dict[str, Tensor], cols: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """The inverse of `encode`: [rows, cols], computed in fp32 and then rounded to `dtype`."""
-    return choose(parts["codes"].device).decode(fmt, parts, cols, _made_in(dtype)).to(dtype)
+    return for_format(fmt, parts["codes"].device).decode(fmt, parts, cols, _made_in(dtype)).to(dtype)
 
 
 def fake(
@@ -132,7 +138,7 @@ def fake(
     x = _plain(x)
     if torch.compiler.is_compiling() and rotation is None and _is_operator(fmt, x.device):
         return torch.ops.lowbit.fake(x, fmt.name, [] if noise is None else list(noise)).to(dtype)
-    return _for_layers(x).fake(fmt, x, noise, rotation=rotation, dtype=_made_in(dtype)).to(dtype)
+    return _for_layers(x, fmt).fake(fmt, x, noise, rotation=rotation, dtype=_made_in(dtype)).to(dtype)
 
 
 def quantized(
@@ -145,14 +151,14 @@ def quantized(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`fake` and `encode` at once: what a layer multiplies with, and the parts that it saves."""
     x = _plain(x)
-    values, parts = _for_layers(x).quantized(fmt, x, noise, rotation=rotation, dtype=_made_in(dtype))
+    values, parts = _for_layers(x, fmt).quantized(fmt, x, noise, rotation=rotation, dtype=_made_in(dtype))
     return values.to(dtype), parts
 
 
 def rotate(x: Tensor, rotation: Rotation, *, back: bool = False, dtype: torch.dtype = torch.float32) -> Tensor:
     """The rows of a matrix rotated (`rotation.rotate`), or rotated back (`rotation.rotate_back`)."""
     x = _plain(x)
-    return _for_layers(x).rotate(x, rotation, back=back, dtype=_made_in(dtype)).to(dtype)
+    return _for_layers(x, find_format("fp32")).rotate(x, rotation, back=back, dtype=_made_in(dtype)).to(dtype)
 
 
 def _plain(x: Tensor) -> Tensor:
@@ -164,8 +170,9 @@ def _made_in(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype in native.DTYPES else torch.float32
 
 
-def _for_layers(x: Tensor) -> ModuleType:
-    return reference if torch.compiler.is_compiling() or x.is_meta or type(x) is not Tensor else choose(x.device)
+def _for_layers(x: Tensor, fmt: Format) -> ModuleType:
+    plain = not torch.compiler.is_compiling() and not x.is_meta and type(x) is Tensor
+    return for_format(fmt, x.device) if plain else reference
 
 
 @constant
@@ -175,7 +182,7 @@ def _is_operator(fmt: Format, device: torch.device) -> bool:
         if isinstance(value, cached_property):
             with contextlib.suppress(ValueError):
                 getattr(fmt, name)
-    if _NATIVE.get(device.type) is not cuda or choose(device) is not cuda:
+    if _NATIVE.get(device.type) is not cuda or for_format(fmt, device) is not cuda:
         return False
     from . import operators  # noqa: F401  # not before it is needed: importing the library registers nothing
 

@@ -39,6 +39,11 @@ def find(device: torch.device) -> None:
     machine(device)
 
 
+def takes(fmt: Format, live: bool = False) -> bool:
+    """Whether this backend codes and decodes a format; `live` as for `encode`."""
+    return fmt.plain
+
+
 class Matrix(Structure):
     """As in cuda/codec.cu."""
 

@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import codec, masters
+from ..blocks import halve
 from ..formats import Format
 from ..layout import row_stride, step_width
 from ..rotation import Rotation
@@ -422,18 +423,6 @@ def _kept(keep: Tensor | None, new: Tensor, old: Tensor) -> Tensor:
     return new if keep is None else torch.where(keep.view(-1, *[1] * (new.dim() - 1)), new, old)
 
 
-def halve(values: Tensor) -> Tensor:
-    """The sum over the last dimension by a halving tree: x[i] + x[i + n/2], zeros padded to a power of two."""
-    length = values.shape[-1]
-    if length == 0:
-        return values.new_zeros(values.shape[:-1])
-    values = F.pad(values, (0, (1 << (length - 1).bit_length()) - length))
-    while values.shape[-1] > 1:
-        half = values.shape[-1] // 2
-        values = values[..., :half] + values[..., half:]
-    return values[..., 0]
-
-
 def _reduced(stage: Stage, values: Tensor) -> Tensor:
     return values.abs().amax(-1) if stage.reduce == "max" else halve(values)
 
@@ -458,6 +447,11 @@ def _measured(stage: Stage, parts: list[Tensor], job: Job) -> Tensor:
 
 
 # ---- whole matrices
+
+
+def takes(fmt: Format, live: bool = False) -> bool:
+    """Whether this backend codes and decodes a format; `live` as for `encode`."""
+    return True
 
 
 def _turned(x: Tensor, rotation: Rotation | None) -> Tensor:
@@ -520,6 +514,8 @@ def fake(
         return narrow(x, fmt.dtype, bits).to(torch.float32, copy=True).to(dtype)
     if x.numel() == 0:
         return x.to(dtype)
+    if not fmt.plain:
+        return decode(fmt, encode(fmt, x, noise), x.shape[1], dtype)
     pieces = blocks(x, fmt.block[1])
     draws = [None] * len(pieces) if bits is None else blocks(uniform(bits), fmt.block[1])
     return joined([_fake_blocks(fmt, piece, u) for piece, u in zip(pieces, draws, strict=True)]).to(dtype)
