@@ -10,7 +10,7 @@ from torch.nn import Parameter
 
 import lowbit
 from lowbit.optim import AdamW, GlobalClip, Lion, Rule, param_groups
-from lowbit.optim.hyper import annotations
+from lowbit.optim.hyper import types_of
 
 WRONG = {"int": ["8", True, [8], object()], "float": ["1e-3", True, (1e-3,), torch.ones(2)], "bool": ["yes", 2, None]}
 
@@ -19,7 +19,7 @@ WRONG = {"int": ["8", True, [8], object()], "float": ["1e-3", True, (1e-3,), tor
 def test_a_wrong_type_is_an_error_that_names_the_argument(case: Case):
     """Every number and switch that an optimizer takes: for all parameters, and for a group added later."""
     asked = 0
-    for name, annotation in annotations(case.optimizer).items():
+    for name, annotation in types_of(case.optimizer).items():
         kind, *others = annotation.split(" | ")
         for wrong in WRONG.get(kind, ()) if name in inspect.signature(case.optimizer).parameters else ():
             if wrong is None and "None" in others:
@@ -44,7 +44,7 @@ def test_betas_are_two_numbers(betas):
 
 @pytest.mark.parametrize("part", [lowbit.optim.AdaClip, lowbit.optim.AdaGN, GlobalClip, lowbit.optim.SpikeClip])
 def test_stabilizers_arguments_too(part):
-    name = next(n for n, kind in annotations(part).items() if kind == "float")
+    name = next(n for n, kind in types_of(part).items() if kind == "float")
     with pytest.raises(TypeError, match=f"{name} must be a number, not '1'"):
         AdamW([Parameter(torch.ones(3))], stabilize=part(**{name: "1"}))
 

@@ -54,7 +54,7 @@ def check_names(optimizer: str, group: Mapping[str, Any], known: list[str], inde
         )
 
 
-def annotations(owner: type) -> dict[str, str]:
+def types_of(owner: type) -> dict[str, str]:
     """The types of the constructor's arguments, those of the classes it derives from included."""
     found = {}
     for base in reversed(owner.__mro__):
@@ -66,7 +66,7 @@ def annotations(owner: type) -> dict[str, str]:
 
 def check_types(owner: type, group: Mapping[str, Any]) -> None:
     """Raise `TypeError` for a hyper-parameter that is no number, or neither True nor False, where one is asked for."""
-    for name, annotation in annotations(owner).items():
+    for name, annotation in types_of(owner).items():
         wanted, *others = annotation.split(" | ")
         value = group.get(name)
         if name not in group or (value is None and "None" in others):
