@@ -6,7 +6,6 @@ Python and torch cannot run under them, so calls are recorded here and played ba
 import re
 import shutil
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -93,14 +92,8 @@ def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def harnesses(recording: Path) -> dict[str, Path | str]:
-    """The built harness of each case, or why there is none."""
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(CASES, pool.map(lambda name: compiled(recording, name), CASES), strict=True))
-
-
 def compiled(folder: Path, name: str) -> Path | str:
+    """The built harness of a case, or why there is none."""
     case, cxx = CASES[name], build.compiler()
     if not cxx:
         return "no C++ compiler"
@@ -146,14 +139,14 @@ def test_recorded_settings_reach_every_kind():
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.fault])
-def test_the_driver_is_clean(name: str, harnesses: dict[str, Path | str], recording: Path):
-    done = play(harnesses[name], recording)
+def test_the_driver_is_clean(name: str, recording: Path):
+    done = play(compiled(recording, name), recording)
     assert done.returncode == 0 and not done.stderr, done.stderr[:4000]
     assert done.stdout.endswith(" calls\n") and int(done.stdout.split()[0]) > 200
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.fault])
-def test_a_planted_fault_is_found(name: str, harnesses: dict[str, Path | str], recording: Path):
-    done = play(harnesses[name], recording)
+def test_a_planted_fault_is_found(name: str, recording: Path):
+    done = play(compiled(recording, name), recording)
     said = CASES[name].fault[2]
     assert done.returncode not in (0, 3, 4) and said in done.stderr, done.stderr[:4000] or done.stdout
