@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from types import ModuleType
-from typing import Any, ClassVar, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict
 
 import torch
 from torch import Tensor
@@ -34,6 +34,9 @@ from .explain import Explanation, explain
 from .matrices import Chain, carried
 from .roster import Roster, Turns
 from .slot import FLOATS, Slot, asked_of
+
+if TYPE_CHECKING:
+    from .in_backward import InBackward
 
 ROUNDINGS = ("auto", "nearest", "stochastic")
 
@@ -124,6 +127,7 @@ class Rule(torch.optim.Optimizer, Part):
     by_role: ClassVar[bool] = False  # whether a tensor's kind depends on its role, and so on its name
     host: ClassVar[dict[str, float]] = {}  # numbers per tensor that matrix stages keep on the host
     guarded: bool = True
+    in_backward: InBackward | None = None  # what steps each parameter in backward
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Show the common options in a subclass's signature in place of its `**options`."""
@@ -354,6 +358,9 @@ class Rule(torch.optim.Optimizer, Part):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self.in_backward is not None:
+            self.in_backward.end()
+            return loss
         with torch.no_grad():
             if replay.capturing(self):
                 self._capture()
@@ -516,7 +523,7 @@ class Rule(torch.optim.Optimizer, Part):
         parts = [part.constants(group, t) for part in self.stabilize]
         return {k: v for constants in (*parts, self.kind_constants(group, t, kind)) for k, v in constants.items()}
 
-    def _reset(self, when: str) -> None:
+    def _reset(self, when: str, only: Tensor | None = None) -> None:
         """Momentum reset: zero scales and codes, written directly; what debiases a moment restarts with it.
 
         Of every tensor in the group, also of those that have no gradient in this step. A late reset, as released, is
@@ -525,7 +532,8 @@ class Rule(torch.optim.Optimizer, Part):
         for group in self.param_groups:
             if any(part.resets(group) == when for part in (*self.stabilize, self)):
                 for p in group["params"]:
-                    if self.state.get(p) and (when == "before" or p.grad is not None):
+                    meant = only is None or p is only
+                    if meant and self.state.get(p) and (when == "before" or p.grad is not None):
                         self._slots[p].zero_moments(self.state[p], keep=when == "after")
                         if self._slots[p].kept:
                             self._slots[p].draw(self.state[p], group["seed"], group["steps"])
@@ -572,6 +580,10 @@ class Rule(torch.optim.Optimizer, Part):
 
     # ---- what it tells
 
+    @property
+    def _step_supports_amp_scaling(self) -> bool:  # with it, a GradScaler calls `step`, which can refuse it
+        return self.in_backward is not None
+
     def explain(self) -> Explanation:
         """Every tensor with its role, formats, the rule that chose them and its bytes; `str()` is a table."""
         self.init_state()
@@ -591,7 +603,7 @@ class Rule(torch.optim.Optimizer, Part):
 
     def __getstate__(self) -> dict[str, Any]:
         # Also what a subclass keeps; not hooks (as in torch), and not what is built again.
-        built = ("_programs", "_slots", "_roster", "devices", "step")
+        built = ("_programs", "_slots", "_roster", "devices", "step", "in_backward")
         own = {k: v for k, v in vars(self).items() if k not in built and not k.startswith("_optimizer_")}
         return {**own, **super().__getstate__()}
 
