@@ -16,7 +16,7 @@ FLOORS = [
     {"words", "formats", "rounding", "compiler"},
     {"codec", "layout", "stages", "masters", "roles", "rotation"},
     {"rows", "native"},
-    {"gpu"},
+    {"gpu", "stored"},
     {"backends"},
     {"packed", "policy"},
     {"optim", "nn"},

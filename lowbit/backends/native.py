@@ -17,13 +17,16 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from ..formats import Format
+from ..formats import format as find_format
 from ..layout import row_bytes, row_stride
 from ..native import abi
 from ..native.build import BuildError
 from ..native.library import Library, load
 from ..native.tables import table
+from ..rotation import Rotation
 from ..rows import part_shapes
 from ..stages import Job, Program
+from . import reference
 
 EXTRA = {"affine": "zero", "log": "base"}
 
@@ -110,6 +113,8 @@ def unsupported(program: Program) -> str:
 @torch.no_grad()
 def step(jobs: list[Job]) -> None:
     """Step every job, those of a program in a row: parameters, moments, scalars and skip counts, in place."""
+    if any(job.stored for job in jobs):
+        return reference.step(jobs)
     structs: list[bytearray] = []
     kept: list[Tensor] = []  # contiguous copies, for as long as the library works on them
     back: list[tuple[Tensor, Tensor]] = []
@@ -193,45 +198,115 @@ def fill_operand(target: abi.Operand, fmt: Format, parts: dict[str, Tensor], col
     target.scales = -(-cols // fmt.block[1])
 
 
-def _matrix(fmt: Format, values: Tensor, parts: dict[str, Tensor], noise: tuple[int, int] | None) -> abi.Matrix:
-    rows, cols = values.shape
-    matrix = abi.Matrix(values=values.data_ptr(), rows=rows, cols=cols, stride=row_stride(cols))
-    matrix.dtype, matrix.stochastic = DTYPES[values.dtype], noise is not None
-    matrix.key[:] = noise or (0, 0)
-    fill_operand(matrix.packed, fmt, parts, cols)
-    return matrix
+def _laid_out(x: Tensor) -> tuple[Tensor, int, bool]:
+    """A matrix whose rows or columns are contiguous; values from one to the next; whether they are columns."""
+    x = x.detach().resolve_neg()
+    if x.stride(1) != 1 and x.stride(0) != 1:
+        x = x.contiguous()
+    columns = x.stride(1) != 1
+    return x, x.stride(1 if columns else 0), columns
 
 
-def encode(fmt: Format, x: Tensor, noise: tuple[int, int] | None = None, *, live: bool = False) -> dict[str, Tensor]:
-    """See `backends.encode`."""
-    x = x.detach().resolve_neg().contiguous()
+def _empty_like(x: Tensor, columns: bool, dtype: torch.dtype) -> Tensor:
     rows, cols = x.shape
-    parts = {part: torch.empty(shape, dtype=dtype) for part, (shape, dtype) in part_shapes(fmt, (rows, cols)).items()}
-    if x.numel():
-        matrix = _matrix(fmt, x, parts, noise)
-        matrix.packed.live = live
-        if load().encode(byref(matrix), None, torch.get_num_threads()):
-            raise MemoryError("the native encoder found no memory for a block")
+    return torch.empty(cols, rows, dtype=dtype).t() if columns else torch.empty(rows, cols, dtype=dtype)
+
+
+def _encode(
+    fmt: Format,
+    x: Tensor,
+    noise: tuple[int, int] | None,
+    live: bool,
+    rotation: Rotation | None,
+    dtype: torch.dtype | None,
+    parts: dict[str, Tensor] | None,
+    back: bool = False,
+) -> Tensor | None:
+    """Fill parts, if there are any; and return what the codes stand for, if they have a dtype."""
+    x, step, columns = _laid_out(x)
+    rows, cols = x.shape
+    if rotation is not None:
+        rotation.check(cols)
+    matrix = abi.Matrix(values=x.data_ptr(), rows=rows, cols=cols, stride=row_stride(cols), step=step, columns=columns)
+    matrix.dtype, matrix.stochastic = DTYPES[x.dtype], noise is not None
+    matrix.key[:] = noise or (0, 0)
+    if rotation is not None:
+        matrix.rotation, matrix.signs[:] = -rotation.size if back else rotation.size, rotation.keys
+    values = None
+    if dtype is not None:
+        values = _empty_like(x, columns, dtype)
+        matrix.out, matrix.out_dtype, matrix.out_step = values.data_ptr(), DTYPES[dtype], rows if columns else cols
+    if parts is not None:
+        fill_operand(matrix.packed, fmt, parts, cols)
+    matrix.packed.format, matrix.packed.live = addressof(table(fmt)), live
+    if x.numel() and load().encode(byref(matrix), torch.get_num_threads()):
+        raise MemoryError("the native encoder found no memory for a block")
+    return values
+
+
+def _parts(fmt: Format, x: Tensor) -> dict[str, Tensor]:
+    shapes = part_shapes(fmt, (x.shape[0], x.shape[1]))
+    return {part: torch.empty(shape, dtype=dtype) for part, (shape, dtype) in shapes.items()}
+
+
+def encode(
+    fmt: Format,
+    x: Tensor,
+    noise: tuple[int, int] | None = None,
+    *,
+    live: bool = False,
+    rotation: Rotation | None = None,
+) -> dict[str, Tensor]:
+    """See `backends.encode`."""
+    parts = _parts(fmt, x)
+    _encode(fmt, x, noise, live, rotation, None, parts)
     return parts
 
 
-def decode(fmt: Format, parts: dict[str, Tensor], cols: int) -> Tensor:
+def fake(
+    fmt: Format,
+    x: Tensor,
+    noise: tuple[int, int] | None = None,
+    *,
+    rotation: Rotation | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """See `backends.fake`."""
+    values = _encode(fmt, x, noise, False, rotation, dtype, None)
+    assert values is not None
+    return values
+
+
+def quantized(
+    fmt: Format,
+    x: Tensor,
+    noise: tuple[int, int] | None = None,
+    *,
+    rotation: Rotation | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """See `backends.quantized`."""
+    parts = _parts(fmt, x)
+    values = _encode(fmt, x, noise, False, rotation, dtype, parts)
+    assert values is not None
+    return values, parts
+
+
+def rotate(x: Tensor, rotation: Rotation, *, back: bool = False, dtype: torch.dtype = torch.float32) -> Tensor:
+    """See `backends.rotate`."""
+    values = _encode(find_format("fp32"), x, None, False, rotation, dtype, None, back)
+    assert values is not None
+    return values
+
+
+def decode(fmt: Format, parts: dict[str, Tensor], cols: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """See `backends.decode`."""
     parts = {part: tensor.contiguous() for part, tensor in parts.items()}
     codes = parts["codes"]
     rows = codes.shape[0] if fmt.compressed or not cols else codes.numel() // cols
-    values = torch.empty(rows, cols, dtype=torch.float32)
-    if values.numel():
-        load().decode(byref(_matrix(fmt, values, parts, None)), torch.get_num_threads())
-    return values
-
-
-def fake(fmt: Format, x: Tensor, noise: tuple[int, int] | None = None) -> Tensor:
-    """decode(encode(x)), without making the codes."""
-    x = x.detach().resolve_neg().contiguous()
-    values = torch.empty(x.shape, dtype=torch.float32)
-    if x.numel():
-        matrix = _matrix(fmt, x, {"codes": x, "scale": x, "zero": x, "base": x}, noise)
-        if load().encode(byref(matrix), values.data_ptr(), torch.get_num_threads()):
-            raise MemoryError("the native encoder found no memory for a block")
+    values = torch.empty(rows, cols, dtype=dtype)
+    matrix = abi.Matrix(out=values.data_ptr(), out_dtype=DTYPES[dtype], rows=rows, cols=cols, out_step=cols)
+    fill_operand(matrix.packed, fmt, parts, cols)
+    if values.numel() and load().decode(byref(matrix), torch.get_num_threads()):
+        raise MemoryError("the native decoder found no memory")
     return values

@@ -74,7 +74,7 @@ typedef struct lb_format {
   int32_t least;     // the smallest positive code
   int32_t same;      // codebook: rung k has code k
   float top, min_scale, max_scale;
-  float values[256];      // codebook: what each code stands for
+  float values[256];      // integer and codebook: what each code stands for
   float ladder[256];      // the values encoding chooses from, ascending
   float thresholds[256];  // the rung of u is the count of thresholds below u; unused ones are infinite
   uint8_t codes[256];     // the code of each rung
@@ -146,12 +146,16 @@ typedef struct lb_job {
   float constants[LB_CONSTANTS];
 } lb_job;
 
-// A whole matrix to codes and back.
+// A whole matrix to codes and back, or to the values that its codes stand for.
 typedef struct lb_matrix {
-  void *values;  // float32, bfloat16 or float16, [rows, cols], contiguous
+  void *values;  // to encode: float32, bfloat16 or float16, [rows, cols]
+  void *out;     // what the codes stand for, [rows, cols] in the same order; null: codes are enough
   int64_t rows, cols, stride;  // stride: of the numbering of elements, for random bits
-  int32_t dtype;
+  int64_t step, out_step;      // values from a row to the next, or from a column to the next
+  int32_t columns;             // whether columns lie one after the other in memory, and not rows
+  int32_t dtype, out_dtype;
   int32_t stochastic;
-  uint32_t key[2];
-  lb_operand packed;
+  int32_t rotation;  // runs of so many values are rotated before they are encoded; negative: rotated back
+  uint32_t key[2], signs[2];  // of random bits, and of the rotation's signs
+  lb_operand packed;          // codes may be null: values are enough
 } lb_matrix;

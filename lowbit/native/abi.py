@@ -91,13 +91,13 @@ class Job(Structure):
 
 
 class Matrix(Structure):
-    """A whole matrix and its codes."""
+    """A whole matrix, its codes and what they stand for."""
 
     _fields_ = (
-        ("values", c_void_p),
-        *((name, c_int64) for name in ("rows", "cols", "stride")),
-        ("dtype", c_int32),
-        ("stochastic", c_int32),
+        *((name, c_void_p) for name in ("values", "out")),
+        *((name, c_int64) for name in ("rows", "cols", "stride", "step", "out_step")),
+        *((name, c_int32) for name in ("columns", "dtype", "out_dtype", "stochastic", "rotation")),
         ("key", c_uint32 * 2),
+        ("signs", c_uint32 * 2),
         ("packed", Operand),
     )

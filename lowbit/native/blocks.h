@@ -89,6 +89,24 @@ static void stream_key(int64_t seed, int64_t step, int64_t tensor, int operand, 
 
 // ---- codes, one per byte, to a little-endian bit stream and back
 
+// From any place on; the bytes are zero where nothing is yet.
+static void put_bits(const uint8_t *codes, int bits, int n, uint8_t *row, int64_t start) {
+  for (int i = 0; i < n; ++i) {
+    const int64_t at = (start + i) * bits;
+    const int shifted = codes[i] << at % 8;
+    row[at / 8] = (uint8_t)(row[at / 8] | shifted);
+    if (shifted > 255) row[at / 8 + 1] = (uint8_t)(row[at / 8 + 1] | shifted >> 8);
+  }
+}
+
+static void get_bits(const uint8_t *row, int bits, int64_t start, int n, uint8_t *codes) {
+  for (int i = 0; i < n; ++i) {
+    const int64_t at = (start + i) * bits;
+    const int next = at % 8 + bits > 8 ? row[at / 8 + 1] : 0;
+    codes[i] = (next << 8 | row[at / 8]) >> at % 8 & ((1 << bits) - 1);
+  }
+}
+
 static void unpack(const uint8_t *packed, int bits, int n, uint8_t *codes) {
   if (bits == 4) {
     LB_IVDEP for (int i = 0; i < n / 2; ++i) {
@@ -99,8 +117,7 @@ static void unpack(const uint8_t *packed, int bits, int n, uint8_t *codes) {
   } else if (bits == 8) {
     memcpy(codes, packed, n);
   } else {
-    const int per_byte = 8 / bits, mask = (1 << bits) - 1;
-    for (int i = 0; i < n; ++i) codes[i] = packed[i / per_byte] >> (i % per_byte * bits) & mask;
+    get_bits(packed, bits, 0, n, codes);
   }
 }
 
@@ -115,12 +132,8 @@ static void pack(const uint8_t *codes, int bits, int n, uint8_t *packed) {
   } else if (bits == 8) {
     memcpy(packed, codes, n);
   } else {
-    const int per_byte = 8 / bits;
-    for (int i = 0; i < n; i += per_byte) {
-      int byte = 0;
-      for (int k = 0; k < per_byte && i + k < n; ++k) byte |= codes[i + k] << (k * bits);
-      packed[i / per_byte] = (uint8_t)byte;
-    }
+    memset(packed, 0, (n * bits + 7) / 8);
+    put_bits(codes, bits, n, packed, 0);
   }
 }
 
@@ -195,14 +208,15 @@ static void decode(const lb_format &f, const uint8_t *codes, int n, float scale,
 // Values of one block from its codes as they are stored. `codes` has room for n.
 static void decode_packed(const lb_format &f, const uint8_t *packed, int n, float scale, const void *extra, float *to,
                           uint8_t *codes) {
+  if (f.bits == 8) return decode(f, packed, n, scale, extra, to);
 #ifdef LB_AVX2
-  if (f.bits == 4 && f.kind == LB_KIND_CODEBOOK && n % 16 == 0) {
+  if (f.bits == 4 && (f.kind == LB_KIND_CODEBOOK || (f.kind == LB_KIND_INTEGER && f.is_signed))) {
     const Table table(f.values);
-    for (int i = 0; i < n; i += Lanes::COUNT) (table.look_up(packed + i / 2) * scale).store(to + i);
-    return;
+    const int whole = n / 16 * 16;
+    for (int i = 0; i < whole; i += Lanes::COUNT) (table.look_up(packed + i / 2) * scale).store(to + i);
+    packed += whole / 2, to += whole, n -= whole;
   }
 #endif
-  if (f.bits == 8) return decode(f, packed, n, scale, extra, to);
   unpack(packed, f.bits, n, codes);
   decode(f, codes, n, scale, extra, to);
 }

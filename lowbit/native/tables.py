@@ -34,6 +34,7 @@ def table(fmt: Format) -> abi.Format:
     if fmt.kind in ("integer", "codebook"):
         made.has_zero = fmt.zero_code is not None
         made.least = next(code for value, code in fmt.ladder if value > 0)
+        made.values[: len(fmt.values)] = fmt.values
     if fmt.kind == "codebook":
         _codebook(made, fmt)
     return made
@@ -42,7 +43,6 @@ def table(fmt: Format) -> abi.Format:
 def _codebook(made: abi.Format, fmt: Format) -> None:
     ladder, codes = zip(*fmt.ladder, strict=True)
     made.rungs, made.same = len(ladder), codes == tuple(range(len(codes)))
-    made.values[: len(fmt.values)] = fmt.values
     made.ladder[:] = (*ladder, *[INFINITE] * (256 - len(ladder)))
     made.thresholds[:] = (*fmt.thresholds, *[INFINITE] * (256 - len(fmt.thresholds)))
     made.codes[: len(codes)] = codes

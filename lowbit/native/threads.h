@@ -20,12 +20,10 @@ struct Crew {
   double *spaces;
 };
 
-struct Hand {  // one task of a matrix
-  int64_t next;
-  bool failed;
+struct Hand {  // a matrix, to encode or to decode
   const lb_matrix *matrix;
-  float *fake;
-  bool decoding;
+  bool decoding, failed;
+  int64_t next;
 };
 
 static void one_of_crew(Crew &crew, int thread) {
@@ -35,15 +33,19 @@ static void one_of_crew(Crew &crew, int thread) {
 static void one_hand(Hand &hand) {
   Desk desk;
   const Pieces pieces(*hand.matrix);
-  const int64_t each = 1 + WIDE / (pieces.each > 0 ? pieces.each : 1);
-  for (;;) {
+  float *room = nullptr;
+  const bool fine = !posix_memalign((void **)&room, 64, sizeof(float) * pieces.values());
+  if (!fine) hand.failed = true;
+  const int64_t each = 1 + WIDE / pieces.values();
+  while (fine) {
     const int64_t first = __atomic_fetch_add(&hand.next, each, __ATOMIC_RELAXED);
-    if (first >= pieces.count) return;
+    if (first >= pieces.count) break;
     for (int64_t k = first; k < first + each && k < pieces.count; ++k) {
       if (hand.decoding) decode_piece(*hand.matrix, pieces[k], desk);
-      else if (!encode_piece(*hand.matrix, pieces[k], hand.fake, desk)) hand.failed = true;
+      else if (!encode_piece(*hand.matrix, pieces[k], room, desk)) hand.failed = true;
     }
   }
+  free(room);
 }
 
 #ifdef _OPENMP
@@ -89,5 +91,11 @@ template <class Task> static void run_started(Task &task, int threads, void *(*b
 static void run_threads(Crew &crew, int threads) { run_started(crew, threads, start_crew); }
 static void run_threads(Hand &hand, int threads) { run_started(hand, threads, start_hand); }
 #endif
+
+static bool run_matrix(const lb_matrix &matrix, bool decoding, int threads) {
+  Hand hand = {&matrix, decoding, false, 0};
+  run_threads(hand, worthwhile(threads, matrix.rows * matrix.cols));
+  return hand.failed;
+}
 
 }  // namespace LB_SPACE
