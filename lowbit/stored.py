@@ -29,11 +29,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import codec, rows
-from .formats import Format, nearest
+from .formats import Format, catalogue, nearest
 from .formats import format as find_format
 from .layout import STEP_BLOCK, rows_of
 from .rounding import uniform
 
+PARTS = ("scale", "zero", "rest", "tensor_scale", "scale_scale", "scale_offset")  # beside the codes
 REST = 256  # steps of `rest` to a code
 _LEAST, _MOST = -128, 127
 
@@ -89,6 +90,25 @@ def find_store(name: str) -> Store:
 def name_of(fmt: Format, rest: bool) -> str:
     """What the store with this format of codes is called."""
     return next((store.name for store in stores().values() if (store.format, store.rest) == (fmt, rest)), fmt.name)
+
+
+@cache
+def _by_tag() -> Mapping[int, Format]:
+    """Every format that a weight can be kept in, by the number that names it in a checkpoint."""
+    blocks = [1 << i for i in range(3, 9)]
+    made = [fmt.with_block(n) for fmt in catalogue().values() if not _unfit(fmt) for n in blocks]
+    return {fmt.tag: fmt for fmt in (*made, *(store.format for store in stores().values()))}
+
+
+def store_of(tag: int, rest: bool) -> Store | None:
+    """The store whose codes have this `Format.tag`; None if there is none."""
+    fmt = _by_tag().get(tag)
+    return None if fmt is None else Store(name_of(fmt, rest), fmt, rest)
+
+
+def same_grid(a: Format, b: Format) -> bool:
+    """Whether two formats have the same codes in the same blocks, however their scales are found and kept."""
+    return (a.kind, a.bits, a.block, a.limit, a.table) == (b.kind, b.bits, b.block, b.limit, b.table)
 
 
 def _unfit(fmt: Format) -> str | None:

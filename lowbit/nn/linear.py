@@ -14,6 +14,7 @@ import zlib
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..compiler import constant
@@ -22,10 +23,11 @@ from .calls import Calls
 from .fake import turned_back
 from .presets import find_recipe
 from .recipe import Recipe
+from .stored_state import StoredState, store_parameter_
 from .three import Call, ThreeMatmuls, forward_rotation, forward_weight
 
 
-class QuantLinear(nn.Linear):
+class QuantLinear(StoredState, nn.Linear):
     """An `nn.Linear` whose matmuls are quantized by a recipe.
 
     `quantize_` turns a model's layers into these; made by hand, it takes nn.Linear's arguments and a recipe.
@@ -41,6 +43,7 @@ class QuantLinear(nn.Linear):
     """
 
     recipe: Recipe
+    high_precision = False  # see `lowbit.high_precision_`
 
     def __init__(
         self,
@@ -61,12 +64,18 @@ class QuantLinear(nn.Linear):
         self.recipe = recipe
         self._layer_id = zlib.crc32(clean_name(name).encode())
         self._calls = Calls()
+        if recipe.store != "master":
+            store_parameter_(self.weight, recipe.store, self._layer_id)
 
     def forward(self, input: Tensor) -> Tensor:
         if not input.is_floating_point():
             raise TypeError(f"QuantLinear: input must be a floating-point tensor, not {input.dtype}")
+        dtype = _compute_dtype(input, self.weight)
         number = self._calls.number(input, self.training) if self.recipe.stochastic else 0
-        call = Call(self.recipe, _compute_dtype(input, self.weight), number, self._layer_id)
+        if self.high_precision:
+            bias = None if self.bias is None else self.bias.to(dtype)
+            return F.linear(input.to(dtype), self.weight.to(dtype), bias)
+        call = Call(self.recipe, dtype, number, self._layer_id)
         return ThreeMatmuls.apply(input, self.weight, self.bias, call)  # pyright: ignore
 
     def quantized_weight(self) -> Tensor:
@@ -75,7 +84,8 @@ class QuantLinear(nn.Linear):
         return turned_back(values, forward_rotation(self.recipe), self.in_features)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, recipe={self.recipe.name or self.recipe.matmuls}"
+        high = ", high_precision" if self.high_precision else ""
+        return f"{super().extra_repr()}, recipe={self.recipe.name or self.recipe.matmuls}{high}"
 
 
 @constant  # compilers before torch 2.13 do not trace the question

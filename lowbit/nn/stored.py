@@ -33,6 +33,7 @@ from ..backends import reference
 from ..formats import Format
 from ..layout import rows_of
 from ..rounding import key
+from .operand import Operand
 from .stored_ops import Opened, Step, StoredTensor
 
 _OPERAND = 0x57 << 16  # of the random bits; far from the operands of optimizers
@@ -68,10 +69,20 @@ class StoredWeight(StoredTensor):
         writes: Tensor | None = None,
     ) -> StoredWeight:
         device = parts["codes"].device
-        self = torch.Tensor._make_wrapper_subclass(cls, torch.Size(shape), dtype=dtype, device=device)
+        return torch.Tensor._make_wrapper_subclass(cls, torch.Size(shape), dtype=dtype, device=device)
+
+    def __init__(
+        self,
+        format: Format,
+        parts: Mapping[str, Tensor],
+        shape: Iterable[int],
+        dtype: torch.dtype = torch.float32,
+        *,
+        stream: int = 0,
+        writes: Tensor | None = None,
+    ) -> None:
         self.format, self.parts, self.stream = format, dict(parts), stream
-        self.writes = torch.zeros((), dtype=torch.int64, device=device) if writes is None else writes
-        return self
+        self.writes = torch.zeros((), dtype=torch.int64, device=self.device) if writes is None else writes
 
     @classmethod
     def of(cls, value: Tensor, store: str, *, stream: int = 0) -> StoredWeight:
@@ -91,7 +102,7 @@ class StoredWeight(StoredTensor):
         return made
 
     @property
-    def nbytes(self) -> int:
+    def nbytes(self) -> int:  # pyright: ignore
         """Bytes of all parts together."""
         return sum(part.nbytes for part in self.parts.values())
 
@@ -104,15 +115,15 @@ class StoredWeight(StoredTensor):
         """The fp32 values that an optimizer sees; of a split store, 8 bits more than the forward pass."""
         return stored.load(self.format, self.parts, self._cols).view(self.shape)
 
-    def dense(self) -> Tensor:
+    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         seen = {part: tensor for part, tensor in self.parts.items() if part != "rest"}
         plain = type(seen["codes"]) is Tensor and not (seen["codes"].is_meta or torch.compiler.is_compiling())
         decode = backends.decode if plain else reference.decode  # fake tensors have no memory to point to
-        return decode(self.format, seen, self._cols).view(self.shape).to(self.dtype)
+        return decode(self.format, seen, self._cols).view(self.shape).to(dtype or self.dtype)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense tensor that the forward pass sees, in the outer dtype unless told otherwise; no gradient."""
-        return self.dense().to(dtype or self.dtype)
+        return self.dense(dtype)
 
     def opened(self) -> Opened:
         values = self.load()
@@ -200,7 +211,7 @@ class StoredWeight(StoredTensor):
                 f"not {value.dtype} {tuple(value.shape)} on {value.device}"
             )
         if self.alike(value):
-            self.parts.update(value.parts)
+            self.parts.update(value.parts)  # pyright: ignore[reportAttributeAccessIssue]
         else:
             self.assign_(value.load() if isinstance(value, StoredWeight) else value)
 
@@ -216,7 +227,7 @@ class StoredWeight(StoredTensor):
         if not self.is_leaf:
             raise RuntimeError("only a stored weight that is a leaf of the graph can be copied deeply; detach it first")
         if id(self) not in memo:
-            copy = self.detach().clone()
+            copy = self.mapped(lambda part: part.detach().clone())
             memo[id(self)] = _finish(copy, self.requires_grad, isinstance(self, torch.nn.Parameter))
             if self.grad is not None:
                 copy.grad = self.grad.clone()
@@ -255,11 +266,12 @@ class StoredView(StoredTensor):
     @staticmethod
     def __new__(cls, weight: StoredWeight, steps: tuple[Step, ...]) -> StoredView:
         shape = _replay(torch.empty(weight.shape, dtype=weight.dtype, device="meta"), steps)
-        self = torch.Tensor._make_wrapper_subclass(
+        return torch.Tensor._make_wrapper_subclass(
             cls, shape.shape, shape.stride(), shape.storage_offset(), dtype=shape.dtype, device=weight.device
         )
+
+    def __init__(self, weight: StoredWeight, steps: tuple[Step, ...]) -> None:
         self.weight, self.steps = weight, steps
-        return self
 
     def dense(self) -> Tensor:
         return _replay(self.weight.dense(), self.steps)
@@ -273,6 +285,19 @@ class StoredView(StoredTensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.dense().__reduce_ex__(protocol)
+
+
+def decoded(weight: Tensor) -> Tensor:
+    """A weight's dense values, as the forward pass sees them: fp32 if it is stored, or the weight itself."""
+    # An operation of torch, and no method: what compiles a layer need not look into the tensor.
+    return torch.dequantize(weight) if isinstance(weight, StoredWeight) else weight
+
+
+def is_stored(weight: Tensor, operand: Operand | None) -> bool:
+    """Whether a stored weight is what a forward operand asks for: nothing more, or the store's own grid and blocks."""
+    if not isinstance(weight, StoredWeight):
+        return False
+    return operand is None or (operand.codes is not None and stored.same_grid(operand.codes, weight.format))
 
 
 def _replay(x: Tensor, steps: Iterable[Step]) -> Tensor:

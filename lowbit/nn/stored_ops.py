@@ -21,7 +21,7 @@ Rule = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 class StoredTensor(Tensor):
     """A tensor with no memory of its own: what `StoredWeight` and its views share."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
     owns_codes = False
 
     def dense(self) -> Tensor:
@@ -152,6 +152,10 @@ def _alias(func: Any, args: Any, kwargs: Any) -> Any:
     return args[0].alias()
 
 
+def _dequantize(func: Any, args: Any, kwargs: Any) -> Any:
+    return args[0].dense(torch.float32)
+
+
 def _clone(func: Any, args: Any, kwargs: Any) -> Any:
     return args[0].mapped(torch.clone)
 
@@ -211,6 +215,7 @@ RULES: dict[str, Rule] = {
     "aten::alias": _alias,
     "aten::lift_fresh": _alias,
     "aten::clone": _clone,
+    "aten::dequantize": _dequantize,
     "aten::_to_copy": _to_copy,
     "aten::empty_like": _empty_like,
     "aten::copy_": _copy,

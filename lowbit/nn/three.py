@@ -31,6 +31,7 @@ from .fake import decode, encode, fake_quantize, padded, turned, turned_back
 from .matmul import product
 from .operand import Operand
 from .recipe import FORWARD, Recipe, Reused
+from .stored import decoded, is_stored
 
 # Numbers in the key of the random bits: dgrad's and wgrad's two operands, and their rotations.
 _DGRAD, _WGRAD, _ROTATIONS = (1, 2), (3, 4), {"dgrad": 5, "wgrad": 6}
@@ -46,7 +47,10 @@ def forward_rotation(recipe: Recipe) -> Rotation | None:
 
 def forward_weight(weight: Tensor, recipe: Recipe) -> Tensor:
     """The weight as the forward matmul multiplies with it, turned, in fp32 (or the weight itself, if not quantized)."""
-    return fake_quantize(turned(weight, forward_rotation(recipe)), recipe.forward[1])
+    operand, rotation = recipe.forward[1], forward_rotation(recipe)
+    if is_stored(weight, operand) and rotation is None:  # rounding it once more could only move it
+        return decoded(weight)
+    return fake_quantize(turned(decoded(weight), rotation), operand)
 
 
 def as_matrix(x: Tensor) -> Tensor:
@@ -77,7 +81,9 @@ class Call:
         low, high = self.noise(_ROTATIONS[matmul])
         return Rotation(operand.hadamard, low | high << 32)
 
-    def forward(self, rows: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, bool]) -> tuple[Tensor, dict]:
+    def forward(
+        self, rows: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, bool]
+    ) -> tuple[Tensor, dict]:
         """(y, what to keep for the backward pass), where (x, W) need gradients."""
         activation, other = self.recipe.forward[0], self.recipe.wgrad[1]
         needs_x, needs_weight = needs
@@ -102,7 +108,8 @@ class Call:
         """gx = Q(gy) Q(W), contracted over output features: [tokens, cols]."""
         gradient, other = self.recipe.dgrad
         rotation = self.rotation("dgrad")
-        weight = (forward_weight(kept["weight"], self.recipe) if _of_forward(other) else kept["weight"]).t()
+        weight = kept["weight"]
+        weight = (forward_weight(weight, self.recipe) if _of_forward(other) else decoded(weight)).t()
         if isinstance(other, Operand):
             weight = fake_quantize(turned(weight, rotation), other, self.noise(_DGRAD[1]))
         g = fake_quantize(turned(gy, rotation), gradient, self.noise(_DGRAD[0]))
