@@ -501,6 +501,8 @@ def _measured(stage: Stage, parts: list[Tensor], job: Job) -> Tensor:
 
 def fake(fmt: Format, x: Tensor, noise: tuple[int, int] | None = None) -> Tensor:
     """See `backends.fake`."""
+    if x.is_meta:
+        return torch.empty_like(x, dtype=torch.float32, memory_format=torch.contiguous_format)
     bits = None if noise is None else row_bits(noise, x)
     x = x.float().contiguous()
     if fmt.dtype is not None:

@@ -7,7 +7,6 @@ import json
 import re
 from dataclasses import asdict
 
-from .errors import BenchError
 from .plan import DTYPES, MODELS, Choice, Plan, plan
 
 _UNITS = {"": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -28,8 +27,12 @@ def plan_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add = parser.add_argument
     default = Choice("")
-    add("--model", default="1b", metavar="NAME|PATH",
-        help=f"{', '.join(MODELS)}, or a Hugging Face config.json, which needs transformers (default: %(default)s)")
+    add(
+        "--model",
+        default="1b",
+        metavar="NAME|PATH",
+        help=f"{', '.join(MODELS)}, or a Hugging Face config.json, which needs transformers (default: %(default)s)",
+    )
     add("--optimizer", default=default.optimizer, help="a class of lowbit.optim, in any case (default: %(default)s)")
     add("--states", default=default.states, help="fp32, bf16, 8bit, 4bit or a format (default: %(default)s)")
     add("--recipe", default=default.recipe, help="what linear layers compute with (default: %(default)s)")
@@ -66,7 +69,9 @@ def _print(choice: Choice, found: Plan) -> None:
     from rich.table import Table
 
     layers = choice.recipe if choice.recipe != "none" else choice.dtype
-    title = f"{choice.model}: {choice.optimizer}, {choice.states} states, {layers} layers, weights kept as {choice.store}"
+    title = (
+        f"{choice.model}: {choice.optimizer}, {choice.states} states, {layers} layers, weights kept as {choice.store}"
+    )
     table = Table(title=title, title_justify="left")
     table.add_column("what")
     table.add_column("bytes", justify="right")
@@ -107,12 +112,12 @@ def size(count: float) -> str:
 
 def _positive(text: str) -> int:
     if not (text.isascii() and text.isdecimal() and int(text)):
-        raise BenchError(f"a count must be a whole number of at least 1, not {text!r}")
+        raise argparse.ArgumentTypeError(f"a count must be a whole number of at least 1, not {text!r}")
     return int(text)
 
 
 def _bytes(text: str) -> float:
     match = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)\s*([A-Za-z]*)", text)
     if not match or match[2].upper() not in _UNITS:
-        raise BenchError(f"--fits takes a size such as 24GB or 80GiB, not {text!r}")
+        raise argparse.ArgumentTypeError(f"a size is such as 24GB or 80GiB, not {text!r}")
     return float(match[1]) * _UNITS[match[2].upper()]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .errors import BenchError, need, unknown
-from .live import run
+from .live import FusedAttention, run
 from .methods import find_optimizer
 from .model import PRESETS, Llama, Preset
 
@@ -84,6 +85,8 @@ def plan(choice: Choice) -> Plan:
         opt = _optimizer(model, choice, heads)
     except (ValueError, TypeError) as error:
         raise BenchError(str(error)) from error
+    if choice.checkpoint:
+        _checkpoint(model)
     told = opt.explain()
     parts = [x for p in model.parameters() for x in _tensors(p)]
     known = [*parts, *model.buffers()]
@@ -123,9 +126,6 @@ def _model(choice: Choice) -> tuple[nn.Module, dict[str, int], int]:
         seq = choice.seq or shape.seq
         with torch.device("meta"):
             model: Any = Llama(shape, seq=seq)
-        if choice.checkpoint:
-            for block in model.layers:
-                block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
         return model.to(DTYPES[choice.dtype]), {"num_heads": shape.heads}, seq
     path = Path(choice.model)
     path = path / "config.json" if path.is_dir() else path
@@ -140,18 +140,31 @@ def _of_hugging_face(path: Path, choice: Choice) -> tuple[nn.Module, dict[str, i
         told = json.loads(path.read_text(encoding="utf-8"))
         config = transformers.AutoConfig.for_model(**told)
         config.use_cache = False
+        transformers.AttentionInterface.register("lowbit-plan", _attention)  # asks for no mask, which needs values
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(
-                config, dtype=DTYPES[choice.dtype], attn_implementation="sdpa"
+                config, dtype=DTYPES[choice.dtype], attn_implementation="lowbit-plan"
             )
     except (ValueError, TypeError, KeyError) as error:
         raise BenchError(f"{path} is not the config.json of a causal language model: {error}") from error
     model.train()
-    if choice.checkpoint:
-        model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
     names = {"num_heads": "num_attention_heads", "num_kv_heads": "num_key_value_heads", "head_dim": "head_dim"}
     heads = {ours: value for ours, its in names.items() if (value := getattr(config, its, None))}
     return model, heads, choice.seq or min(2048, getattr(config, "max_position_embeddings", 2048))
+
+
+def _checkpoint(model: nn.Module) -> None:
+    """Recompute each block: the members of the longest list of modules."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    modes = partial(tuple, (nullcontext(), FusedAttention()))  # of a forward pass do not last in the backward pass
+    how = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": modes}
+    for block in max(lists, key=len, default=()):
+        block.forward = partial(checkpoint, block.forward, **how)
+
+
+def _attention(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, scaling: Any = None, **_: Any) -> Any:
+    y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
+    return y.transpose(1, 2).contiguous(), None
 
 
 def _quantize(model: nn.Module, choice: Choice) -> None:
