@@ -1,7 +1,7 @@
 """The command line: `lowbit bench | plan | formats | doctor`.
 
-Exit codes: 0 all is well, 1 a run crashed (or doctor found a fault, or a plan does not fit), 2 bad usage or input, 130 interrupted. What a user
-can put right is one sentence on stderr, never a traceback.
+Exit codes: 0 all is well, 1 a run crashed (or doctor found a fault, or a plan does not fit), 2 bad usage or input, 130
+interrupted. What a user can put right is one sentence on stderr, never a traceback.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ _UNITS = {"": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "G
 def plan_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `lowbit plan`."""
     parser.description = (
-        "What a training step takes of memory: weights, states, gradients, what the backward pass needs, and the peak.\n"
+        "What a training step takes of memory: weights, states, gradients, what backward needs, and the peak.\n"
         "Counted from the real model, layers and optimizer without allocating them; nothing is downloaded.\n"
         "Exit code 1: it does not fit into --fits."
     )
