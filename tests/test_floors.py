@@ -15,6 +15,8 @@ import pytest
 FLOORS = [
     {"words", "formats", "rounding", "compiler"},
     {"codec", "layout", "stages", "masters", "roles", "rotation"},
+    {"blocks"},
+    {"scales"},
     {"rows", "native"},
     {"gpu", "stored"},
     {"backends"},

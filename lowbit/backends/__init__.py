@@ -85,14 +85,19 @@ def _tell(program: Program, reason: str) -> None:
         warnings.warn(f"a rule runs on the reference backend, 20 to 50 times slower: {reason}", stacklevel=2)
 
 
+def for_format(fmt: Format, device: torch.device) -> ModuleType:
+    """The backend that codes and decodes a format: what is not plain (`Format.plain`) is the reference's."""
+    return choose(device) if fmt.plain else reference
+
+
 def encode(fmt: Format, x: Tensor, noise: tuple[int, int] | None = None, *, live: bool = False) -> dict[str, Tensor]:
     """A float matrix [rows, cols] to packed parts (see `rows`); `noise` is the key of stochastic rounding."""
-    return choose(x.device).encode(fmt, x, noise, live=live)
+    return for_format(fmt, x.device).encode(fmt, x, noise, live=live)
 
 
 def decode(fmt: Format, parts: dict[str, Tensor], cols: int) -> Tensor:
     """The inverse of `encode`: fp32 [rows, cols]."""
-    return choose(parts["codes"].device).decode(fmt, parts, cols)
+    return for_format(fmt, parts["codes"].device).decode(fmt, parts, cols)
 
 
 def fake(fmt: Format, x: Tensor, noise: tuple[int, int] | None = None) -> Tensor:
@@ -108,7 +113,7 @@ def fake(fmt: Format, x: Tensor, noise: tuple[int, int] | None = None) -> Tensor
         return torch.ops.lowbit.fake(x, fmt.name, [] if noise is None else list(noise))
     if torch.compiler.is_compiling() or x.is_meta or type(x) is not Tensor:
         return reference.fake(fmt, x, noise)
-    return choose(x.device).fake(fmt, x.resolve_neg(), noise)
+    return for_format(fmt, x.device).fake(fmt, x.resolve_neg(), noise)
 
 
 @constant
@@ -118,7 +123,7 @@ def _is_operator(fmt: Format, device: torch.device) -> bool:
         if isinstance(value, cached_property):
             with contextlib.suppress(ValueError):
                 getattr(fmt, name)
-    if _NATIVE.get(device.type) is not cuda or choose(device) is not cuda:
+    if _NATIVE.get(device.type) is not cuda or for_format(fmt, device) is not cuda:
         return False
     from . import operators  # noqa: F401  # not before it is needed: importing the library registers nothing
 

@@ -34,6 +34,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from .. import codec, masters
+from ..blocks import halve
 from ..formats import Format
 from ..layout import row_stride, step_width
 from ..rounding import bits16, key, narrow, uniform
@@ -458,18 +459,6 @@ def _kept(keep: Tensor | None, new: Tensor, old: Tensor) -> Tensor:
     return new if keep is None else torch.where(keep.view(-1, *[1] * (new.dim() - 1)), new, old)
 
 
-def halve(values: Tensor) -> Tensor:
-    """The sum over the last dimension by a halving tree: x[i] + x[i + n/2], zeros padded to a power of two."""
-    length = values.shape[-1]
-    if length == 0:
-        return values.new_zeros(values.shape[:-1])
-    values = F.pad(values, (0, (1 << (length - 1).bit_length()) - length))
-    while values.shape[-1] > 1:
-        half = values.shape[-1] // 2
-        values = values[..., :half] + values[..., half:]
-    return values[..., 0]
-
-
 def _reduced(stage: Stage, values: Tensor) -> Tensor:
     return values.abs().amax(-1) if stage.reduce == "max" else halve(values)
 
@@ -509,6 +498,8 @@ def fake(fmt: Format, x: Tensor, noise: tuple[int, int] | None = None) -> Tensor
         return narrow(x, fmt.dtype, bits).to(torch.float32, copy=True)
     if x.numel() == 0:
         return x
+    if not fmt.plain:
+        return decode(fmt, encode(fmt, x, noise), x.shape[1])
     pieces = blocks(x, fmt.block[1])
     draws = [None] * len(pieces) if bits is None else blocks(uniform(bits), fmt.block[1])
     return joined([_fake_blocks(fmt, piece, u) for piece, u in zip(pieces, draws, strict=True)])

@@ -7,5 +7,7 @@ from .operand import Operand
 from .presets import recipes
 from .recipe import Recipe
 from .report import Report
+from .stored import StoredWeight
+from .stored_flat import StoredFlat as _StoredFlat  # its rules
 
 __all__ = ["Operand", "QuantLinear", "Recipe", "Report", "high_precision_", "quantize_", "recipes", "to_dense_"]

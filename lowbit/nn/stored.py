@@ -139,7 +139,7 @@ class StoredWeight(StoredTensor):
             count = int(count)
         noise = key(0, count, self.stream, _OPERAND)
         stored.store_(self.format, self.parts, values.reshape(rows_of(self.shape)), noise)
-        self.writes += 1
+        self.writes.add_(1)
 
     @torch.no_grad()
     def assign_(self, values: Tensor) -> None:
@@ -189,9 +189,10 @@ class StoredWeight(StoredTensor):
 
     @torch.no_grad()
     def take_(self, other: StoredWeight) -> None:
-        """Copy the parts of a weight that is `alike`."""
+        """Copy the parts of a weight that is `alike`; the counter never goes back, so no random bits come twice."""
         for part, tensor in self.parts.items():
             tensor.copy_(other.parts[part])
+        self.writes.copy_(torch.maximum(self.writes, other.writes))
 
     def viewed(self, step: Step) -> StoredView:
         return StoredView(self, (step,))
@@ -273,6 +274,10 @@ class StoredView(StoredTensor):
     def __init__(self, weight: StoredWeight, steps: tuple[Step, ...]) -> None:
         self.weight, self.steps = weight, steps
 
+    @property
+    def whole(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return all(step.func._schema.name in ("aten::view", "aten::detach", "aten::alias") for step in self.steps)
+
     def dense(self) -> Tensor:
         return _replay(self.weight.dense(), self.steps)
 
@@ -282,9 +287,6 @@ class StoredView(StoredTensor):
 
     def viewed(self, step: Step) -> StoredView:
         return StoredView(self.weight, (*self.steps, step))
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.dense().__reduce_ex__(protocol)
 
 
 def decoded(weight: Tensor) -> Tensor:

@@ -23,6 +23,8 @@ class StoredTensor(Tensor):
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
     owns_codes = False
+    whole = False  # whether its elements are those of `weight`, in order
+    weight: Any
 
     def dense(self) -> Tensor:
         """The values that a forward pass sees, as a plain tensor of this dtype and shape."""
@@ -39,6 +41,15 @@ class StoredTensor(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return dispatch(func, args, kwargs or {})
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.dense().__reduce_ex__(protocol)
+
+    def numpy(self, *, force: bool = False) -> Any:
+        return self.dense().numpy(force=force)
+
+    def tolist(self) -> Any:
+        return self.dense().tolist()
 
     def __setitem__(self, index: Any, value: Any) -> None:
         opened = self.opened()
@@ -83,6 +94,8 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     name = func._schema.name
     if name in RULES and isinstance(args[0], StoredTensor) and args[0].owns_codes:
         return RULES[name](func, args, kwargs)
+    if name in LIST_RULES:
+        return LIST_RULES[name](func, args, kwargs)
     if func.namespace.lstrip("_").startswith("c10d"):
         raise TypeError(
             f"{name} moves the values of a stored weight between processes, and they have no memory of their own: "
@@ -179,6 +192,8 @@ def _empty_like(func: Any, args: Any, kwargs: Any) -> Any:
 
 def _copy(func: Any, args: Any, kwargs: Any) -> Any:
     to, source = args[:2]
+    if isinstance(source, StoredTensor) and source.whole and source.shape == to.shape:
+        source = source.weight
     if not to.alike(source):
         return _writing(func, args, kwargs)
     to.take_(source)
@@ -225,6 +240,9 @@ RULES: dict[str, Rule] = {
     "aten::split": _split,
     "aten::split_with_sizes": _split,
 }
+
+# For what takes a list of tensors, stored and other ones; `stored_flat` fills it.
+LIST_RULES: dict[str, Rule] = {}
 
 # What overwrites a tensor without reading it, from nothing but numbers: an initialization, with scales of its own.
 _NEW_VALUES = "normal_ uniform_ zero_ fill_ bernoulli_ exponential_ log_normal_ cauchy_ geometric_ random_"

@@ -1,0 +1,282 @@
+"""The scale of a block: from what is measured of it to what is stored, and to what kernels multiply by.
+
+`Scaling` (in `formats`) says which rule a format has; here is its arithmetic, once, for every backend: plain IEEE
+operations on small tensors with one number per block, on any device. Whatever the rule, a kernel needs three things:
+
+    statistic   one fp32 number per block, of the values alone
+    inverse     fp32, to encode: u = x * inverse, rounded to the format's grid and held inside it
+    multiplier  fp32, to decode: value * multiplier
+
+A block with a non-finite value has a NaN statistic, and decodes to NaN.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from . import codec
+from .blocks import halve, tiles, total
+from .formats import DOUBLE_BLOCK, TINY, Format, Rounding, Stored
+from .formats import format as find_format
+from .words import binade, reciprocal, sqrt
+
+HUGE = 3.4028234663852886e38
+E8M0_NAN, E4M3_NAN = 255, 0x7F
+# Choi et al. 2018, https://arxiv.org/abs/1807.06964; the coefficients are those of IBM's fms-model-optimizer for the
+# 15 levels -a, -6/7 a … a.
+SAWB = (12.035, 12.03)
+
+
+@dataclass(frozen=True)
+class Scales:
+    """What encoding and decoding multiply by, fp32 [block rows, block columns], and the parts that are stored."""
+
+    inverse: Tensor
+    multiplier: Tensor
+    parts: dict[str, Tensor]
+
+
+def shapes(fmt: Format, rows: int, cols: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of each part beside the codes of a matrix."""
+    blocks = grid(fmt, rows, cols)
+    stored = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(fmt.scaling.stored, torch.uint8)
+    known = {
+        "scale": (blocks, stored),
+        "base": (blocks, torch.float32),
+        "zero": (blocks, torch.uint8),
+        "tensor_scale": ((1,), torch.float32),
+        "scale_scale": ((-(-math.prod(blocks) // DOUBLE_BLOCK),), torch.float32),
+        "scale_offset": ((1,), torch.float32),
+    }
+    return {part: known[part] for part in fmt.parts if part != "codes"}
+
+
+def block_of(fmt: Format, rows: int, cols: int) -> tuple[int, int]:
+    """The (rows, columns) of a block of a matrix, at least 1: 0 in a format stands for all."""
+    return max(1, fmt.block[0] or rows), max(1, fmt.block[1] or cols)
+
+
+def grid(fmt: Format, rows: int, cols: int) -> tuple[int, int]:
+    """How many blocks a matrix has, down and across."""
+    height, width = block_of(fmt, rows, cols)
+    return -(-rows // height), -(-cols // width)
+
+
+def statistic(fmt: Format, x: Tensor) -> Tensor:
+    """What the scale of each block of a matrix [rows, cols] is made from: fp32 [block rows, block columns], >= 0.
+
+    A sum over a block is that of `blocks.total`; a mean divides it in float64 and is then rounded to fp32. Values are
+    squared in units of a power of two, absmax's binade, so that no square overflows.
+    """
+    block = block_of(fmt, *x.shape)
+    if not x.numel():
+        return x.new_zeros(grid(fmt, *x.shape), dtype=torch.float32)
+    inside = tiles(x.float(), block)
+    absmax = inside.abs().flatten(2).amax(-1)
+    kind = fmt.scaling.statistic
+    if kind == "absmax":
+        return torch.where(torch.isfinite(absmax), absmax, torch.nan)
+    count = total(tiles(torch.ones_like(x, dtype=torch.float32), block))
+    unit = torch.where(absmax > 0, binade(absmax), 1.0)
+    inside = inside * reciprocal(unit)[..., None, None]
+    root = sqrt((total(inside * inside) / count).float()) * unit
+    mean = (total(inside.abs()) / count).float() * unit
+    clip = SAWB[0] * root - SAWB[1] * mean
+    found = {"rms": root, "absmean": mean, "sawb": clip.clamp(min=0.0)}[kind]
+    return torch.where(torch.isfinite(absmax), found, torch.nan)
+
+
+def derive(
+    fmt: Format,
+    statistic: Tensor,
+    *,
+    candidate: float = 1.0,
+    tensor_scale: Tensor | None = None,
+    rounding: Rounding | None = None,
+) -> Scales:
+    """Scales from the statistics [block rows, block columns] of a matrix.
+
+    Args:
+        fmt: a format with fixed values.
+        statistic: of each block; NaN where it has a non-finite value.
+        candidate: a factor of the scale, one of `fmt.scaling.candidates`.
+        tensor_scale: use this instead of deriving it (fp32 [1]).
+        rounding: of the stored scale, if not the format's own.
+    """
+    way = fmt.scaling
+    rounding = rounding or way.rounding
+    wanted = statistic if way.gain == 1 else statistic * way.gain
+    if way.stored == "e8m0":
+        code = _e8m0(fmt, wanted if candidate == 1 else wanted * candidate, rounding)
+        return Scales(_power(254 - code.int()), _e8m0_value(code), {"scale": code})
+    if way.stored == "e4m3":
+        return _e4m3(fmt, wanted, candidate, tensor_scale, rounding)
+    scale = codec.derive_scale(fmt, wanted if candidate == 1 else wanted * candidate)
+    if way.stored == "double":
+        parts = _double(scale)
+        return Scales(codec.reciprocal(scale), multiplier(fmt, parts), parts)
+    if way.stored == "bf16":
+        scale = _narrowed(scale, rounding)
+    parts = {"scale": scale}
+    held = multiplier(fmt, parts)
+    return Scales(codec.reciprocal(held), held, parts)
+
+
+def merged(choice: Tensor, chosen: Scales, other: Scales) -> Scales:
+    """The first scales where the choice holds, the second elsewhere; both are of one tensor."""
+
+    def pick(a: Tensor, b: Tensor) -> Tensor:
+        return torch.where(choice, a, b) if a.shape == choice.shape else a
+
+    parts = {part: pick(found, other.parts[part]) for part, found in chosen.parts.items()}
+    return Scales(pick(chosen.inverse, other.inverse), pick(chosen.multiplier, other.multiplier), parts)
+
+
+def multiplier(fmt: Format, parts: dict[str, Tensor]) -> Tensor:
+    """What stored scales stand for: fp32 [block rows, block columns]."""
+    stored, scale = fmt.scaling.stored, parts["scale"]
+    if stored == "fp32":
+        return scale
+    if stored == "e8m0":
+        return _e8m0_value(scale)
+    if stored == "bf16":
+        held = scale.float()
+    elif stored == "e4m3":
+        held = scale.view(torch.float8_e4m3fn).float()
+        held = held * parts["tensor_scale"] if fmt.scaling.peak else held
+    else:
+        blocks = torch.nn.functional.pad(scale.flatten(), (0, -scale.numel() % DOUBLE_BLOCK)).view(-1, DOUBLE_BLOCK)
+        inner = codec.values(_dyn8(), blocks, parts["scale_scale"]).flatten()[: scale.numel()].view(scale.shape)
+        held = inner + parts["scale_offset"]
+    return torch.where(held > fmt.max_scale, fmt.max_scale, held)
+
+
+def inverse(fmt: Format, parts: dict[str, Tensor]) -> Tensor:
+    """What encodes with scales that are already stored."""
+    if fmt.scaling.stored == "e8m0":
+        return _power(254 - parts["scale"].int())
+    if fmt.scaling.stored == "e4m3" and fmt.scaling.peak:
+        return _two_level_inverse(parts["scale"].view(torch.float8_e4m3fn).float(), parts["tensor_scale"])
+    return codec.reciprocal(multiplier(fmt, parts)).clamp(max=HUGE)
+
+
+def covering(fmt: Format, absmax: Tensor, tensor_scale: Tensor | None = None) -> Scales:
+    """The smallest storable scales with which no value clips, for blocks of which these are the largest magnitudes.
+
+    The format's own rule may let the largest values clip (it rounds to nearest, or floors); a weight that is only
+    codes must not lose what an update adds. A scale of e4m3 ends at 448 times the tensor's, beyond which values clip.
+    """
+    up: dict[Stored, Rounding] = {"e8m0": "up", "e4m3": "up", "bf16": "up"}
+    rounding = up.get(fmt.scaling.stored, "nearest")
+    return derive(fmt, absmax, tensor_scale=tensor_scale, rounding=rounding)
+
+
+def _power(field: Tensor) -> Tensor:
+    """2**(field - 127) for int32 fields 0 .. 254, by the bits of fp32; 0 for what is below."""
+    bits = torch.where(field > 0, field << 23, torch.where(field == 0, 1 << 22, 0))
+    return bits.to(torch.int32).view(torch.float32)
+
+
+def _e8m0_value(code: Tensor) -> Tensor:
+    return torch.where(code == E8M0_NAN, torch.nan, _power(code.int()))
+
+
+def _e8m0(fmt: Format, statistic: Tensor, rounding: Rounding) -> Tensor:
+    """The biased exponent, uint8, by one of the four rules that torchao's `ScaleCalculationMode` names.
+
+    OCP Microscaling Formats (MX) Specification 1.0, section 6.3: the exponent of absmax less that of the largest
+    element. torchao: https://github.com/pytorch/ao, torchao/prototype/mx_formats/mx_tensor.py.
+    """
+    own, mantissa = _exponents(fmt)
+    if rounding == "up":
+        bits = (statistic / torch.full_like(statistic, fmt.top)).view(torch.int32)
+        own = 0
+    else:
+        bits = statistic.contiguous().view(torch.int32)
+    if rounding == "even":
+        bits = bits + (1 << (22 - mantissa))
+    code = (bits >> 23) - own
+    if rounding in ("up", "ceil"):
+        # Of subnormal numbers only those above 2**-127 need the next power.
+        rest = bits & 0x7FFFFF
+        code = code + (rest > torch.where(bits >> 23 == 0, 1 << 22, 0)).int()
+    code = code.clamp(0, 127 + math.frexp(fmt.max_scale)[1] - 1).to(torch.uint8)
+    return torch.where(torch.isfinite(statistic), code, E8M0_NAN)
+
+
+@cache
+def _exponents(fmt: Format) -> tuple[int, int]:
+    """The exponent of a format's largest value, and how many mantissa bits it has below."""
+    largest = math.frexp(fmt.top)[1] - 1
+    below = sum(2.0 ** (largest - 1) <= value < 2.0**largest for value, _ in fmt.ladder)
+    return largest, max(1, below).bit_length() - 1
+
+
+def _e4m3(fmt: Format, wanted: Tensor, candidate: float, tensor_scale: Tensor | None, rounding: Rounding) -> Scales:
+    """Two levels: the tensor's largest block has the stored scale `peak`, and other blocks less.
+
+    The order of operations is torchao's `nvfp4_quantize`: absmax / 6, / tensor_scale, rounded; x * ((1 / tensor_scale)
+    / scale).
+    """
+    way = fmt.scaling
+    top = torch.full_like(wanted, fmt.top)
+    block = wanted / top
+    parts: dict[str, Tensor] = {}
+    if way.peak:
+        if tensor_scale is None:
+            finite = torch.where(torch.isfinite(wanted), wanted, 0.0)
+            largest = finite.max().view(1) if finite.numel() else finite.new_zeros(1)
+            tensor_scale = (largest / torch.full_like(largest, fmt.top * way.peak)).clamp(min=TINY)
+            tensor_scale = torch.where(largest > 0, tensor_scale, 0.0)
+        block = torch.where(tensor_scale > 0, block / tensor_scale, block)
+        parts["tensor_scale"] = tensor_scale
+    if candidate != 1:
+        block = block * candidate
+    held = block.clamp(way.least, 448.0)
+    code = held.to(torch.float8_e4m3fn).view(torch.uint8)
+    if rounding == "up":
+        code = code + ((code.view(torch.float8_e4m3fn).float() < held) & (code < E4M3_NAN - 1)).to(torch.uint8)
+    code = torch.where(torch.isfinite(wanted), code, E4M3_NAN)
+    parts = {"scale": code, **parts}
+    return Scales(inverse(fmt, parts), multiplier(fmt, parts), parts)
+
+
+def _two_level_inverse(scale: Tensor, tensor_scale: Tensor) -> Tensor:
+    """(1 / tensor_scale) / scale; 0 for a tensor of zeros and for NaN, finite for a scale of 0."""
+    found = reciprocal(tensor_scale) / scale
+    return torch.where((tensor_scale > 0) & (found == found), found, 0.0).clamp(max=HUGE)
+
+
+def _narrowed(scale: Tensor, rounding: Rounding) -> Tensor:
+    """fp32 to bf16, to nearest or up."""
+    near = scale.to(torch.bfloat16)
+    if rounding == "up":
+        above = (near.view(torch.int16) + 1).view(torch.bfloat16)
+        near = torch.where(near.float() < scale, above, near)
+    return near
+
+
+@cache
+def _dyn8() -> Format:
+    return find_format("dyn8")
+
+
+def _double(scale: Tensor) -> dict[str, Tensor]:
+    """Scales less their mean, in the dynamic map with one scale per 256 (bitsandbytes' `compress_statistics`).
+
+    Blocks of scales run over the whole tensor, row after row, as there. The mean is that of finite scales, summed by
+    the halving tree in float64; a NaN makes the 256 blocks it shares a scale with decode to NaN.
+    """
+    flat = scale.flatten()
+    finite = torch.isfinite(flat)
+    offset = (halve(torch.where(finite, flat, 0.0).double().unsqueeze(0)) / finite.sum().clamp(min=1)).float()
+    apart = torch.where(finite, flat - offset, torch.nan)
+    blocks = torch.nn.functional.pad(apart, (0, -len(flat) % DOUBLE_BLOCK)).view(-1, DOUBLE_BLOCK)
+    inner = codec.encode(_dyn8(), blocks)
+    codes = inner["codes"].flatten()[: len(flat)].view(scale.shape)
+    return {"scale": codes, "scale_scale": inner["scale"], "scale_offset": offset}
