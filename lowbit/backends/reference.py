@@ -546,6 +546,8 @@ def fake(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """See `backends.fake`."""
+    if x.is_meta:
+        return torch.empty_like(x, dtype=torch.float32, memory_format=torch.contiguous_format)
     bits = None if noise is None else row_bits(noise, x)
     x = _turned(x, rotation).float().contiguous()
     if fmt.dtype is not None:
