@@ -1,8 +1,8 @@
 """Many short runs of a nano LLaMA, one line of results each: what optimizer_losses.py and recipes.py share.
 
 A script names its runs and says how to build the model and the optimizer of one; here are the loop and the processes.
-The model, the text and the batches are those of `lowbit bench` (0.14M parameters, bytes of the Python standard library),
-parameters are fp32, and runs of one seed have the same start and the same batches, so differences are taken in pairs.
+Model, text and batches are those of `lowbit bench` (0.14M parameters, bytes of the Python standard library), parameters
+are fp32, and runs of one seed have the same start and the same batches, so that differences can be taken in pairs.
 """
 
 from __future__ import annotations
@@ -116,6 +116,11 @@ class Results:
         """Where the runs were done, each time the script was begun."""
         return [line["environment"] for line in self.lines if "environment" in line]
 
+    def score(self, run: Run) -> float:
+        """The loss of a run that is there; infinite if it diverged."""
+        line = self.runs[run]
+        return math.inf if line["why"] else line["loss"]
+
     def append(self, line: dict[str, Any]) -> None:
         """One more line, written at once."""
         self.lines.append(line)
@@ -125,10 +130,9 @@ class Results:
             with self.path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
 
-    def do(self, runs: Iterable[Run], build: Builder, processes: int) -> list[dict[str, Any]]:
-        """The results of these runs, those that are not there yet in so many processes; 0: in this one."""
-        asked = list(runs)
-        todo = [run for run in dict.fromkeys(asked) if run not in self.runs]
+    def do(self, runs: Iterable[Run], build: Builder, processes: int) -> None:
+        """Those of these runs that are not there yet, in so many processes; 0: in this one."""
+        todo = [run for run in dict.fromkeys(runs) if run not in self.runs]
         if todo:
             about = {"steps": STEPS, "batch": BATCH, "seq": SHAPE.seq, "corpus": data.load().describe()}
             versions = {name: machine.version(name) for name in ("torchao", "bitsandbytes")}
@@ -147,7 +151,6 @@ class Results:
                         self.append(line := future.result())
                         left = f"{len(waiting)} left"
                         print(*(str(v) for k, v in line.items() if k != "steps"), left, file=sys.stderr, flush=True)
-        return [self.runs[run] for run in asked]
 
 
 def key(line: dict[str, Any]) -> Run:
@@ -168,9 +171,9 @@ def screen(results: Results, firsts: Sequence[Run], build: Builder, processes: i
         ]  # fmt: skip
         if not wanted:
             break
-        lines = results.do([replace(first, lr=lr) for first, lr in wanted], build, processes)
-        for (first, lr), line in zip(wanted, lines, strict=True):
-            found[first][lr] = math.inf if line["why"] else line["loss"]
+        results.do([replace(first, lr=lr) for first, lr in wanted], build, processes)
+        for first, lr in wanted:
+            found[first][lr] = results.score(replace(first, lr=lr))
         centres = {first: min(losses, key=losses.__getitem__) for first, losses in found.items()}
     return [replace(first, lr=lr) for first, lr in centres.items()]
 
