@@ -3,8 +3,8 @@
     python benchmarks/optimizer_steps.py [--rounds 5] [--threads 2] [--only "AdamW;Lion"]
 
 The tensors of two layers of a 60M LLaMA and an embedding and a head of 4,096 tokens, 10.5M parameters in fp32. Each
-optimizer is a group of rounds with its own yardstick. Not in the times: new projectors of GaLore, Fira and APOLLO, which
-a step in 200 makes.
+optimizer is a group of rounds with its own yardstick. Not in the times: new projectors of GaLore, Fira and APOLLO,
+which one step in 200 makes.
 """
 
 from __future__ import annotations

@@ -113,10 +113,10 @@ class Losses:
             mean, half = statistics.mean(costs), stats.t_quantile(len(costs) - 1) * statistics.stdev(costs)
             half /= len(costs) ** 0.5
             said.append(
-                f"- **{states}**: of {len(verdicts)} optimizers, {verdicts.count('worse')} are significantly worse than "
-                f"with fp32 states and {verdicts.count('better')} better (by chance alone, "
-                f"{0.05 * len(verdicts):.1f} would be one or the other). Over all optimizers, learning rates and seeds: "
-                f"{mean:+.4f} nats a byte, [{mean - half:+.4f}, {mean + half:+.4f}] over optimizers."
+                f"- **{states}**: of {len(verdicts)} optimizers, {verdicts.count('worse')} are significantly worse "
+                f"than with fp32 states and {verdicts.count('better')} better (by chance alone, about "
+                f"{0.05 * len(verdicts):.1f} would be one or the other). Mean over optimizers, each over its learning "
+                f"rates and seeds: {mean:+.4f} nats a byte, [{mean - half:+.4f}, {mean + half:+.4f}]."
             )
         return "\n".join(said)
 
