@@ -171,14 +171,13 @@ def main() -> None:
     firsts = [nano.Run(SCREENING, name, "fp32", OPTIMIZERS[name][1]) for name in names]
     found = nano.screen(results, firsts, build, args.processes)
     cells = [
-        [replace(run, seed=SEEDS[0], variant=states, lr=lr) for lr in nano.neighbours(run.lr)]
+        replace(run, variant=states)
         for states in args.states.split(",") for run in found if states == "fp32" or run.case not in NO_STATES
     ]  # fmt: skip
-    results.do([run for cell in cells for run in cell], build, args.processes)
-    # The best rate of the first seed gets the others first: a script that is stopped has whole cells.
-    best = [min(cell, key=results.score) for cell in cells]
-    results.do([replace(run, seed=seed) for seed in SEEDS[1:] for run in best], build, args.processes)
-    results.do([replace(run, seed=seed) for seed in SEEDS for cell in cells for run in cell], build, args.processes)
+    # The middle rate first, seed by seed: a script that is stopped has whole pairs.
+    middle = [replace(run, seed=seed) for seed in SEEDS for run in cells]
+    others = [replace(run, lr=lr) for run in middle for lr in nano.neighbours(run.lr)]
+    results.do([*middle, *others], build, args.processes)
 
 
 if __name__ == "__main__":
