@@ -108,7 +108,9 @@ class Results:
 
     def __init__(self, path: Path | None):
         self.path = path
-        self.lines = [json.loads(s) for s in path.read_text().splitlines()] if path and path.exists() else []
+        text = path.read_text() if path and path.exists() else ""
+        self.torn = not text.endswith("\n") and bool(text)  # killed while it wrote
+        self.lines = [json.loads(line) for line in text.split("\n")[:-1]]
         self.runs = {key(line): line for line in self.lines if "loss" in line}
 
     @property
@@ -126,9 +128,12 @@ class Results:
         self.lines.append(line)
         if "loss" in line:
             self.runs[key(line)] = line
-        if self.path:
+        if self.path and self.torn:
+            self.path.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+        elif self.path:
             with self.path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
+        self.torn = False
 
     def do(self, runs: Iterable[Run], build: Builder, processes: int) -> None:
         """Those of these runs that are not there yet, in so many processes; 0: in this one."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -141,6 +141,12 @@ OPTIMIZERS: dict[str, tuple[Callable[[Setup], optim.Rule], float]] = {
     "APOLLOMini": (apollo_mini, 1e-2),
 }
 
+# Others of the same optimizers.
+VARIANTS = (
+    "AdamW, β2 .95, clip 1, ends × 5", "StableSPAM, β2 .95, no resets", "SPAM, density 1/4", "AdaPM, Adam-mini's v",
+    "Muon, aux_lr = .3 lr",
+)  # fmt: skip
+
 
 def build(run: nano.Run) -> nano.Trained:
     """A run's model and optimizer; its variant is a state format."""
@@ -156,26 +162,30 @@ def in_layers(name: str, shape: tuple[int, ...]) -> bool:
     return name.startswith("layers.") and len(shape) == 2
 
 
-def main() -> None:
-    """Run, or time."""
+def main(words: Sequence[str] | None = None) -> None:
+    """Run what is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=timing.RESULTS / "optimizer_losses.jsonl")
-    parser.add_argument("--processes", type=int, default=1, help="of one thread each")
+    parser.add_argument("--processes", type=int, default=1, help="of one thread each; 0: this one")
     parser.add_argument("--only", help="optimizers, separated by semicolons")
     parser.add_argument("--states", default=",".join(STATES))
-    args = parser.parse_args()
+    parser.add_argument("--steps", type=int, default=nano.STEPS)
+    args = parser.parse_args(words)
     names = args.only.split(";") if args.only else list(OPTIMIZERS)
     if unknown := set(names) - set(OPTIMIZERS):
         parser.error(f"no optimizer {sorted(unknown)}; there are: {'; '.join(OPTIMIZERS)}")
     results = nano.Results(args.out)
-    firsts = [nano.Run(SCREENING, name, "fp32", OPTIMIZERS[name][1]) for name in names]
+    firsts = [nano.Run(SCREENING, name, "fp32", OPTIMIZERS[name][1], args.steps) for name in names]
     found = nano.screen(results, firsts, build, args.processes)
     cells = [
         replace(run, variant=states)
         for states in args.states.split(",") for run in found if states == "fp32" or run.case not in NO_STATES
     ]  # fmt: skip
-    # The middle rate first, seed by seed: a script that is stopped has whole pairs.
-    middle = [replace(run, seed=seed) for seed in SEEDS for run in cells]
+    # The middle rate first, seed by seed, variants after the optimizers: a script that is stopped has whole pairs.
+    middle = [
+        replace(run, seed=seed)
+        for late in (False, True) for seed in SEEDS for run in cells if (run.case in VARIANTS) == late
+    ]  # fmt: skip
     others = [replace(run, lr=lr) for run in middle for lr in nano.neighbours(run.lr)]
     results.do([*middle, *others], build, args.processes)
 

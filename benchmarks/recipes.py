@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -202,7 +202,7 @@ class Costs:
         }
 
 
-def main() -> int:
+def main(words: Sequence[str] | None = None) -> int:
     """Run, write or check."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -212,7 +212,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=nano.STEPS)
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--check", action="store_true")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     results = nano.Results(args.out)
     if not (args.write or args.check):
         names = args.only.split(";") if args.only else list(CASES)
