@@ -28,6 +28,7 @@ import timing
 
 from lowbit import optim
 from lowbit.bench import stats
+from lowbit.bench.report import markdown_grid
 from lowbit.bench.tables import Grid
 from lowbit.nn import Recipe, quantize_, recipes
 
@@ -155,16 +156,16 @@ class Costs:
         """What each recipe costs."""
         order = sorted(PRESETS, key=lambda case: d.mean if (d := self.cost(case, "Muon")) else 9.0)
         rows = [[case, self.cell(case, "Muon"), self.best_lr(case)] for case in order]
-        return Grid("", ["recipe", "cost, Muon", "best lr"], rows)
+        return Grid("", ["recipe", "cost, Muon", "its best learning rate"], rows, self.conditions(tuple(PRESETS)))
 
     def stores(self) -> Grid:
         """What a weight without a master costs."""
         rows = [
-            [case, *(self.cell(case, o) for o in OPTIMIZERS), *(self.same_codes(case, o) for o in OPTIMIZERS)]
+            [case, *(cell for o in OPTIMIZERS for cell in (self.cell(case, o), self.same_codes(case, o)))]
             for case in (*MASTERS, *STORES)
         ]
-        heads = [f"cost, {o}" for o in OPTIMIZERS] + [f"against a master, {o}" for o in OPTIMIZERS]
-        return Grid("", ["weights", *heads], rows)
+        heads = [head for o in OPTIMIZERS for head in (f"cost, {o}", f"against its master, {o}")]
+        return Grid("", ["weights", *heads], rows, self.conditions((*MASTERS, *STORES)))
 
     def same_codes(self, case: str, optimizer: str) -> str:
         """A store against a master whose forward pass sees the same kind of codes."""
@@ -196,10 +197,8 @@ class Costs:
 
     def sections(self) -> dict[str, str]:
         """The parts of the page."""
-        return {
-            "presets": cpu_tables.prose([self.presets()], self.conditions(tuple(PRESETS))),
-            "stores": cpu_tables.prose([self.stores()], self.conditions((*MASTERS, *STORES))),
-        }
+        grids = {"recipe costs": self.presets(), "store costs": self.stores()}
+        return {name: f"{markdown_grid(grid).strip()}\n\n{grid.caption}" for name, grid in grids.items()}
 
 
 def main(words: Sequence[str] | None = None) -> int:

@@ -68,12 +68,11 @@ def test_losses_go_on_where_they_stopped(tmp_path: Path):
 
 def test_processes_give_what_one_gives(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.undo()  # other processes would not know of it
-    runs = [nano.Run(seed, "AdamW", "4bit", 1e-3, 1) for seed in (0, 1)]
-    found = []
-    for processes in (0, 2):
+    run, found = nano.Run(0, "AdamW", "4bit", 1e-3, 1), []
+    for processes in (0, 1):
         results = nano.Results(None)
-        results.do(runs, optimizer_losses.build, processes)
-        found.append([results.runs[run]["loss"] for run in runs])
+        results.do([run], optimizer_losses.build, processes)
+        found.append(results.runs[run]["loss"])
     assert found[0] == found[1]
 
 
