@@ -31,6 +31,7 @@ from lowbit.bench import stats
 from lowbit.bench.report import markdown_grid
 from lowbit.bench.tables import Grid
 from lowbit.nn import Recipe, quantize_, recipes
+from lowbit.nn.recipe import find_recipe
 
 PAGE, RESULTS = timing.ROOT / "docs" / "recipes.md", timing.RESULTS / "recipes.jsonl"
 FLOAT = "float"
@@ -76,7 +77,9 @@ def build(run: nano.Run) -> nano.Trained:
     """A run's model and optimizer; its variant is the optimizer."""
     model = nano.model_of(run.seed)
     if run.case != FLOAT:
-        quantize_(model, CASES[run.case]())
+        recipe = find_recipe(CASES[run.case]())
+        matmuls = {"forward": recipe.forward, "dgrad": recipe.dgrad, "wgrad": recipe.wgrad}
+        quantize_(model, Recipe(**matmuls, store=recipe.store, seed=run.seed))  # all blocks: see above
     make, *_ = OPTIMIZERS[run.variant]
     return model, make(list(model.named_parameters()), run)
 
