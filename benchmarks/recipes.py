@@ -31,7 +31,7 @@ from lowbit.bench import stats
 from lowbit.bench.report import markdown_grid
 from lowbit.bench.tables import Grid
 from lowbit.nn import Recipe, quantize_, recipes
-from lowbit.nn.recipe import find_recipe
+from lowbit.nn.convert import find_recipe
 
 PAGE, RESULTS = timing.ROOT / "docs" / "recipes.md", timing.RESULTS / "recipes.jsonl"
 FLOAT = "float"
