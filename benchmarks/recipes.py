@@ -1,11 +1,12 @@
 """What does each recipe cost, and what does a weight without a master? Losses of a nano LLaMA, paired by seed.
 
     python benchmarks/recipes.py [--processes 2] [--only "int4;store int4"] [--seeds 5]
+    python benchmarks/recipes.py --rates        the same with other learning rates
     python benchmarks/recipes.py --write        the tables of docs/recipes.md, from the committed results
     python benchmarks/recipes.py --check        fail if they are not what the results say (a test does this)
 
 Muon is the probe: its runs repeat to .01 nats a byte, Adam's to .03, which hides most formats' differences. Learning
-rates are those that are best in float (looked for with a seed of its own); then every recipe is also run at half and
+rates are those that are best in float (looked for with a seed of its own); `--rates` runs every recipe also at half and
 twice Muon's, with two seeds, to see whether that wrongs it. All seven linears of each layer are quantized, of both
 layers (a recipe's wish to keep the first and last blocks dense would leave nothing here); embedding, norms and head are
 not. States are fp32. One line of recipes.jsonl a run; a second call goes on where the first stopped.
@@ -84,22 +85,21 @@ def build(run: nano.Run) -> nano.Trained:
     return model, make(list(model.named_parameters()), run)
 
 
-def plan(results: nano.Results, names: list[str], seeds: int, processes: int, steps: int = nano.STEPS) -> None:
-    """Run what is missing: learning rates in float, then all seeds, then other learning rates."""
-    firsts = [nano.Run(SCREENING, FLOAT, o, lr, steps) for o, (_, lr, _) in OPTIMIZERS.items()]
-    found = nano.screen(results, firsts, build, processes)
+def plan(results: nano.Results, names: list[str], args: argparse.Namespace) -> None:
+    """Run what is missing: learning rates in float, then all seeds; or other learning rates."""
+    firsts = [nano.Run(SCREENING, FLOAT, o, lr, args.steps) for o, (_, lr, _) in OPTIMIZERS.items()]
+    found = nano.screen(results, firsts, build, args.processes)
     wanted = [
         replace(run, seed=FIRST + k, case=case)
-        for k in range(seeds) for run in found for case in (FLOAT, *names)
+        for k in range(args.seeds) for run in found for case in (FLOAT, *names)
         if case == FLOAT or case in OPTIMIZERS[run.variant][2]
     ]  # fmt: skip
-    results.do(wanted, build, processes)
     muon = next(run for run in found if run.variant == "Muon")
     others = [
         replace(muon, seed=FIRST + k, case=case, lr=lr)
-        for k in range(min(FEW, seeds)) for case in (FLOAT, *names) for lr in (muon.lr / 2, muon.lr * 2)
+        for k in range(min(FEW, args.seeds)) for case in (FLOAT, *names) for lr in (muon.lr / 2, muon.lr * 2)
     ]  # fmt: skip
-    results.do(others, build, processes)
+    results.do(others if args.rates else wanted, build, args.processes)
 
 
 class Costs:
@@ -212,6 +212,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", help="cases, separated by semicolons")
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--steps", type=int, default=nano.STEPS)
+    parser.add_argument("--rates", action="store_true", help="the other learning rates, with two seeds")
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args(words)
@@ -220,7 +221,7 @@ def main(words: Sequence[str] | None = None) -> int:
         names = args.only.split(";") if args.only else list(CASES)
         if unknown := set(names) - set(CASES):
             parser.error(f"no case {sorted(unknown)}; there are: {'; '.join(CASES)}")
-        plan(results, names, args.seeds, args.processes, args.steps)
+        plan(results, names, args)
         return 0
     return cpu_tables.write(PAGE, Costs(results).sections(), args.check)
 
