@@ -305,6 +305,10 @@ _NF4 = (
 )  # fmt: skip
 
 
+# QuEST's grid (https://arxiv.org/abs/2502.05003): 16 levels around zero without a zero, two's complement less a half.
+_HALVES = tuple((k if k <= 8 else k - 16) - 0.5 for k in range(16))
+
+
 @cache
 def catalogue() -> dict[str, Format]:
     """Every named format, by name. Built at first use: nothing is computed at import."""
@@ -392,6 +396,15 @@ def catalogue() -> dict[str, Format]:
           scaling=Scaling("bf16", rounding="up")),
         f("nf4-dq", 4, True, "NormalFloat with double-quantized scales (QLoRA)", block=(1, 64), ties="down",
           table=_NF4, scaling=Scaling("double")),
+        # Grids whose scale is chosen for a Gaussian: what lies beyond the top clips.
+        f("int4-sawb", 4, True, "-7..7, clipped where a Gaussian loses least (SAWB)", "integer", (0, 0), limit=7,
+          scaling=Scaling(statistic="sawb")),
+        f("int4-quest", 4, True, "QuEST: ±1/2 .. ±15/2, 2.514 rms at the top", block=(1, 0), table=_HALVES,
+          scaling=Scaling(statistic="rms", gain=2.513930578568423)),
+        f("mxfp4-quest", 4, True, "Quartet: MXFP4, scale 2^floor(log2(2.92 rms / 6))", block=mx, table=e2m1,
+          scaling=Scaling("e8m0", statistic="rms", rounding="floor", gain=2.92247856 / 6 * 4)),
+        f("nvfp4-eden", 4, True, "NVFP4 for MS-EDEN: scales up to 256, .988 of absmax/6", block=nv, table=e2m1,
+          scaling=Scaling("e4m3", gain=17 / 16 * 0.93, peak=255.99)),
         f("ternary", 2, True, "-1, 0, 1 times the mean magnitude (BitNet b1.58)", "integer", (0, 0), limit=1,
           scaling=Scaling(statistic="absmean")),
     ]  # fmt: skip
