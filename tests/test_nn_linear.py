@@ -81,7 +81,7 @@ def asymmetric_int4(group: np.ndarray) -> np.ndarray:
 
 
 def preset_block(name: str) -> int:
-    from lowbit.nn.recipe import find_recipe
+    from lowbit.nn.presets import find_recipe
 
     operand = find_recipe(name).forward[0]
     assert operand is not None and operand.block is not None

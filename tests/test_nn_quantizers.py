@@ -17,7 +17,7 @@ from lowbit.native.build import BuildError
 from lowbit.native.library import load
 from lowbit.nn import Operand, stablespam
 from lowbit.nn.fake import fake_quantize
-from lowbit.nn.recipe import find_recipe, recipes
+from lowbit.nn.presets import find_recipe, recipes
 from lowbit.rounding import key
 from lowbit.rows import decode_rows, encode_rows
 

@@ -7,7 +7,7 @@ import pytest
 
 import lowbit
 from lowbit.nn import Operand, Recipe, recipes
-from lowbit.nn.recipe import find_recipe
+from lowbit.nn.presets import find_recipe
 
 
 def test_presets() -> None:

@@ -2,7 +2,9 @@
 
 from .convert import quantize_, to_dense_
 from .linear import QuantLinear
-from .recipe import Operand, Recipe, recipes
+from .operand import Operand
+from .presets import recipes
+from .recipe import Recipe
 from .report import Report
 
 __all__ = ["Operand", "QuantLinear", "Recipe", "Report", "quantize_", "recipes", "to_dense_"]

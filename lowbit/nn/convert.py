@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from .linear import QuantLinear
-from .recipe import Recipe, find_recipe
+from .presets import find_recipe
+from .recipe import Recipe
 from .report import Entry, Report
 
 

@@ -1,21 +1,26 @@
-"""Quantize and dequantize at once: the values a 4-bit operand would have, in fp32, without making the codes.
+"""An operand of a matmul: the values that its codes stand for, in fp32, and the codes where they are kept.
 
 What the values are is said by `codec` (and `stablespam`); how they are made is a backend's business. Outliers are taken
-out before and put back after.
+out before and put back after. A rotation comes before all this: `turned`.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backends
 from ..backends.reference import blocks, joined
-from .recipe import Operand
+from ..formats import Format
+from ..rotation import Rotation, rotate, rotate_back
+from .operand import Operand
 from .stablespam import RELEASED
 
+Noise = tuple[int, int]  # the key of an operand's random bits
 
-def fake_quantize(x: Tensor, operand: Operand | None, noise: tuple[int, int] | None = None) -> Tensor:
+
+def fake_quantize(x: Tensor, operand: Operand | None, noise: Noise | None = None) -> Tensor:
     """The matrix `x` as the operand's format would hold it, blocks along its rows, in fp32 (`x` itself if None).
 
     `noise` is the key of the random bits, needed where the operand rounds stochastically.
@@ -39,6 +44,48 @@ def fake_quantize(x: Tensor, operand: Operand | None, noise: tuple[int, int] | N
         for block, (where, exact) in zip(_blocks(quantized, operand), taken, strict=True):
             block.scatter_(-1, where, exact)
     return quantized.reshape(x.shape)
+
+
+def encode(x: Tensor, operand: Operand, noise: Noise | None = None) -> dict[str, Tensor]:
+    """The parts of `x` in the operand's format, which `decode` gives the values of `fake_quantize` for, bit for bit.
+
+    Empty where no codes hold them: outliers stay exact, flat groups cross rows, an empty matrix has no blocks.
+    """
+    if operand.codes is None or x.numel() == 0:
+        return {}
+    noise = None if operand.rounding == "nearest" else noise
+    x = x.detach() if x.dtype in (torch.float32, torch.bfloat16, torch.float16) else x.detach().float()
+    return (backends.reference if _traced(x) else backends).encode(operand.codes, x, noise)
+
+
+def decode(fmt: Format, parts: dict[str, Tensor], cols: int) -> Tensor:
+    """fp32 [rows, cols]: the inverse of `encode`."""
+    return (backends.reference if _traced(parts["codes"]) else backends).decode(fmt, parts, cols)
+
+
+def _traced(x: Tensor) -> bool:
+    """Whether a native backend could not be pointed to its memory (see `backends.fake`)."""
+    return torch.compiler.is_compiling() or x.is_meta or type(x) is not Tensor
+
+
+def turned(x: Tensor, rotation: Rotation | None) -> Tensor:
+    """A matrix rotated along its rows, in fp32 (`x` itself if None), with zeros appended up to a multiple of the size.
+
+    Zeros in both operands add nothing to their product, and a rotation of both changes none.
+    """
+    if rotation is None:
+        return x
+    return rotate(F.pad(x.detach().float(), (0, padded(x.shape[1], rotation) - x.shape[1])), rotation)
+
+
+def padded(cols: int, rotation: Rotation | None) -> int:
+    """How many columns `turned` makes of so many."""
+    return cols if rotation is None else -(-cols // rotation.size) * rotation.size
+
+
+def turned_back(x: Tensor, rotation: Rotation | None, cols: int) -> Tensor:
+    """The inverse of `turned` of a matrix of `cols` columns, up to rounding."""
+    return x if rotation is None else rotate_back(x, rotation)[:, :cols]
 
 
 def _blocks(rows: Tensor, operand: Operand) -> list[Tensor]:

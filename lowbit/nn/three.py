@@ -1,0 +1,186 @@
+"""The three matmuls of a quantized linear layer, as one autograd function.
+
+    forward   y  = Q(x) Q(W)ᵀ + b     keeps what the backward pass needs of x, as codes, and W itself
+    backward  gx = Q(gy) Q(W)         where x needs a gradient
+              gW = Q(gy)ᵀ Q(x)        where W does: frozen weights keep no activations
+              gb = sum of gy
+
+What is kept of x: its codes where wgrad uses the values of the forward pass, or the codes of the operand that wgrad
+makes of x, which the forward pass makes for it: its random bits depend on nothing but (seed, layer, call). So they take
+the place of x in 4 to 9 bits a value. Where no codes hold the operand (outliers kept exact, flat groups, no
+quantization at all) it is x itself, which the layer before often keeps anyway. Nothing is kept of W but the parameter:
+its values are made again, for less than it takes to multiply with them.
+
+A rotation R of the forward pass turns both x and W, so backward matmuls that use its values give gx R and gW R. They
+are turned back last, after the mask of an estimator, which belongs to the turned values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..rotation import Rotation
+from ..rounding import key
+from . import estimators
+from .fake import decode, encode, fake_quantize, padded, turned, turned_back
+from .matmul import product
+from .operand import Operand
+from .recipe import FORWARD, Recipe, Reused
+
+# Numbers in the key of the random bits: dgrad's and wgrad's two operands, and their rotations.
+_DGRAD, _WGRAD, _ROTATIONS = (1, 2), (3, 4), {"dgrad": 5, "wgrad": 6}
+
+
+def forward_rotation(recipe: Recipe) -> Rotation | None:
+    """Of both operands of the forward matmul: the same in every call, so that evaluation is deterministic."""
+    operand = recipe.forward[1]
+    if operand is None or not operand.hadamard:
+        return None
+    return Rotation(operand.hadamard, None if operand.signs == "none" else recipe.seed)
+
+
+def forward_weight(weight: Tensor, recipe: Recipe) -> Tensor:
+    """The weight as the forward matmul multiplies with it, turned, in fp32 (or the weight itself, if not quantized)."""
+    return fake_quantize(turned(weight, forward_rotation(recipe)), recipe.forward[1])
+
+
+def as_matrix(x: Tensor) -> Tensor:
+    """[..., cols] as [rows, cols]; a reshape by -1 would not know the rows of an empty tensor."""
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a layer: its recipe, the dtype it computes in, and what its random bits depend on."""
+
+    recipe: Recipe
+    dtype: torch.dtype
+    number: int
+    layer: int
+
+    def noise(self, operand: int) -> tuple[int, int]:
+        """The key of an operand's random bits."""
+        return key(self.recipe.seed, self.number, self.layer, operand)
+
+    def rotation(self, matmul: str) -> Rotation | None:
+        """Of both operands of a backward matmul."""
+        operand = {"dgrad": self.recipe.dgrad, "wgrad": self.recipe.wgrad}[matmul][0]
+        if operand is None or not operand.hadamard:
+            return None
+        if operand.signs != "auto":
+            return Rotation(operand.hadamard, self.recipe.seed if operand.signs == "fixed" else None)
+        low, high = self.noise(_ROTATIONS[matmul])
+        return Rotation(operand.hadamard, low | high << 32)
+
+    def forward(
+        self, rows: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, bool]
+    ) -> tuple[Tensor, dict]:
+        """(y, what to keep for the backward pass), where (x, W) need gradients."""
+        activation, other = self.recipe.forward[0], self.recipe.wgrad[1]
+        needs_x, needs_weight = needs
+        x = turned(rows, forward_rotation(self.recipe))
+        codes = encode(x, activation) if needs_weight and other == FORWARD and activation is not None else {}
+        values = _decoded(codes, activation, x.shape[1]) if codes else fake_quantize(x, activation)
+        if needs_weight and isinstance(other, Operand):
+            source = turned((values if other.of == FORWARD else rows).t(), self.rotation("wgrad"))
+            codes = encode(source, other, self.noise(_WGRAD[1]))
+        kept = {f"x.{name}": part for name, part in codes.items()}
+        if needs_weight and not codes:
+            kept["x"] = rows
+        if needs_x or (needs_weight and _estimated(self.recipe.forward[1])):
+            kept["weight"] = weight
+        if needs_x and _estimated(activation):
+            assert activation is not None
+            kept |= estimators.kept(x, activation)
+        y = product(values, forward_weight(weight, self.recipe), self.dtype, bias)
+        return y, kept
+
+    def dgrad(self, gy: Tensor, kept: dict[str, Tensor], cols: int) -> Tensor:
+        """gx = Q(gy) Q(W), contracted over output features: [tokens, cols]."""
+        gradient, other = self.recipe.dgrad
+        rotation = self.rotation("dgrad")
+        weight = (forward_weight(kept["weight"], self.recipe) if _of_forward(other) else kept["weight"]).t()
+        if isinstance(other, Operand):
+            weight = fake_quantize(turned(weight, rotation), other, self.noise(_DGRAD[1]))
+        g = fake_quantize(turned(gy, rotation), gradient, self.noise(_DGRAD[0]))
+        gx = product(g, weight, self.dtype)
+        return self._through(gx, self.recipe.forward[0], kept, "x", _of_forward(other), cols)
+
+    def wgrad(self, gy: Tensor, kept: dict[str, Tensor], cols: int) -> Tensor:
+        """gW = Q(gy)ᵀ Q(x), contracted over tokens: [output features, cols]."""
+        gradient, other = self.recipe.wgrad
+        g = fake_quantize(turned(gy.t(), self.rotation("wgrad")), gradient, self.noise(_WGRAD[0]))
+        gw = product(g, self._wgrad_activation(kept, gy.shape[0], cols), self.dtype)
+        return self._through(gw, self.recipe.forward[1], kept, "weight", _of_forward(other), cols)
+
+    def _wgrad_activation(self, kept: dict[str, Tensor], tokens: int, cols: int) -> Tensor:
+        """Q(x) as wgrad multiplies with it, [features, tokens], from what was kept."""
+        activation, other = self.recipe.forward[0], self.recipe.wgrad[1]
+        codes = {name[2:]: part for name, part in kept.items() if name.startswith("x.")}
+        if codes and isinstance(other, Operand):
+            return _decoded(codes, other, padded(tokens, self.rotation("wgrad")))
+        if codes:
+            return _decoded(codes, activation, padded(cols, forward_rotation(self.recipe))).t()
+        x = kept["x"]
+        if _of_forward(other):
+            x = fake_quantize(turned(x, forward_rotation(self.recipe)), activation)
+        if isinstance(other, Operand):
+            return fake_quantize(turned(x.t(), self.rotation("wgrad")), other, self.noise(_WGRAD[1]))
+        return x.t()
+
+    def _through(
+        self, g: Tensor, operand: Operand | None, kept: dict[str, Tensor], name: str, is_turned: bool, cols: int
+    ) -> Tensor:
+        """A gradient on its way through the rounding of a forward operand, and through the rotation before it."""
+        rotation = forward_rotation(self.recipe)
+        if _estimated(operand):
+            assert operand is not None
+            g = g if is_turned else turned(g, rotation)
+            g = g * estimators.factor(kept, name, operand, rotation, g.shape).to(g.dtype)
+            is_turned = True
+        return turned_back(g, rotation, cols) if is_turned else g
+
+
+def _decoded(codes: dict[str, Tensor], operand: Operand | None, cols: int) -> Tensor:
+    assert operand is not None and operand.codes is not None
+    return decode(operand.codes, codes, cols)
+
+
+def _of_forward(operand: Reused) -> bool:
+    return operand == FORWARD or (isinstance(operand, Operand) and operand.of == FORWARD)
+
+
+def _estimated(operand: Operand | None) -> bool:
+    return operand is not None and operand.estimator != "ste"
+
+
+class ThreeMatmuls(torch.autograd.Function):
+    """y = x Wᵀ + b by a recipe; see the module."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> Tensor:
+        y, kept = call.forward(as_matrix(x), weight, bias, ctx.needs_input_grad[:2])
+        ctx.call, ctx.kept, ctx.input_shape = call, tuple(kept), x.shape
+        ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
+        ctx.save_for_backward(*kept.values())
+        return y.reshape(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        kept = dict(zip(ctx.kept, ctx.saved_tensors, strict=True))
+        x_dtype, weight_dtype, bias_dtype = ctx.dtypes
+        gy, cols = as_matrix(grads[0]), ctx.input_shape[-1]
+        gx = gw = gb = None
+        if ctx.needs_input_grad[0]:
+            gx = ctx.call.dgrad(gy, kept, cols).to(x_dtype).reshape(ctx.input_shape)
+        if ctx.needs_input_grad[1]:
+            gw = ctx.call.wgrad(gy, kept, cols).to(weight_dtype)
+        if ctx.needs_input_grad[2]:
+            gb = gy.sum(0).to(bias_dtype)
+        return gx, gw, gb, None
