@@ -56,6 +56,16 @@ LB_FN Lanes and_bits(Lanes a, uint32_t bits) {
 LB_FN Lanes negative(Lanes a) {
   return _mm512_castsi512_ps(_mm512_xor_si512(_mm512_castps_si512(a.v), _mm512_set1_epi32((int)0x80000000u)));
 }
+LB_FN Lanes flip(Lanes a, uint32_t bits) {  // the signs of the lanes whose bit is set
+  const __m512i x = _mm512_castps_si512(a.v);
+  return _mm512_castsi512_ps(_mm512_mask_xor_epi32(x, (__mmask16)bits, x, _mm512_set1_epi32((int)0x80000000u)));
+}
+template <int APART> LB_FN Lanes swap_lanes(Lanes a) {  // those that are 1, 2, 4 or 8 apart
+  return APART == 1   ? _mm512_permute_ps(a.v, 0xB1)
+         : APART == 2 ? _mm512_permute_ps(a.v, 0x4E)
+         : APART == 4 ? _mm512_shuffle_f32x4(a.v, a.v, 0xB1)
+                      : _mm512_shuffle_f32x4(a.v, a.v, 0x4E);
+}
 
 struct Finite {  // 0 as long as all is finite, else NaN
   __m512 sum;
@@ -185,6 +195,16 @@ LB_FN Lanes and_bits(Lanes a, uint32_t bits) {
   return _mm256_and_ps(a.v, _mm256_castsi256_ps(_mm256_set1_epi32((int)bits)));
 }
 LB_FN Lanes negative(Lanes a) { return _mm256_xor_ps(a.v, _mm256_set1_ps(-0.0f)); }
+LB_FN Lanes flip(Lanes a, uint32_t bits) {  // the signs of the lanes whose bit is set
+  const __m256i each = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  const __m256i chosen = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32((int)bits), each), each);
+  return _mm256_xor_ps(a.v, _mm256_and_ps(_mm256_castsi256_ps(chosen), _mm256_set1_ps(-0.0f)));
+}
+template <int APART> LB_FN Lanes swap_lanes(Lanes a) {  // those that are 1, 2 or 4 apart
+  return APART == 1   ? _mm256_permute_ps(a.v, 0xB1)
+         : APART == 2 ? _mm256_permute_ps(a.v, 0x4E)
+                      : _mm256_permute2f128_ps(a.v, a.v, 0x01);
+}
 
 struct Finite {  // 0 as long as all is finite, else NaN
   __m256 sum;

@@ -531,7 +531,7 @@ class Rule(torch.optim.Optimizer, Part):
                             self._slots[p].draw(self.state[p], group["seed"], group["steps"])
 
     def _warn_resolution(self, work: Work) -> None:
-        """Once: a 16-bit parameter rounded to nearest does not move when an update is below half its ulp.
+        """Once: a parameter that is rounded to nearest does not move when an update is below half its resolution.
 
         Looked at in the first step (by the scheduler's peak rate, so that a warm-up is no reason) and every 100 after.
         """
@@ -543,14 +543,14 @@ class Rule(torch.optim.Optimizer, Part):
             lr = max(float(group["lr"]), float(group.get("initial_lr", 0.0)) if first else 0.0)
             for slot, _ in tensors:
                 p = slot.param
-                if p.dtype == torch.float32 or not slot.numel or self._warned:
+                if (p.dtype == torch.float32 and slot.stored is None) or not slot.numel or self._warned:
                     continue
-                half_ulp = float(p.detach().float().square().mean().sqrt()) * torch.finfo(p.dtype).eps / 2
-                if 0 < lr < half_ulp:
+                half, what, way_out = slot.resolution()
+                if 0 < lr < half:
                     self._warned = True
                     warnings.warn(
-                        f"lr={lr:.2g} is below the resolution of {slot.label} ({p.dtype}, half an ulp is "
-                        f'about {half_ulp:.2g}): most updates will round away. Use rounding="stochastic" or a master.',
+                        f"lr={lr:.2g} is below the resolution of {slot.label} ({what} is about {half:.2g}): "
+                        f'most updates will round away. Use rounding="stochastic" or {way_out}.',
                         stacklevel=6,
                     )
 
