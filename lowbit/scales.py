@@ -217,9 +217,7 @@ def inverse(fmt: Format, parts: dict[str, Tensor]) -> Tensor:
         return _power(254 - parts["scale"].int())
     if fmt.scaling.stored == "e4m3" and fmt.scaling.peak:
         scale = parts["scale"]
-        return _two_level_inverse(
-            scale.view(torch.float8_e4m3fn).float(), _spread(fmt, parts["tensor_scale"], scale)
-        )
+        return _two_level_inverse(scale.view(torch.float8_e4m3fn).float(), _spread(fmt, parts["tensor_scale"], scale))
     return codec.reciprocal(multiplier(fmt, parts)).clamp(max=HUGE)
 
 

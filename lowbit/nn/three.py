@@ -17,7 +17,7 @@ are turned back last, after the mask of an estimator, which belongs to the turne
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -169,6 +169,9 @@ class ThreeMatmuls(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> Tensor:
         y, kept = call.forward(as_matrix(x), weight, bias, ctx.needs_input_grad[:2])
+        if call.recipe.stochastic and not torch.compiler.is_compiling():
+            # Where checkpointing repeats this call, what is kept is the repeated call's: so must be its random bits.
+            kept["number"] = torch.tensor(call.number)
         ctx.call, ctx.kept, ctx.input_shape = call, tuple(kept), x.shape
         ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
         ctx.save_for_backward(*kept.values())
@@ -178,13 +181,14 @@ class ThreeMatmuls(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         kept = dict(zip(ctx.kept, ctx.saved_tensors, strict=True))
+        call: Call = replace(ctx.call, number=int(kept["number"])) if "number" in kept else ctx.call
         x_dtype, weight_dtype, bias_dtype = ctx.dtypes
         gy, cols = as_matrix(grads[0]), ctx.input_shape[-1]
         gx = gw = gb = None
         if ctx.needs_input_grad[0]:
-            gx = ctx.call.dgrad(gy, kept, cols).to(x_dtype).reshape(ctx.input_shape)
+            gx = call.dgrad(gy, kept, cols).to(x_dtype).reshape(ctx.input_shape)
         if ctx.needs_input_grad[1]:
-            gw = ctx.call.wgrad(gy, kept, cols).to(weight_dtype)
+            gw = call.wgrad(gy, kept, cols).to(weight_dtype)
         if ctx.needs_input_grad[2]:
             gb = gy.sum(0).to(bias_dtype)
         return gx, gw, gb, None
