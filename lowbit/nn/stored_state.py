@@ -91,7 +91,7 @@ def found(state: Mapping[str, Any], key: str, parameter: Tensor) -> Saved:
     """
     value = state[key]
     if f"{key}_format" not in state:
-        if not value.is_floating_point():
+        if isinstance(parameter, StoredWeight) and not value.is_floating_point():
             raise ValueError(
                 f"{key} is {value.dtype}, which is neither a dense weight nor, without {key}_format, codes"
             )
