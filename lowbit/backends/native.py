@@ -26,7 +26,6 @@ from ..native.tables import table
 from ..rotation import Rotation
 from ..rows import part_shapes
 from ..stages import Job, Program
-from . import reference
 
 EXTRA = {"affine": "zero", "log": "base"}
 
@@ -113,8 +112,6 @@ def unsupported(program: Program) -> str:
 @torch.no_grad()
 def step(jobs: list[Job]) -> None:
     """Step every job, those of a program in a row: parameters, moments, scalars and skip counts, in place."""
-    if any(job.stored for job in jobs):
-        return reference.step(jobs)
     structs: list[bytearray] = []
     kept: list[Tensor] = []  # contiguous copies, for as long as the library works on them
     back: list[tuple[Tensor, Tensor]] = []
@@ -138,6 +135,7 @@ def step(jobs: list[Job]) -> None:
     for original, copy in back:
         original.copy_(copy)
     increment_version([job.param for job in jobs])  # a graph that saved an old value must notice
+    increment_version([part for job in jobs if job.stored for part in job.stored[1].values()])
 
 
 CONSTANTS = slice(abi.Job.constants.offset, abi.Job.constants.offset + abi.Job.constants.size)
@@ -151,11 +149,16 @@ class _Struct:
         self.memory = bytearray(sizeof(abi.Job))
         self.constants = memoryview(self.memory)[CONSTANTS]
         self.job = target = abi.Job.from_buffer(self.memory)
-        self.contiguous = job.param.is_contiguous() and not job.param.is_neg()
+        self.contiguous = job.stored is not None or (job.param.is_contiguous() and not job.param.is_neg())
         target.program, target.skipped = addressof(program.struct), job.skipped.data_ptr()
-        target.param = job.param.data_ptr()
         target.rows, target.cols, target.group_rows = job.rows, job.cols, job.group_rows
-        target.param_dtype, target.stochastic = DTYPES[job.param.dtype], "p" in job.noise
+        target.stochastic = "p" in job.noise
+        if job.stored is None:
+            target.param, target.param_dtype = job.param.data_ptr(), DTYPES[job.param.dtype]
+        else:
+            fmt, parts = job.stored
+            fill_operand(target.weight, fmt, parts, job.cols)
+            target.rest = parts["rest"].data_ptr() if "rest" in parts else None
         if job.companion is not None:
             target.master, target.companion = abi.MASTER[job.master], job.companion.data_ptr()
         for k, letter in enumerate(program.moments):

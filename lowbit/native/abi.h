@@ -93,6 +93,9 @@ typedef struct lb_format {
   const uint32_t *cells;
   int32_t cell_shift, cell_half;  // low bits; where the cells of negative numbers begin
   uint32_t cell_low, cell_high;   // magnitudes are held between these
+  // Up to 16 rungs: what `tree` is to `thresholds`, of the rungs that may be at or below u with one above; and from
+  // each rung to the next.
+  float below[32], gaps[16];
 } lb_format;
 
 // One per-value moment of one tensor, as rows (lowbit/rows.py).
@@ -144,6 +147,8 @@ typedef struct lb_job {
   float *vectors[LB_ARRAYS];
   float *scalars[LB_SCALARS];
   float constants[LB_CONSTANTS];
+  lb_operand weight;  // the parameter, if it is codes and scales (lowbit/stored.py); format null: it is `param`
+  int8_t *rest;       // of a split weight: [rows, cols]
 } lb_job;
 
 // A whole matrix to codes and back, or to the values that its codes stand for.

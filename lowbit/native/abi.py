@@ -34,6 +34,8 @@ class Format(Structure):
         ("cell_half", c_int32),
         ("cell_low", c_uint32),
         ("cell_high", c_uint32),
+        ("below", c_float * 32),
+        ("gaps", c_float * 16),
     )
 
 
@@ -87,6 +89,8 @@ class Job(Structure):
         ("vectors", c_void_p * ARRAYS),
         ("scalars", c_void_p * SCALARS),
         ("constants", c_float * CONSTANTS),
+        ("weight", Operand),
+        ("rest", c_void_p),
     )
 
 

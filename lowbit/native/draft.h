@@ -83,7 +83,7 @@ static void prepare_drafts(const Run &run, const uint32_t *roots, Drafts &drafts
   drafts.last = nullptr;
   drafts.fused = nullptr;
   memset(drafts.zeros, 0, sizeof drafts.zeros);
-  if (run.cut.width != LB_BLOCK || run.gauge < 0 || job.master != LB_NONE) return;
+  if (run.cut.width != LB_BLOCK || run.gauge < 0 || job.master != LB_NONE || job.weight.format) return;
   bool gradient = false;  // whether an update has written it
   for (int k = 0; k < program.count; ++k) {
     const lb_stage &stage = program.stages[k];

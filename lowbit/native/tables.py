@@ -47,15 +47,26 @@ def _codebook(made: abi.Format, fmt: Format) -> None:
     made.thresholds[:] = (*fmt.thresholds, *[INFINITE] * (256 - len(fmt.thresholds)))
     made.codes[: len(codes)] = codes
     if len(ladder) <= 16:
-        # Step k looks at every (16 >> k)-th threshold, from the (8 >> k)-th on, by minus the rung found so far.
-        for level in range(4):
-            step = 16 >> level
-            for rung, threshold in enumerate(made.thresholds[step // 2 - 1 : 15 : step]):
-                made.tree[8 * level + -rung % 8] = threshold
+        made.tree[:] = _tree(made.thresholds[:15])
+        rungs = [_rounded(value) for value in ladder]
+        made.below[:] = _tree([*rungs[1:-1], *[INFINITE] * (17 - len(rungs))])
+        made.gaps[: len(rungs) - 1] = [_rounded(high - low) for low, high in pairwise(rungs)]
         if made.same and not fmt.sign_magnitude:
             _bins(made, fmt)
     else:
         _cells(made, fmt.thresholds)
+
+
+def _tree(numbers: list[float]) -> list[float]:
+    """15 numbers as a search tree: step k looks at every (16 >> k)-th, from the (8 >> k)-th on, by minus the rung found
+    so far.
+    """
+    tree = [0.0] * 32
+    for level in range(4):
+        step = 16 >> level
+        for rung, number in enumerate(numbers[step // 2 - 1 :: step]):
+            tree[8 * level + -rung % 8] = number
+    return tree
 
 
 def _rounded(x: float) -> float:

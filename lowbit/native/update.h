@@ -1,16 +1,9 @@
 // The updating sweep: new values are checked, encoded and stored, block by block, or not at all.
 #pragma once
 #include "measure.h"
+#include "weight.h"
 
 namespace LB_SPACE {
-
-// The largest magnitude of a part of a span: from the peaks of its pieces, or looked for.
-static uint32_t peak_of(const uint32_t *peaks, int piece, const float *x, int start, int n) {
-  if (!piece) return peak(x + start, n);
-  uint32_t most = 0;
-  for (int k = start / piece; k * piece < start + n; ++k) most = peaks[k] > most ? peaks[k] : most;
-  return most;
-}
 
 // A moment kept in 16 bits.
 static void narrow_moment(const lb_operand &o, const float *x, int n, const uint16_t *draws, uint16_t *to) {
@@ -115,6 +108,7 @@ static void store_moment(const Run &run, const Span &s, int k, const bool *good,
 // The parameter as it will be stored, and whether it stays finite where it was.
 static bool prepare_parameter(const Run &run, const Span &s, int piece, bool *good, Room &room) {
   const lb_job &job = *run.job;
+  if (job.weight.format) return prepare_weight(run, s, run.written & 1 ? piece : 0, good, room);
   const float *p = room.at[0];
   const int dtype = job.param_dtype;
   bool fine;
@@ -181,6 +175,7 @@ static void store_companion(const Run &run, int64_t at, int from, int n, Room &r
 
 static void store_parameter(const Run &run, const Span &s, const bool *good, bool all, Room &room) {
   const lb_job &job = *run.job;
+  if (job.weight.format) return store_weight(run, s, good, all, room);
   const int size = job.param_dtype == LB_FLOAT32 ? 4 : 2;
   const char *from = size == 4 ? (const char *)room.at[0] : (const char *)room.parameter;
   char *to = (char *)job.param + s.at * size;
@@ -205,7 +200,8 @@ static int piece_of(const Run &run) {
     if (each < PIECE) return 0;
     piece = each < piece ? each : piece;
   }
-  return piece;
+  const lb_format *weight = run.job->weight.format;  // one with smaller blocks looks for its own peaks
+  return weight && weight->block >= PIECE && weight->block < piece ? weight->block : piece;
 }
 
 // Which writes of each update are stored as roots: of square formats, by the last that writes and none reads after it.
