@@ -10,6 +10,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..formats import Format, format
 from ..gpu import Module, machine, sources
@@ -172,7 +173,7 @@ def _ready(fmt: Format, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, R
     """Contiguous; and rotated already where a block takes two passes."""
     x = x.detach().resolve_neg().contiguous()
     if rotation is not None:
-        rotation.check(x.shape[1])
+        x = pad(x, (0, rotation.padded(x.shape[1]) - x.shape[1]))
         if rotation.seed is None:  # the kernels always change signs
             return turn(x, rotation), None
         if not _at_once(fmt):
@@ -235,11 +236,11 @@ def quantized(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """See `backends.quantized`: two launches, one for the codes and one for what they stand for."""
     parts = encode(fmt, x, noise, rotation=rotation)
-    return decode(fmt, parts, x.shape[1], dtype), parts
+    return decode(fmt, parts, rotation.padded(x.shape[1]) if rotation else x.shape[1], dtype), parts
 
 
 def rotate(x: Tensor, rotation: Rotation, *, back: bool = False, dtype: torch.dtype = torch.float32) -> Tensor:
     """See `backends.rotate`."""
     if back:
-        return rotate_back(x.detach(), rotation).to(dtype)
+        return rotate_back(pad(x.detach(), (0, rotation.padded(x.shape[1]) - x.shape[1])), rotation).to(dtype)
     return fake(format("fp32"), x, rotation=rotation, dtype=dtype)
