@@ -5,7 +5,6 @@ import io
 import pickle
 from collections.abc import Callable
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -42,80 +41,7 @@ def layer(recipe: str | Recipe, cols: int, rows: int, bias: bool = True, **kwarg
     return made
 
 
-# --- A float64 statement of the three matmuls, which shares no code with lowbit --------------------------------------
-
-
-def by_groups(x: np.ndarray, length: int, flat: bool, each: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    out = []
-    for row in [x.reshape(-1)] if flat else x:
-        out += [each(row[i : i + length]) for i in range(0, len(row), length)]
-    return np.concatenate(out).reshape(x.shape)
-
-
-def nearest_int4(group: np.ndarray) -> np.ndarray:
-    scale = np.abs(group).max() / 7
-    return np.round(group / scale) * scale
-
-
-def nearest_e2m1(group: np.ndarray) -> np.ndarray:
-    grid = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
-    scale = np.abs(group).max() / 6
-    index = np.abs(np.abs(group)[:, None] / scale - grid).argmin(1)
-    return np.sign(group) * grid[index] * scale
-
-
-def without_two_largest(group: np.ndarray, levels: int) -> np.ndarray:
-    kept = np.argsort(-np.abs(group))[:2]
-    rest = group.copy()
-    rest[kept] = 0
-    top = max(np.abs(rest).max(), 1e-6)
-    out = np.round(rest / top * levels) * top / levels
-    out[kept] = group[kept]
-    return out
-
-
-def asymmetric_int4(group: np.ndarray) -> np.ndarray:
-    scale = max(group.max() - group.min(), 1e-5) / 15
-    zero = np.clip(-np.round(group.min() / scale), 0, 15)
-    return (np.clip(np.round(group / scale) + zero, 0, 15) - zero) * scale
-
-
-def preset_block(name: str) -> int:
-    from lowbit.nn.presets import find_recipe
-
-    operand = find_recipe(name).forward[0]
-    assert operand is not None and operand.block is not None
-    return operand.block
-
-
-def quantized(name: str, x: Tensor, role: str) -> np.ndarray:
-    values = x.detach().double().numpy()
-    if name in ("int4", "fp4"):
-        return by_groups(values, preset_block(name), False, nearest_int4 if name == "int4" else nearest_e2m1)
-    if name == "stablespam-int4" and role == "weight":
-        return by_groups(values, 256, True, asymmetric_int4)
-    return by_groups(values, 256, True, lambda g: without_two_largest(g, 7 if name == "stablespam-int4" else 4))
-
-
-@pytest.mark.parametrize("cols", [64, 33, 300])
-@pytest.mark.parametrize("name", ["int4", "fp4", "stablespam-int4", "stablespam-fp4"])
-def test_three_matmuls(name: str, cols: int) -> None:
-    made = layer(name, cols, 20)
-    x = randn(3, 5, cols, seed=4).requires_grad_()
-    gy = randn(3, 5, 20, seed=5)
-    y = made(x)
-    y.backward(gy)
-    xq, wq = quantized(name, x.view(15, cols), "activation"), quantized(name, made.weight, "weight")
-    g = gy.double().numpy().reshape(15, 20)
-
-    def close(got: Tensor | None, expected: np.ndarray) -> None:
-        assert got is not None
-        np.testing.assert_allclose(got.detach().numpy().reshape(expected.shape), expected, rtol=1e-4, atol=1e-5)
-
-    close(y, xq @ wq.T + made.bias.detach().double().numpy())
-    close(x.grad, g @ wq)
-    close(made.weight.grad, g.T @ xq)
-    close(made.bias.grad, g.sum(0))
+# --- The three matmuls; those of each preset are in tests/test_nn_presets.py ------------------------------------------
 
 
 def test_backward_operands_are_quantized_along_their_own_contraction() -> None:

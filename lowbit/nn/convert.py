@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..roles import role_of
+from ..stored import find_store, frozen
 from .dense import dense_blocks
 from .embedding import QuantEmbedding
 from .linear import QuantLinear
@@ -59,7 +60,8 @@ def quantize_(
         A `Report`: print it to see what became of each weight and why.
 
     Raises:
-        ValueError: the recipe is unknown, or a layer is quantized already. Nothing has been changed.
+        ValueError: the recipe is unknown, a layer is quantized already, or a weight would be trained that is to be
+            stored in a format for frozen ones. Nothing has been changed.
 
     >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
     >>> list(quantize_(model, "int4", skip=["2"]).converted)
@@ -94,6 +96,8 @@ def quantize_(
         del chosen[name]
         reasons[name] = reason
 
+    for name, module in chosen.items():
+        _check_trained(module, name, found.store if isinstance(module, nn.Linear) else found.embedding)
     report = _report(model, found, chosen, reasons, _unused(model, patterns))
     for name, module in chosen.items():
         if isinstance(module, nn.Linear):
@@ -152,6 +156,14 @@ def _store(parameter: Tensor, values: Tensor, dtype: torch.dtype | None) -> None
     if parameter.dtype != dtype:
         parameter.grad = None  # it must have the parameter's dtype
     parameter.data = values.to(dtype)
+
+
+def _check_trained(module: nn.Linear | nn.Embedding, name: str, store: str | None) -> None:
+    """Some formats are for frozen weights only."""
+    if store in (None, "master") or not module.weight.requires_grad:
+        return
+    if reason := frozen(find_store(store).format):
+        raise ValueError(f"quantize_: {name or 'the model'}.weight requires a gradient, and {reason}")
 
 
 def _weights(module: nn.Module) -> dict[str, list[nn.Parameter]]:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from .. import backends
 from ..backends.reference import blocks, joined
-from ..formats import Format
 from ..rotation import Rotation, rotate, rotate_back
+from . import eden
 from .operand import Operand
 from .stablespam import RELEASED
 
@@ -38,6 +38,11 @@ def fake_quantize(x: Tensor, operand: Operand | None, noise: Noise | None = None
     if operand.spec is None:  # the formulas of the Stable-SPAM release are its own: no backend knows them
         values = RELEASED[str(operand.format)].values
         quantized = joined([values(block) for block in _blocks(rows.float().contiguous(), operand)])
+    elif operand.rounding == "eden":
+        quantized = decode(encode(x, operand, noise), operand, x.shape[1])
+    elif operand.prescale != 1:
+        noise = None if operand.rounding == "nearest" else noise
+        quantized = backends.fake(operand.spec, rows.float() * operand.prescale, noise) * (1 / operand.prescale)
     else:
         quantized = backends.fake(operand.spec, rows, None if operand.rounding == "nearest" else noise)
     if taken:
@@ -53,14 +58,21 @@ def encode(x: Tensor, operand: Operand, noise: Noise | None = None) -> dict[str,
     """
     if operand.codes is None or x.numel() == 0:
         return {}
-    noise = None if operand.rounding == "nearest" else noise
     x = x.detach() if x.dtype in (torch.float32, torch.bfloat16, torch.float16) else x.detach().float()
+    x = x if operand.prescale == 1 else x.float() * operand.prescale
+    if operand.rounding == "eden":
+        assert noise is not None
+        return eden.encode(operand.codes, x.float(), operand.hadamard, noise)
+    noise = None if operand.rounding == "nearest" else noise
     return (backends.reference if _traced(x) else backends).encode(operand.codes, x, noise)
 
 
-def decode(fmt: Format, parts: dict[str, Tensor], cols: int) -> Tensor:
+def decode(parts: dict[str, Tensor], operand: Operand, cols: int) -> Tensor:
     """fp32 [rows, cols]: the inverse of `encode`."""
-    return (backends.reference if _traced(parts["codes"]) else backends).decode(fmt, parts, cols)
+    assert operand.codes is not None
+    backend = backends.reference if _traced(parts["codes"]) else backends
+    values = backend.decode(operand.codes, parts, cols)
+    return values if operand.prescale == 1 else values * (1 / operand.prescale)
 
 
 def _traced(x: Tensor) -> bool:

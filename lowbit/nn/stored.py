@@ -11,9 +11,9 @@ of it; what is done to it decides what comes back:
     embedding, index_select of rows          dense; only the rows asked for are decoded
     zeros_like, w + 1, w @ x, w.float() @ x  dense, of what the forward pass sees (a split store's codes alone)
     mul_, add_, addcdiv_, copy_, w[0] = x    decoded to fp32, computed, written with stochastic rounding
-    normal_, uniform_, zero_, fill_ …        the same with new scales: nothing of the old values is left
+    normal_, uniform_, zero_, fill_ …        stored anew: new scales, rounded to nearest
     copy_ of a weight stored alike           its parts are copied, no rounding
-    p.data = dense                           stored anew: new scales, rounded to nearest
+    p.data = dense                           stored anew
 
 Writing is what lets `torch.optim` train it. Each write has random bits of its own, by a counter that lies beside the
 codes, is saved with them, and is never read back from a device. `lowbit.optim` reads and writes the parts itself, once
@@ -131,9 +131,10 @@ class StoredWeight(StoredTensor):
 
     @torch.no_grad()
     def write_(self, values: Tensor, *, fresh: bool = False) -> None:
-        """Store values [shape], rounded stochastically. `fresh`: with new scales, as if it had been zero."""
+        """Store values [shape], rounded stochastically. `fresh`: nothing of the old ones is left in them."""
         if fresh:
-            self.parts["scale"].zero_()
+            self.assign_(values)
+            return
         count: Any = self.writes
         if type(count) is Tensor and count.device.type == "cpu":  # on the host it costs nothing to know the number
             count = int(count)
@@ -146,8 +147,7 @@ class StoredWeight(StoredTensor):
         """Store other values [shape]: new scales, rounded to nearest."""
         if self.is_meta:
             return
-        self.parts["scale"].zero_()
-        stored.store_(self.format, self.parts, values.detach().reshape(rows_of(self.shape)), None)
+        stored.assign_(self.format, self.parts, values.detach().reshape(rows_of(self.shape)))
 
     def rescale_(self) -> None:
         """Derive every scale anew (they only grow otherwise) and round the codes to nearest."""
@@ -158,6 +158,11 @@ class StoredWeight(StoredTensor):
         return rows_of(self.shape)[1]
 
     # ---- what the rules of `stored_ops` use
+
+    @property
+    def owns_rows(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether a row's parts are its own. Scales that are quantized together are not."""
+        return not stored.frozen(self.format)
 
     def alias(self) -> StoredWeight:
         """The same codes. The very dictionary of parts: what is replaced in one is replaced in all."""
@@ -173,8 +178,8 @@ class StoredWeight(StoredTensor):
         )
 
     def mapped_rows(self, f: Callable[[Tensor], Tensor]) -> StoredWeight:
-        """With f of every part, which takes rows out of it."""
-        parts = {part: f(tensor) for part, tensor in self.parts.items()}
+        """With f of every part, which takes rows out of it, but for those of the whole tensor."""
+        parts = {part: tensor if part in stored.WHOLE else f(tensor) for part, tensor in self.parts.items()}
         shape = (len(parts["codes"]), *self.shape[1:])
         return StoredWeight(self.format, parts, shape, self.dtype, stream=self.stream, writes=self.writes)
 

@@ -1,9 +1,9 @@
 """Broadcasting stored weights: what DistributedDataParallel does when it is built, without a value changing.
 
 DDP lays the tensors of a bucket end to end (`cat` of flat views), broadcasts that from rank 0, cuts it up again and
-copies each piece to its parameter. A dense detour would not do: codes made anew from values, under scales that are kept,
-are not rank 0's codes, and ranks would train different weights. So the flat tensor remembers what it was made of,
-broadcasts the parts of that, and gives a piece back as the weight that it is.
+copies each piece to its parameter. A dense detour would not do: codes made anew from values, under scales that are
+kept, are not rank 0's codes, and ranks would train different weights. So the flat tensor remembers what it was made
+of, broadcasts the parts of that, and gives a piece back as the weight that it is.
 """
 
 from __future__ import annotations

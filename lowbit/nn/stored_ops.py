@@ -23,6 +23,7 @@ class StoredTensor(Tensor):
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
     owns_codes = False
+    owns_rows = False
     whole = False  # whether its elements are those of `weight`, in order
     weight: Any
 
@@ -34,7 +35,7 @@ class StoredTensor(Tensor):
         """Its values, to be written to."""
         raise TypeError(f"{type(self).__name__} has no values")
 
-    def viewed(self, step: Step) -> StoredTensor:
+    def viewed(self, step: Step) -> Tensor:
         """The view of it that `step` makes."""
         raise TypeError(f"{type(self).__name__} has no views")
 
@@ -202,24 +203,30 @@ def _copy(func: Any, args: Any, kwargs: Any) -> Any:
 
 def _embedding(func: Any, args: Any, kwargs: Any) -> Any:
     weight, index = args[:2]
+    if not weight.owns_rows:
+        return func(weight.dense(), *args[1:], **kwargs)
     return weight.rows_at(index.reshape(-1)).dense().reshape(*index.shape, weight.shape[1])
 
 
 def _index_select(func: Any, args: Any, kwargs: Any) -> Any:
     weight, dim, index = args
-    return weight.rows_at(index).dense() if dim in (0, -weight.dim()) else func(weight.dense(), dim, index)
+    return (
+        weight.rows_at(index).dense()
+        if dim in (0, -weight.dim()) and weight.owns_rows
+        else func(weight.dense(), dim, index)
+    )
 
 
 def _slice(func: Any, args: Any, kwargs: Any) -> Any:
     dim, start, end, step = (*args[1:], *(0, None, None, 1)[len(args) - 1 :])
-    if dim not in (0, -args[0].dim()) or step != 1:
+    if dim not in (0, -args[0].dim()) or step != 1 or not args[0].owns_rows:
         return _view(func, args, kwargs)
     return args[0].mapped_rows(lambda x: func(x, 0, start, end))
 
 
 def _split(func: Any, args: Any, kwargs: Any) -> Any:
     weight, sizes, dim = (*args, *((kwargs.get("dim", 0),) if len(args) < 3 else ()))
-    if dim not in (0, -weight.dim()):
+    if dim not in (0, -weight.dim()) or not weight.owns_rows:
         return _view(func, args, kwargs)
     count = len(func(weight.parts["codes"], sizes))
     return [weight.mapped_rows(lambda x, i=i: func(x, sizes)[i]) for i in range(count)]

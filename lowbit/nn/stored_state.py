@@ -91,7 +91,7 @@ def found(state: Mapping[str, Any], key: str, parameter: Tensor) -> Saved:
     """
     value = state[key]
     if f"{key}_format" not in state:
-        if not value.is_floating_point():
+        if isinstance(parameter, StoredWeight) and not value.is_floating_point():
             raise ValueError(
                 f"{key} is {value.dtype}, which is neither a dense weight nor, without {key}_format, codes"
             )
@@ -161,16 +161,20 @@ def _assigned(old: StoredWeight, saved: Saved) -> StoredWeight:
 def store_parameter_(parameter: Tensor, store: str, stream: int) -> None:
     """Make a parameter a stored weight. It stays the same object, wherever it is used, with its hooks and gradient."""
     if not isinstance(parameter, StoredWeight):
-        _become(parameter, StoredWeight.of(parameter.detach(), store, stream=stream))
+        become(parameter, StoredWeight.of(parameter.detach(), store, stream=stream))
 
 
 @torch.no_grad()
 def dense_parameter_(parameter: Tensor, values: Tensor) -> None:
     """Make a stored weight a plain parameter with these values. It stays the same object."""
-    _become(parameter, values)
+    become(parameter, values)
 
 
-def _become(parameter: Tensor, value: Tensor) -> None:
+def become(parameter: Tensor, value: Tensor) -> None:
+    """Make a parameter (or a buffer) another tensor, without its being another object."""
+    if not isinstance(parameter, nn.Parameter):
+        torch.utils.swap_tensors(parameter, value)
+        return
     grad, parameter.grad = parameter.grad, None
     torch.utils.swap_tensors(parameter, nn.Parameter(value, requires_grad=parameter.requires_grad))
     _keep_hooks(parameter)
@@ -182,3 +186,27 @@ def _keep_hooks(parameter: Tensor) -> None:
     """Hooks that a swap has left in Python alone are known to autograd again; their handles still remove them."""
     for hooks in ("_backward_hooks", "_post_accumulate_grad_hooks"):
         setattr(parameter, hooks, getattr(parameter, hooks))
+
+
+def rescale_(model: nn.Module) -> int:
+    """Derive the scales of all stored weights anew, in place, and round their codes to nearest.
+
+    Training only ever lets a scale grow, when a value would clip: where weights have become smaller, their codes have
+    become few. This is the one other moment at which scales change; call it now and then in a long run, or never.
+
+    Args:
+        model: any module.
+
+    Returns:
+        How many weights have been rescaled; a shared one counts once. Frozen formats keep their scales.
+
+    Raises:
+        ValueError: the model has no stored weight.
+    """
+    weights = [p for p in model.parameters() if isinstance(p, StoredWeight)]
+    if not weights:
+        raise ValueError("rescale_: this model has no stored weight; quantize_ it with Recipe(store=...)")
+    weights = [weight for weight in weights if not stored.frozen(weight.format)]
+    for weight in weights:
+        weight.rescale_()
+    return len(weights)

@@ -89,7 +89,7 @@ class Call:
         needs_x, needs_weight = needs
         x = turned(rows, forward_rotation(self.recipe))
         codes = encode(x, activation) if needs_weight and other == FORWARD and activation is not None else {}
-        values = _decoded(codes, activation, x.shape[1]) if codes else fake_quantize(x, activation)
+        values = decode(codes, activation, x.shape[1]) if codes and activation else fake_quantize(x, activation)
         if needs_weight and isinstance(other, Operand):
             source = turned((values if other.of == FORWARD else rows).t(), self.rotation("wgrad"))
             codes = encode(source, other, self.noise(_WGRAD[1]))
@@ -100,7 +100,7 @@ class Call:
             kept["weight"] = weight
         if needs_x and _estimated(activation):
             assert activation is not None
-            kept |= estimators.kept(x, activation)
+            kept |= {"x": rows} if activation.estimator == "dge" else {"mask": estimators.masked(x, activation)}
         y = product(values, forward_weight(weight, self.recipe), self.dtype, bias)
         return y, kept
 
@@ -128,9 +128,10 @@ class Call:
         activation, other = self.recipe.forward[0], self.recipe.wgrad[1]
         codes = {name[2:]: part for name, part in kept.items() if name.startswith("x.")}
         if codes and isinstance(other, Operand):
-            return _decoded(codes, other, padded(tokens, self.rotation("wgrad")))
+            return decode(codes, other, padded(tokens, self.rotation("wgrad")))
         if codes:
-            return _decoded(codes, activation, padded(cols, forward_rotation(self.recipe))).t()
+            assert activation is not None
+            return decode(codes, activation, padded(cols, forward_rotation(self.recipe))).t()
         x = kept["x"]
         if _of_forward(other):
             x = fake_quantize(turned(x, forward_rotation(self.recipe)), activation)
@@ -146,14 +147,12 @@ class Call:
         if _estimated(operand):
             assert operand is not None
             g = g if is_turned else turned(g, rotation)
-            g = g * estimators.factor(kept, name, operand, rotation, g.shape).to(g.dtype)
-            is_turned = True
+            if name == "x" and "mask" in kept:
+                factor = estimators.unmasked(kept["mask"], g.shape[1])
+            else:
+                factor = estimators.factor(turned(kept[name].detach(), rotation), operand)
+            g, is_turned = g * factor.to(g.dtype), True
         return turned_back(g, rotation, cols) if is_turned else g
-
-
-def _decoded(codes: dict[str, Tensor], operand: Operand | None, cols: int) -> Tensor:
-    assert operand is not None and operand.codes is not None
-    return decode(operand.codes, codes, cols)
 
 
 def _of_forward(operand: Reused) -> bool:
