@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 from ..rotation import Rotation
 from ..rounding import key
 from . import estimators
-from .fake import decode, encode, fake_quantize, padded, turned, turned_back
+from .fake import decode, encode, fake_quantize, padded, quantized, turned, turned_back
 from .matmul import product
 from .operand import Operand
 from .recipe import FORWARD, Recipe, Reused
@@ -50,7 +50,7 @@ def forward_weight(weight: Tensor, recipe: Recipe) -> Tensor:
     operand, rotation = recipe.forward[1], forward_rotation(recipe)
     if is_stored(weight, operand) and rotation is None:  # rounding it once more could only move it
         return decoded(weight)
-    return fake_quantize(turned(decoded(weight), rotation), operand)
+    return fake_quantize(decoded(weight), operand, rotation=rotation)
 
 
 def as_matrix(x: Tensor) -> Tensor:
@@ -87,12 +87,14 @@ class Call:
         """(y, what to keep for the backward pass), where (x, W) need gradients."""
         activation, other = self.recipe.forward[0], self.recipe.wgrad[1]
         needs_x, needs_weight = needs
-        x = turned(rows, forward_rotation(self.recipe))
-        codes = encode(x, activation) if needs_weight and other == FORWARD and activation is not None else {}
-        values = decode(codes, activation, x.shape[1]) if codes and activation else fake_quantize(x, activation)
+        rotation, codes = forward_rotation(self.recipe), {}
+        if activation is not None and needs_weight and other == FORWARD:
+            values, codes = quantized(rows, activation, rotation=rotation)
+        else:
+            values = fake_quantize(rows, activation, rotation=rotation)
         if needs_weight and isinstance(other, Operand):
-            source = turned((values if other.of == FORWARD else rows).t(), self.rotation("wgrad"))
-            codes = encode(source, other, self.noise(_WGRAD[1]))
+            source = (values if other.of == FORWARD else rows).t()
+            codes = encode(source, other, self.noise(_WGRAD[1]), self.rotation("wgrad"))
         kept = {f"x.{name}": part for name, part in codes.items()}
         if needs_weight and not codes:
             kept["x"] = rows
@@ -100,7 +102,8 @@ class Call:
             kept["weight"] = weight
         if needs_x and _estimated(activation):
             assert activation is not None
-            kept |= {"x": rows} if activation.estimator == "dge" else {"mask": estimators.masked(x, activation)}
+            dge = activation.estimator == "dge"
+            kept |= {"x": rows} if dge else {"mask": estimators.masked(turned(rows, rotation), activation)}
         y = product(values, forward_weight(weight, self.recipe), self.dtype, bias)
         return y, kept
 
@@ -111,15 +114,15 @@ class Call:
         weight = kept["weight"]
         weight = (forward_weight(weight, self.recipe) if _of_forward(other) else decoded(weight)).t()
         if isinstance(other, Operand):
-            weight = fake_quantize(turned(weight, rotation), other, self.noise(_DGRAD[1]))
-        g = fake_quantize(turned(gy, rotation), gradient, self.noise(_DGRAD[0]))
+            weight = fake_quantize(weight, other, self.noise(_DGRAD[1]), rotation)
+        g = fake_quantize(gy, gradient, self.noise(_DGRAD[0]), rotation)
         gx = product(g, weight, self.dtype)
         return self._through(gx, self.recipe.forward[0], kept, "x", _of_forward(other), cols)
 
     def wgrad(self, gy: Tensor, kept: dict[str, Tensor], cols: int) -> Tensor:
         """gW = Q(gy)ᵀ Q(x), contracted over tokens: [output features, cols]."""
         gradient, other = self.recipe.wgrad
-        g = fake_quantize(turned(gy.t(), self.rotation("wgrad")), gradient, self.noise(_WGRAD[0]))
+        g = fake_quantize(gy.t(), gradient, self.noise(_WGRAD[0]), self.rotation("wgrad"))
         gw = product(g, self._wgrad_activation(kept, gy.shape[0], cols), self.dtype)
         return self._through(gw, self.recipe.forward[1], kept, "weight", _of_forward(other), cols)
 
@@ -134,9 +137,9 @@ class Call:
             return decode(codes, activation, padded(cols, forward_rotation(self.recipe))).t()
         x = kept["x"]
         if _of_forward(other):
-            x = fake_quantize(turned(x, forward_rotation(self.recipe)), activation)
+            x = fake_quantize(x, activation, rotation=forward_rotation(self.recipe))
         if isinstance(other, Operand):
-            return fake_quantize(turned(x.t(), self.rotation("wgrad")), other, self.noise(_WGRAD[1]))
+            return fake_quantize(x.t(), other, self.noise(_WGRAD[1]), self.rotation("wgrad"))
         return x.t()
 
     def _through(
