@@ -226,7 +226,9 @@ def assign_(fmt: Format, parts: Mapping[str, Tensor], value: Tensor) -> None:
     The same values as `lowbit.quantize` makes, but where an fp32 scale of the tensor leaves room for weights to grow:
     HEADROOM is a power of two, so block scales lose nothing by it until they are subnormal.
     """
-    absmax = torch.cat([scales.statistic(fmt, some) for _, some in _in_pieces(value)]) if len(value) else value.float()
+    if not value.numel():
+        return
+    absmax = torch.cat([scales.statistic(fmt, some) for _, some in _in_pieces(value)])
     found = scales.derive(fmt, absmax)
     if "tensor_scale" in parts:
         roomy = found.parts["tensor_scale"] * HEADROOM
