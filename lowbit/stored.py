@@ -228,7 +228,7 @@ def assign_(fmt: Format, parts: Mapping[str, Tensor], value: Tensor) -> None:
     """
     if not value.numel():
         return
-    absmax = torch.cat([scales.statistic(fmt, some) for _, some in _in_pieces(value)])
+    absmax = torch.cat([scales.statistic(fmt, scales.Tiles(fmt, some)) for _, some in _in_pieces(value)])
     found = scales.derive(fmt, absmax)
     if "tensor_scale" in parts:
         roomy = found.parts["tensor_scale"] * HEADROOM
