@@ -84,11 +84,9 @@ def statistic(fmt: Format, x: Tensor) -> Tensor:
     count = total(tiles(torch.ones_like(x, dtype=torch.float32), block))
     unit = torch.where(absmax > 0, binade(absmax), 1.0)
     inside = inside * reciprocal(unit)[..., None, None]
-    root = sqrt((total(inside * inside) / count).float()) * unit
-    mean = (total(inside.abs()) / count).float() * unit
-    clip = SAWB[0] * root - SAWB[1] * mean
-    found = {"rms": root, "absmean": mean, "sawb": clip.clamp(min=0.0)}[kind]
-    return torch.where(torch.isfinite(absmax), found, torch.nan)
+    root, mean = sqrt((total(inside * inside) / count).float()), (total(inside.abs()) / count).float()
+    found = {"rms": root, "absmean": mean, "sawb": (SAWB[0] * root - SAWB[1] * mean).clamp(min=0.0)}[kind]
+    return torch.where(torch.isfinite(absmax), (found * unit).clamp(max=HUGE), torch.nan)
 
 
 def derive(
@@ -110,13 +108,14 @@ def derive(
     """
     way = fmt.scaling
     rounding = rounding or way.rounding
-    wanted = statistic if way.gain == 1 else statistic * way.gain
-    if way.stored == "e8m0":
-        code = _e8m0(fmt, wanted if candidate == 1 else wanted * candidate, rounding)
-        return Scales(_power(254 - code.int()), _e8m0_value(code), {"scale": code})
+    wanted = _times(statistic, way.gain)
     if way.stored == "e4m3":
         return _e4m3(fmt, wanted, candidate, tensor_scale, rounding)
-    scale = codec.derive_scale(fmt, wanted if candidate == 1 else wanted * candidate)
+    wanted = _times(wanted, candidate)
+    if way.stored == "e8m0":
+        parts = {"scale": _e8m0(fmt, wanted, rounding)}
+        return Scales(inverse(fmt, parts), multiplier(fmt, parts), parts)
+    scale = codec.derive_scale(fmt, wanted)
     if way.stored == "double":
         parts = _double(scale)
         return Scales(codec.reciprocal(scale), multiplier(fmt, parts), parts)
@@ -143,7 +142,7 @@ def multiplier(fmt: Format, parts: dict[str, Tensor]) -> Tensor:
     if stored == "fp32":
         return scale
     if stored == "e8m0":
-        return _e8m0_value(scale)
+        return torch.where(scale == E8M0_NAN, torch.nan, _power(scale.int())) * fmt.scaling.headroom
     if stored == "bf16":
         held = scale.float()
     elif stored == "e4m3":
@@ -159,7 +158,7 @@ def multiplier(fmt: Format, parts: dict[str, Tensor]) -> Tensor:
 def inverse(fmt: Format, parts: dict[str, Tensor]) -> Tensor:
     """What encodes with scales that are already stored."""
     if fmt.scaling.stored == "e8m0":
-        return _power(254 - parts["scale"].int())
+        return _power(254 - parts["scale"].int()) * (1 / fmt.scaling.headroom)
     if fmt.scaling.stored == "e4m3" and fmt.scaling.peak:
         return _two_level_inverse(parts["scale"].view(torch.float8_e4m3fn).float(), parts["tensor_scale"])
     return codec.reciprocal(multiplier(fmt, parts)).clamp(max=HUGE)
@@ -176,14 +175,14 @@ def covering(fmt: Format, absmax: Tensor, tensor_scale: Tensor | None = None) ->
     return derive(fmt, absmax, tensor_scale=tensor_scale, rounding=rounding)
 
 
+def _times(x: Tensor, factor: float) -> Tensor:
+    return x if factor == 1 else (x * factor).clamp(max=HUGE)
+
+
 def _power(field: Tensor) -> Tensor:
     """2**(field - 127) for int32 fields 0 .. 254, by the bits of fp32; 0 for what is below."""
     bits = torch.where(field > 0, field << 23, torch.where(field == 0, 1 << 22, 0))
     return bits.to(torch.int32).view(torch.float32)
-
-
-def _e8m0_value(code: Tensor) -> Tensor:
-    return torch.where(code == E8M0_NAN, torch.nan, _power(code.int()))
 
 
 def _e8m0(fmt: Format, statistic: Tensor, rounding: Rounding) -> Tensor:
@@ -205,7 +204,8 @@ def _e8m0(fmt: Format, statistic: Tensor, rounding: Rounding) -> Tensor:
         # Of subnormal numbers only those above 2**-127 need the next power.
         rest = bits & 0x7FFFFF
         code = code + (rest > torch.where(bits >> 23 == 0, 1 << 22, 0)).int()
-    code = code.clamp(0, 127 + math.frexp(fmt.max_scale)[1] - 1).to(torch.uint8)
+    last = math.frexp(fmt.max_scale / fmt.scaling.headroom)[1] - 1
+    code = code.clamp(0, 127 + last).to(torch.uint8)
     return torch.where(torch.isfinite(statistic), code, E8M0_NAN)
 
 
@@ -235,9 +235,7 @@ def _e4m3(fmt: Format, wanted: Tensor, candidate: float, tensor_scale: Tensor | 
             tensor_scale = torch.where(largest > 0, tensor_scale, 0.0)
         block = torch.where(tensor_scale > 0, block / tensor_scale, block)
         parts["tensor_scale"] = tensor_scale
-    if candidate != 1:
-        block = block * candidate
-    held = block.clamp(way.least, 448.0)
+    held = _times(block, candidate).clamp(way.least, 448.0)
     code = held.to(torch.float8_e4m3fn).view(torch.uint8)
     if rounding == "up":
         code = code + ((code.view(torch.float8_e4m3fn).float() < held) & (code < E4M3_NAN - 1)).to(torch.uint8)
