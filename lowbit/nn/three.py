@@ -188,7 +188,7 @@ class Call:
             if name == "x" and "mask" in kept:
                 factor = estimators.unmasked(kept["mask"], g.shape[1])
             else:
-                factor = estimators.factor(turned(kept[name].detach(), rotation), operand)
+                factor = estimators.factor(turned(decoded(kept[name]).detach(), rotation), operand)
             g, is_turned = g * factor.to(g.dtype), True
         return turned_back(g, rotation, cols) if is_turned else g
 
