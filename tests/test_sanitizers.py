@@ -25,7 +25,7 @@ ADDRESS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 THREAD = ["-fsanitize=thread"]
 # Optimized so far that it takes seconds. No -fopenmp: ThreadSanitizer knows no libgomp, and the driver has its threads.
 FLAGS = [*(f for f in build.FLAGS if f not in ("-O3", "-shared", "-fPIC")), "-O1", "-g1", "-pthread"]
-# Fused loops are one template, and of every rule the compiler takes seconds for it: those of the rule that DRAFTED runs.
+# Fused loops are one template, and the compiler takes seconds for each rule: only those of the rule that DRAFTED runs.
 OTHERS_FUSED = r"LB_FUSED\((?!adamw_adamw\))(\w+)\)"
 NOT_FUSED = r"LB_EXPORT lb_fused_kernel LB_NAME(\1_fused)(uint64_t, uint32_t) { return nullptr; }"
 
