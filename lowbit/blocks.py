@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -33,6 +34,16 @@ def halve(values: Tensor) -> Tensor:
         half = values.shape[-1] // 2
         values = values[..., :half] + values[..., half:]
     return values[..., 0]
+
+
+def counts(rows: int, cols: int, block: tuple[int, int], device: torch.device) -> Tensor:
+    """How many values each block of `tiles` has, in float64 [down, across]."""
+    sides = (
+        torch.arange(0, max(n, 1), size, dtype=torch.float64, device=device).neg().add(n).clamp(max=size)
+        for n, size in zip((rows, cols), block, strict=True)
+    )
+    height, width = sides
+    return height.unsqueeze(1) * width
 
 
 def total(blocks: Tensor) -> Tensor:

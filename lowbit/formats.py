@@ -122,6 +122,11 @@ class Format:
     def __post_init__(self) -> None:
         if self.scaling != PLAIN and (self.kind not in ("integer", "codebook") or self.square):
             raise ValueError(f"format {self.name!r}: only linear codes can have a scaling of their own")
+        outer, (rows, cols) = self.scaling.outer, self.block
+        if outer and (rows != 1 or not cols or outer % cols):
+            raise ValueError(
+                f"format {self.name!r}: {outer} values share an outer scale, so its block must divide that"
+            )
         if self.kind in ("integer", "codebook"):
             object.__setattr__(self, "parts", ("codes", *self.scaling.parts))
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import codec, scales
-from .blocks import matrix, tiles, total
+from .blocks import matrix, tiles
 from .formats import PLAIN, Format
 from .layout import row_bytes, row_stride, rows_of
 from .rounding import bits16, uniform
@@ -102,35 +102,11 @@ def encode_rows(
     if fmt.scaling == PLAIN:
         parts = codec.encode(fmt, inside.flatten(2), draws, live=live)
     else:
-        found = best(fmt, x, scales.statistic(fmt, x))
+        found = scales.best(fmt, scales.Tiles(fmt, x))
         parts = {"codes": codec.nearby(fmt, inside.flatten(2), found.inverse, draws), **found.parts}
     codes = matrix(parts["codes"].view(inside.shape), *x.shape)
     parts["codes"] = pack(codes, fmt.bits)
     return parts
-
-
-def best(fmt: Format, x: Tensor, statistic: Tensor) -> scales.Scales:
-    """The scales of a matrix, of several candidates those with which rounding to nearest loses least, block by block.
-
-    The first of equals stays. The loss is the sum of the squares of fp32 differences, as `blocks.total` adds them.
-    """
-    candidates = [scales.derive(fmt, statistic, candidate=c) for c in fmt.scaling.candidates]
-    found = candidates[0]
-    if len(candidates) > 1:
-        inside = tiles(x.float(), scales.block_of(fmt, *x.shape))
-        least = _loss(fmt, inside, found)
-        for other in candidates[1:]:
-            loss = _loss(fmt, inside, other)
-            better = loss < least
-            least = torch.where(better, loss, least)
-            found = scales.merged(better, other, found)
-    return found
-
-
-def _loss(fmt: Format, inside: Tensor, found: scales.Scales) -> Tensor:
-    codes = codec.nearby(fmt, inside.flatten(2), found.inverse)
-    apart = codec.values(fmt, codes, found.multiplier).view(inside.shape) - inside
-    return total(apart * apart)
 
 
 def decode_rows(fmt: Format, parts: dict[str, Tensor], cols: int) -> Tensor:

@@ -15,12 +15,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cache
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from . import codec
-from .blocks import halve, tiles, total
+from .blocks import counts, halve, tiles, total
 from .formats import DOUBLE_BLOCK, TINY, Format, Rounding, Stored
 from .formats import format as find_format
 from .words import binade, reciprocal, sqrt
@@ -67,28 +68,82 @@ def grid(fmt: Format, rows: int, cols: int) -> tuple[int, int]:
     return -(-rows // height), -(-cols // width)
 
 
-def statistic(fmt: Format, x: Tensor) -> Tensor:
-    """What the scale of each block of a matrix [rows, cols] is made from: fp32 [block rows, block columns], >= 0.
+class Measured(Protocol):
+    """A matrix of which a backend can tell, block by block, what scales are made from."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows, columns."""
+        ...
+
+    def absmax(self) -> Tensor:
+        """The largest magnitudes, fp32 [block rows, block columns]; not finite where a value is not."""
+        ...
+
+    def total(self, of: Literal["squares", "magnitudes"], inverse: Tensor) -> Tensor:
+        """`blocks.total` of the squares, or of the magnitudes, of values times one number per block."""
+        ...
+
+    def losses(self, found: Scales) -> Tensor:
+        """`blocks.total` of the squares of what rounding to nearest loses, with these scales."""
+        ...
+
+
+class Tiles:
+    """A matrix in torch that can be measured."""
+
+    def __init__(self, fmt: Format, x: Tensor):
+        self.fmt, self.shape = fmt, (x.shape[0], x.shape[1])
+        self.inside = tiles(x.float(), block_of(fmt, *self.shape))
+
+    def absmax(self) -> Tensor:
+        return self.inside.abs().flatten(2).amax(-1)
+
+    def total(self, of: Literal["squares", "magnitudes"], inverse: Tensor) -> Tensor:
+        scaled = self.inside * inverse[..., None, None]
+        return total(scaled * scaled if of == "squares" else scaled.abs())
+
+    def losses(self, found: Scales) -> Tensor:
+        codes = codec.nearby(self.fmt, self.inside.flatten(2), found.inverse)
+        apart = codec.values(self.fmt, codes, found.multiplier).view(self.inside.shape) - self.inside
+        return total(apart * apart)
+
+
+def statistic(fmt: Format, x: Measured) -> Tensor:
+    """What the scale of each block of a matrix is made from: fp32 [block rows, block columns], >= 0.
 
     A sum over a block is that of `blocks.total`; a mean divides it in float64 and is then rounded to fp32. Values are
     squared in units of a power of two, absmax's binade, so that no square overflows.
     """
-    block = block_of(fmt, *x.shape)
-    if not x.numel():
-        return x.new_zeros(grid(fmt, *x.shape), dtype=torch.float32)
-    inside = tiles(x.float(), block)
-    absmax = inside.abs().flatten(2).amax(-1)
+    absmax = x.absmax()
     kind = fmt.scaling.statistic
     if kind == "absmax":
         return torch.where(torch.isfinite(absmax), absmax, torch.nan)
-    count = total(tiles(torch.ones_like(x, dtype=torch.float32), block))
+    count = counts(*x.shape, block_of(fmt, *x.shape), absmax.device)
     unit = torch.where(absmax > 0, binade(absmax), 1.0)
-    inside = inside * reciprocal(unit)[..., None, None]
-    root = sqrt((total(inside * inside) / count).float()) * unit
-    mean = (total(inside.abs()) / count).float() * unit
+    inverse = reciprocal(unit)
+    root = sqrt((x.total("squares", inverse) / count).float()) * unit if kind != "absmean" else unit
+    mean = (x.total("magnitudes", inverse) / count).float() * unit if kind != "rms" else unit
     clip = SAWB[0] * root - SAWB[1] * mean
     found = {"rms": root, "absmean": mean, "sawb": clip.clamp(min=0.0)}[kind]
     return torch.where(torch.isfinite(absmax), found, torch.nan)
+
+
+def best(fmt: Format, x: Measured) -> Scales:
+    """The scales of a matrix, of several candidates those with which rounding to nearest loses least, block by block.
+
+    The first of equals stays. The loss is the sum of the squares of fp32 differences, as `blocks.total` adds them.
+    """
+    measured = statistic(fmt, x)
+    found, *others = [derive(fmt, measured, candidate=c) for c in fmt.scaling.candidates]
+    if others:
+        least = x.losses(found)
+        for other in others:
+            loss = x.losses(other)
+            better = loss < least
+            least = torch.where(better, loss, least)
+            found = merged(better, other, found)
+    return found
 
 
 def derive(
@@ -162,9 +217,7 @@ def inverse(fmt: Format, parts: dict[str, Tensor]) -> Tensor:
         return _power(254 - parts["scale"].int())
     if fmt.scaling.stored == "e4m3" and fmt.scaling.peak:
         scale = parts["scale"]
-        return _two_level_inverse(
-            scale.view(torch.float8_e4m3fn).float(), _spread(fmt, parts["tensor_scale"], scale)
-        )
+        return _two_level_inverse(scale.view(torch.float8_e4m3fn).float(), _spread(fmt, parts["tensor_scale"], scale))
     return codec.reciprocal(multiplier(fmt, parts)).clamp(max=HUGE)
 
 

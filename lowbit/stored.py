@@ -124,7 +124,7 @@ def _unfit(fmt: Format) -> str | None:
     if fmt.block[0] != 1 or not fmt.block[1] or STEP_BLOCK % fmt.block[1]:
         return f"blocks must lie in rows and divide {STEP_BLOCK}"
     way = fmt.scaling
-    if (way.statistic, way.gain, way.candidates) != ("absmax", 1.0, (1.0,)):
+    if (way.statistic, way.gain, way.candidates, way.outer) != ("absmax", 1.0, (1.0,), 0):
         return "its scales are not made from the largest magnitude alone, so values may clip"
     return None
 
@@ -226,7 +226,9 @@ def assign_(fmt: Format, parts: Mapping[str, Tensor], value: Tensor) -> None:
     The same values as `lowbit.quantize` makes, but where an fp32 scale of the tensor leaves room for weights to grow:
     HEADROOM is a power of two, so block scales lose nothing by it until they are subnormal.
     """
-    absmax = torch.cat([scales.statistic(fmt, some) for _, some in _in_pieces(value)]) if len(value) else value.float()
+    if not value.numel():
+        return
+    absmax = torch.cat([_absmax(fmt, some) for _, some in _in_pieces(value)])
     found = scales.derive(fmt, absmax)
     if "tensor_scale" in parts:
         roomy = found.parts["tensor_scale"] * HEADROOM
@@ -238,6 +240,11 @@ def assign_(fmt: Format, parts: Mapping[str, Tensor], value: Tensor) -> None:
         own = scales.Scales(found.inverse[first : first + len(some)], found.multiplier[first : first + len(some)], {})
         new = _rounded(fmt, _into_blocks(fmt, some), own, None, "rest" in parts)
         _write(fmt, _of_rows(parts, first, len(some)), new, value.shape[1])
+
+
+def _absmax(fmt: Format, value: Tensor) -> Tensor:
+    absmax = _into_blocks(fmt, value).abs().amax(-1)
+    return torch.where(torch.isfinite(absmax), absmax, torch.nan)
 
 
 def frozen(fmt: Format) -> str | None:

@@ -16,7 +16,8 @@ from ..gpu import Module, machine, sources
 from ..gpu.formats import print_format
 from ..layout import row_bytes, row_stride, step_width
 from ..native.abi import DTYPE
-from ..rotation import Rotation
+from ..rotation import Rotation, rotate_back
+from ..rotation import rotate as turn
 from ..rows import part_shapes
 from .cuda_step import capture as capture
 from .cuda_step import prepare as prepare
@@ -36,6 +37,11 @@ assert set(DTYPE) == {str(dtype).removeprefix("torch.") for dtype in _NAMES}
 def find(device: torch.device) -> None:
     """Find what kernels need; raises a `RuntimeError` or `ValueError` with what is missing and the way out."""
     machine(device)
+
+
+def takes(fmt: Format, live: bool = False) -> bool:
+    """Whether this backend codes and decodes a format; `live` as for `encode`."""
+    return fmt.plain
 
 
 class Matrix(Structure):
@@ -158,6 +164,8 @@ def _ready(fmt: Format, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, R
     x = x.detach().resolve_neg().contiguous()
     if rotation is not None:
         rotation.check(x.shape[1])
+        if rotation.seed is None:  # the kernels always change signs
+            return turn(x, rotation), None
         if not _at_once(fmt):
             return fake(format("fp32"), x, rotation=rotation), None
     return x, rotation
@@ -179,7 +187,7 @@ def encode(
     return parts
 
 
-def decode(fmt: Format, parts: dict[str, Tensor], cols: int) -> Tensor:
+def decode(fmt: Format, parts: dict[str, Tensor], cols: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """See `backends.decode`."""
     parts = {part: tensor.contiguous() for part, tensor in parts.items()}
     codes = parts["codes"]
@@ -188,14 +196,41 @@ def decode(fmt: Format, parts: dict[str, Tensor], cols: int) -> Tensor:
     if values.numel():
         matrix, lanes = _matrix(fmt, values, parts)
         _launch(_module(codes.device, fmt, torch.float32), "decode", lanes, matrix)
-    return values
+    return values.to(dtype)
 
 
-def fake(fmt: Format, x: Tensor, noise: tuple[int, int] | None = None, *, rotation: Rotation | None = None) -> Tensor:
-    """decode(encode(x)), without making the codes."""
+def fake(
+    fmt: Format,
+    x: Tensor,
+    noise: tuple[int, int] | None = None,
+    *,
+    rotation: Rotation | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """See `backends.fake`."""
     x, rotation = _ready(fmt, x, rotation)
     values = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     if x.numel():
         parts = {} if _at_once(fmt) else _empty(fmt, x)
         _encode("fake", fmt, x, parts, noise, False, rotation, c_void_p(values.data_ptr()))
-    return values
+    return values.to(dtype)
+
+
+def quantized(
+    fmt: Format,
+    x: Tensor,
+    noise: tuple[int, int] | None = None,
+    *,
+    rotation: Rotation | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """See `backends.quantized`: two launches, one for the codes and one for what they stand for."""
+    parts = encode(fmt, x, noise, rotation=rotation)
+    return decode(fmt, parts, x.shape[1], dtype), parts
+
+
+def rotate(x: Tensor, rotation: Rotation, *, back: bool = False, dtype: torch.dtype = torch.float32) -> Tensor:
+    """See `backends.rotate`."""
+    if back:
+        return rotate_back(x.detach(), rotation).to(dtype)
+    return fake(format("fp32"), x, rotation=rotation, dtype=dtype)

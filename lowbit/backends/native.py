@@ -6,17 +6,20 @@ is made once, that of a tensor once for as long as its `Job` lasts, and a step f
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from ctypes import addressof, byref, c_float, sizeof
 from itertools import groupby
 from operator import attrgetter
+from typing import Literal
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from ..formats import Format
+from ..blocks import halve
+from ..formats import PLAIN, Format
 from ..formats import format as find_format
 from ..layout import row_bytes, row_stride
 from ..native import abi
@@ -25,6 +28,7 @@ from ..native.library import Library, load
 from ..native.tables import table
 from ..rotation import Rotation
 from ..rows import part_shapes
+from ..scales import Scales, best, block_of, multiplier
 from ..stages import Job, Program
 
 EXTRA = {"affine": "zero", "log": "base"}
@@ -201,6 +205,22 @@ def fill_operand(target: abi.Operand, fmt: Format, parts: dict[str, Tensor], col
     target.scales = -(-cols // fmt.block[1])
 
 
+# ---- whole matrices
+#
+# Where scales are absmax / top of a part of a row, the library derives them on its way. Other scales are made here, by
+# `scales`, from what the library has measured of each block, and given to it.
+
+
+def takes(fmt: Format, live: bool = False) -> bool:
+    """Whether this backend codes and decodes a format; `live` as for `encode`."""
+    return _derives(fmt) or (fmt.kind in ("integer", "codebook") and fmt.signed and not fmt.square and not live)
+
+
+def _derives(fmt: Format) -> bool:
+    """Whether the library finds a format's scales by itself."""
+    return not fmt.compressed or (fmt.scaling == PLAIN and fmt.block[0] == 1)
+
+
 def _laid_out(x: Tensor) -> tuple[Tensor, int, bool]:
     """A matrix whose rows or columns are contiguous; values from one to the next; whether they are columns."""
     x = x.detach().resolve_neg()
@@ -210,46 +230,83 @@ def _laid_out(x: Tensor) -> tuple[Tensor, int, bool]:
     return x, x.stride(1 if columns else 0), columns
 
 
-def _empty_like(x: Tensor, columns: bool, dtype: torch.dtype) -> Tensor:
-    rows, cols = x.shape
-    return torch.empty(cols, rows, dtype=dtype).t() if columns else torch.empty(rows, cols, dtype=dtype)
+class _Matrix:
+    """A matrix that is to be encoded, rotated first if that is asked: the library's struct, and what can be measured.
 
+    Values stay alive as long as this does.
+    """
 
-def _encode(
-    fmt: Format,
-    x: Tensor,
-    noise: tuple[int, int] | None,
-    live: bool,
-    rotation: Rotation | None,
-    dtype: torch.dtype | None,
-    parts: dict[str, Tensor] | None,
-    back: bool = False,
-) -> Tensor | None:
-    """Fill parts, if there are any; and return what the codes stand for, if they have a dtype."""
-    x, step, columns = _laid_out(x)
-    rows, cols = x.shape
-    if rotation is not None:
-        rotation.check(cols)
-    matrix = abi.Matrix(values=x.data_ptr(), rows=rows, cols=cols, stride=row_stride(cols), step=step, columns=columns)
-    matrix.dtype, matrix.stochastic = DTYPES[x.dtype], noise is not None
-    matrix.key[:] = noise or (0, 0)
-    if rotation is not None:
-        matrix.rotation, matrix.signs[:] = -rotation.size if back else rotation.size, rotation.keys
-    values = None
-    if dtype is not None:
-        values = _empty_like(x, columns, dtype)
-        matrix.out, matrix.out_dtype, matrix.out_step = values.data_ptr(), DTYPES[dtype], rows if columns else cols
-    if parts is not None:
-        fill_operand(matrix.packed, fmt, parts, cols)
-    matrix.packed.format, matrix.packed.live = addressof(table(fmt)), live
-    if x.numel() and load().encode(byref(matrix), torch.get_num_threads()):
-        raise MemoryError("the native encoder found no memory for a block")
-    return values
+    def __init__(self, fmt: Format, x: Tensor, noise: tuple[int, int] | None = None, rotation: Rotation | None = None):
+        self.fmt, self.shape = fmt, (x.shape[0], x.shape[1])
+        self.x, step, self.columns = _laid_out(x)
+        rows, cols = self.shape
+        self.block = block_of(fmt, rows, cols) if fmt.compressed else (1, 1)
+        self.struct = m = abi.Matrix(values=self.x.data_ptr(), rows=rows, cols=cols, stride=row_stride(cols), step=step)
+        m.dtype, m.columns, m.stochastic, m.tile = DTYPES[x.dtype], self.columns, noise is not None, self.block[0]
+        m.key[:] = noise or (0, 0)
+        if rotation is not None:
+            rotation.check(cols)
+            m.rotation, m.flips = rotation.size, rotation.seed is not None
+            m.signs[:] = (0, 0) if rotation.seed is None else rotation.keys
+        m.packed.format = addressof(table(fmt))
+        m.packed.scales = -(-cols // self.block[1])
 
+    def encode(self, dtype: torch.dtype | None, parts: dict[str, Tensor] | None, live: bool = False) -> Tensor | None:
+        """Fill the parts, if there are any, and return what codes stand for, if it has a dtype."""
+        rows, cols = self.shape
+        m, values = self.struct, None
+        m.packed.live = live
+        if dtype is not None:
+            shape = (cols, rows) if self.columns else (rows, cols)
+            values = torch.empty(shape, dtype=dtype)
+            m.out, m.out_dtype, m.out_step = values.data_ptr(), DTYPES[dtype], shape[1]
+            values = values.t() if self.columns else values
+        if parts is not None:
+            m.packed.codes, m.packed.row_bytes = parts["codes"].data_ptr(), row_bytes(cols, self.fmt.bits)
+        if _derives(self.fmt):
+            if parts is not None and self.fmt.compressed:
+                m.packed.scale = parts["scale"].data_ptr()
+            if parts is not None and self.fmt.kind in EXTRA:
+                m.packed.extra = parts[EXTRA[self.fmt.kind]].data_ptr()
+            self._run(load().encode)
+        else:
+            found = best(self.fmt, self)
+            if parts is not None:
+                parts.update(found.parts)
+            with self._given(found):
+                self._run(load().encode)
+        return values
 
-def _parts(fmt: Format, x: Tensor) -> dict[str, Tensor]:
-    shapes = part_shapes(fmt, (x.shape[0], x.shape[1]))
-    return {part: torch.empty(shape, dtype=dtype) for part, (shape, dtype) in shapes.items()}
+    @contextlib.contextmanager
+    def _given(self, found: Scales) -> Iterator[None]:
+        inverse, multiplier = found.inverse.contiguous(), found.multiplier.contiguous()
+        self.struct.inverse, self.struct.packed.scale = inverse.data_ptr(), multiplier.data_ptr()
+        yield
+        self.struct.inverse = self.struct.packed.scale = None
+
+    def _run(self, function: Callable[..., int], *arguments: object) -> None:
+        if self.x.numel() and function(byref(self.struct), *arguments, torch.get_num_threads()):
+            raise MemoryError("the native library found no memory for a block")
+
+    # ---- scales.Measured
+
+    def absmax(self) -> Tensor:
+        return self._by_block("absmax", torch.float32).amax(1)
+
+    def total(self, of: Literal["squares", "magnitudes"], inverse: Tensor) -> Tensor:
+        with self._given(Scales(inverse, inverse, {})):
+            return halve(self._by_block(of, torch.float64).transpose(1, 2))
+
+    def losses(self, found: Scales) -> Tensor:
+        with self._given(found):
+            return halve(self._by_block("losses", torch.float64).transpose(1, 2))
+
+    def _by_block(self, what: str, dtype: torch.dtype) -> Tensor:
+        """A statistic of each row in each block: [block rows, rows of a block, block columns]."""
+        height, across = self.block[0], self.struct.packed.scales
+        each = torch.zeros(-(-self.shape[0] // height) * height, across, dtype=dtype)
+        self._run(load().measure, abi.STATISTIC[what], each.data_ptr())
+        return each.unflatten(0, (-1, height))
 
 
 def encode(
@@ -261,8 +318,8 @@ def encode(
     rotation: Rotation | None = None,
 ) -> dict[str, Tensor]:
     """See `backends.encode`."""
-    parts = _parts(fmt, x)
-    _encode(fmt, x, noise, live, rotation, None, parts)
+    matrix, parts = _Matrix(fmt, x, noise, rotation), _parts(fmt, x)
+    matrix.encode(None, parts, live)
     return parts
 
 
@@ -275,7 +332,7 @@ def fake(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """See `backends.fake`."""
-    values = _encode(fmt, x, noise, False, rotation, dtype, None)
+    values = _Matrix(fmt, x, noise, rotation).encode(dtype, None)
     assert values is not None
     return values
 
@@ -289,17 +346,26 @@ def quantized(
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """See `backends.quantized`."""
-    parts = _parts(fmt, x)
-    values = _encode(fmt, x, noise, False, rotation, dtype, parts)
+    matrix, parts = _Matrix(fmt, x, noise, rotation), _parts(fmt, x)
+    values = matrix.encode(dtype, parts)
     assert values is not None
     return values, parts
 
 
 def rotate(x: Tensor, rotation: Rotation, *, back: bool = False, dtype: torch.dtype = torch.float32) -> Tensor:
     """See `backends.rotate`."""
-    values = _encode(find_format("fp32"), x, None, False, rotation, dtype, None, back)
+    matrix = _Matrix(find_format("fp32"), x, None, rotation)
+    if back:
+        matrix.struct.rotation = -rotation.size
+    values = matrix.encode(dtype, None)
     assert values is not None
     return values
+
+
+def _parts(fmt: Format, x: Tensor) -> dict[str, Tensor]:
+    shapes = part_shapes(fmt, (x.shape[0], x.shape[1]))
+    made = shapes if _derives(fmt) else {"codes": shapes["codes"]}
+    return {part: torch.empty(shape, dtype=dtype) for part, (shape, dtype) in made.items()}
 
 
 def decode(fmt: Format, parts: dict[str, Tensor], cols: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -308,8 +374,13 @@ def decode(fmt: Format, parts: dict[str, Tensor], cols: int, dtype: torch.dtype 
     codes = parts["codes"]
     rows = codes.shape[0] if fmt.compressed or not cols else codes.numel() // cols
     values = torch.empty(rows, cols, dtype=dtype)
-    matrix = abi.Matrix(out=values.data_ptr(), out_dtype=DTYPES[dtype], rows=rows, cols=cols, out_step=cols)
-    fill_operand(matrix.packed, fmt, parts, cols)
-    if values.numel() and load().decode(byref(matrix), torch.get_num_threads()):
-        raise MemoryError("the native decoder found no memory")
+    m = abi.Matrix(out=values.data_ptr(), out_dtype=DTYPES[dtype], rows=rows, cols=cols, out_step=cols, tile=1)
+    m.packed.format, m.packed.codes, m.packed.row_bytes = addressof(table(fmt)), codes.data_ptr(), codes.shape[-1]
+    if fmt.compressed:
+        scale = parts["scale"] if _derives(fmt) else multiplier(fmt, parts).contiguous()
+        m.tile, width = block_of(fmt, rows, cols)
+        m.packed.scale, m.packed.scales = scale.data_ptr(), -(-cols // width)
+        m.packed.extra = parts[EXTRA[fmt.kind]].data_ptr() if fmt.kind in EXTRA else None
+    if values.numel() and load().decode(byref(m), torch.get_num_threads()):
+        raise MemoryError("the native library found no memory for a block")
     return values

@@ -4,10 +4,11 @@
 #pragma once
 #include "abi.h"
 #include "words.h"
-#ifdef LB_AVX2
-#include <immintrin.h>
 
 #define LB_IN inline __attribute__((always_inline))
+
+#ifdef LB_AVX2
+#include <immintrin.h>
 
 namespace LB_SPACE {
 
@@ -28,6 +29,9 @@ struct Lanes {
   LB_FN Lanes widen(const uint16_t *from) {  // bf16
     const __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from));
     return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+  }
+  LB_FN Lanes whole(const uint16_t *from) {  // the numbers 0 to 65,535
+    return _mm512_cvtepi32_ps(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from)));
   }
   LB_FN Lanes signed_bytes(const uint8_t *from) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)from)));
@@ -169,6 +173,9 @@ struct Lanes {
   LB_FN Lanes widen(const uint16_t *from) {  // bf16
     const __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)from));
     return _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
+  }
+  LB_FN Lanes whole(const uint16_t *from) {  // the numbers 0 to 65,535
+    return _mm256_cvtepi32_ps(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)from)));
   }
   LB_FN Lanes signed_bytes(const uint8_t *from) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)from)));
@@ -341,6 +348,7 @@ LB_FN Lanes abs(Lanes a) { return LB_SPACE::and_bits(a, 0x7FFFFFFFu); }
 LB_FN Lanes sign(Lanes a) { return where(a > 0.0f, 1.0f, where(a < 0.0f, -1.0f, a)); }
 LB_FN Lanes maximum(Lanes a, Lanes b) { return where(b > a, b, a); }
 LB_FN Lanes minimum(Lanes a, Lanes b) { return where(b < a, b, a); }
+LB_FN Lanes rint(Lanes a) { return a + 12582912.0f - 12582912.0f; }
 LB_FN Lanes clip(Lanes a, Lanes low, Lanes high) { return minimum(maximum(a, low), high); }
 }  // namespace lb
 #endif

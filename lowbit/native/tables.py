@@ -13,6 +13,7 @@ from ..formats import Format
 from . import abi
 
 INFINITE = math.inf
+ALL = 2**31 - 1  # values of a row: one block
 
 
 @lru_cache(maxsize=256)
@@ -24,7 +25,7 @@ def table(fmt: Format) -> abi.Format:
         is_signed=fmt.signed,
         square=fmt.square,
         sign_magnitude=fmt.sign_magnitude,
-        block=min(fmt.block[1], 2**31 - 1),
+        block=min(fmt.block[1], ALL) or ALL,
         limit=fmt.limit,
     )
     if fmt.dtype is not None:
@@ -58,9 +59,7 @@ def _codebook(made: abi.Format, fmt: Format) -> None:
 
 
 def _tree(numbers: list[float]) -> list[float]:
-    """15 numbers as a search tree: step k looks at every (16 >> k)-th, from the (8 >> k)-th on, by minus the rung found
-    so far.
-    """
+    """15 numbers to search: step k looks at every (16 >> k)-th, from the (8 >> k)-th on, by minus the rung so far."""
     tree = [0.0] * 32
     for level in range(4):
         step = 16 >> level

@@ -35,7 +35,7 @@ def encode(fmt: Format, x: Tensor, run: int, noise: tuple[int, int]) -> dict[str
         noise: the key of the random bits, one 16-bit number for each block.
     """
     width = fmt.block[1]
-    found = scales.derive(fmt, scales.statistic(fmt, x))
+    found = scales.best(fmt, scales.Tiles(fmt, x))
     ones = torch.ones_like(found.multiplier)
     blocks = tiles(x, (1, width)).squeeze(2)  # [rows, blocks, width]
     codes = codec.nearby(fmt, blocks, found.inverse)

@@ -20,7 +20,7 @@ from torch import Tensor
 from .. import scales
 from ..blocks import matrix, tiles
 from ..formats import Format
-from ..rows import best, pack, unpack
+from ..rows import pack, unpack
 from .operand import Operand
 
 STEEPNESS, STEEPEST = 5, 3.0
@@ -51,7 +51,7 @@ def in_units(fmt: Format, x: Tensor) -> Tensor:
     """A matrix in units of each block's scale, as it is before rounding; 0 where the scale is 0."""
     if not x.numel():
         return x
-    inverse = best(fmt, x, scales.statistic(fmt, x)).inverse
+    inverse = scales.best(fmt, scales.Tiles(fmt, x)).inverse
     blocks = tiles(x, scales.block_of(fmt, *x.shape)) * inverse[..., None, None]
     return matrix(blocks.nan_to_num(0.0), *x.shape)
 

@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..compiler import constant
 from ..roles import clean_name
 from .calls import Calls
 from .fake import turned_back
+from .matmul import has_autocast
 from .presets import find_recipe
 from .recipe import Recipe
 from .stored_state import StoredState, store_parameter_
@@ -88,15 +88,10 @@ class QuantLinear(StoredState, nn.Linear):
         return f"{super().extra_repr()}, recipe={self.recipe.name or self.recipe.matmuls}{high}"
 
 
-@constant  # compilers before torch 2.13 do not trace the question
-def _has_autocast(device: str) -> bool:
-    return torch.amp.is_autocast_available(device)
-
-
 def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     """What F.linear would compute in: autocast's dtype where it is on (float64 is left alone), else the wider one."""
     dtype = torch.promote_types(x.dtype, weight.dtype)
     device = x.device.type
-    if dtype != torch.float64 and _has_autocast(device) and torch.is_autocast_enabled(device):
+    if dtype != torch.float64 and has_autocast(device) and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return dtype

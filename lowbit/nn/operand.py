@@ -85,8 +85,10 @@ class Operand:
         if (self.outliers or self.flat) and not isinstance(self.block, int):
             raise ValueError(f"outliers= and flat= are for blocks along a row, and this one is {self.block}")
         if self.estimator != "ste" and (self.codes is None or self.codes.kind not in ("integer", "codebook")):
-            raise ValueError(f"estimator={self.estimator!r} asks how far a value is from a grid: it needs a scaled grid "
-                             "without outliers= and flat=")
+            raise ValueError(
+                f"estimator={self.estimator!r} asks how far a value is from a grid: it needs a scaled grid "
+                "without outliers= and flat="
+            )
         if self.hadamard and self.flat:
             raise ValueError("flat blocks cross rows, and a rotation does not: give one of flat= and hadamard=")
         if self.rounding == "eden":

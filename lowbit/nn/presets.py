@@ -92,9 +92,7 @@ def _four_bits() -> Iterator[Recipe]:
     # backward, MS-EDEN with rotations of 128 of the gradient and of the forward's values. .93 * 17/16 is the release's.
     gradient = Operand("nvfp4-eden", rounding="eden", hadamard=128)
     again = Operand("nvfp4-eden", rounding="eden", hadamard=128, of="forward")
-    yield Recipe(
-        name="quartet2", forward=("nvfp4-46", "nvfp4-46"), dgrad=(gradient, again), wgrad=(gradient, again)
-    )
+    yield Recipe(name="quartet2", forward=("nvfp4-46", "nvfp4-46"), dgrad=(gradient, again), wgrad=(gradient, again))
 
     # TetraJet-v2, https://arxiv.org/abs/2510.27527, section 4, the release's TJv2-base: 1 x 16 blocks whose E4M3 scales
     # share one fp32 scale in 128 values (double-block); backward, rotations of 16, stochastic rounding of both operands,
@@ -103,9 +101,7 @@ def _four_bits() -> Iterator[Recipe]:
     # master weights.
     gradient = Operand("nvfp4-128", rounding="stochastic", hadamard=16)
     again = Operand("nvfp4-128", rounding="stochastic", hadamard=16, of="forward")
-    yield Recipe(
-        name="tetrajet2", forward=("nvfp4-128", "nvfp4-128"), dgrad=(gradient, again), wgrad=(gradient, again)
-    )
+    yield Recipe(name="tetrajet2", forward=("nvfp4-128", "nvfp4-128"), dgrad=(gradient, again), wgrad=(gradient, again))
 
     # QuEST, https://arxiv.org/abs/2502.05003, algorithm 1 with 4 bits: Hadamard 128, 16 even levels around 0 that are
     # best for a Gaussian of the row's root mean square, trust mask; backward in high precision with the forward's
@@ -120,7 +116,6 @@ def _four_bits() -> Iterator[Recipe]:
     yield Recipe(
         name="luq", weight="int4-sawb", activation="int4-sawb", gradient=Operand("e3m0:tensor", rounding="stochastic")
     )
-
 
     # QLoRA, https://arxiv.org/abs/2305.14314, section 3: NF4 in blocks of 64 with double-quantized scales, for a base
     # that is not trained; activations and gradients stay in high precision.

@@ -52,6 +52,7 @@ class StoredWeight(StoredTensor):
     """
 
     owns_codes = True
+    partial = False  # some rows of a weight, which share a scale of the tensor with the others
     format: Format
     parts: dict[str, Tensor]
     stream: int
@@ -147,6 +148,10 @@ class StoredWeight(StoredTensor):
         """Store other values [shape]: new scales, rounded to nearest."""
         if self.is_meta:
             return
+        if self.partial:  # the scale of the tensor is not its own
+            self.parts["scale"].zero_()
+            stored.store_(self.format, self.parts, values.detach().reshape(rows_of(self.shape)), None)
+            return
         stored.assign_(self.format, self.parts, values.detach().reshape(rows_of(self.shape)))
 
     def rescale_(self) -> None:
@@ -181,7 +186,9 @@ class StoredWeight(StoredTensor):
         """With f of every part, which takes rows out of it, but for those of the whole tensor."""
         parts = {part: tensor if part in stored.WHOLE else f(tensor) for part, tensor in self.parts.items()}
         shape = (len(parts["codes"]), *self.shape[1:])
-        return StoredWeight(self.format, parts, shape, self.dtype, stream=self.stream, writes=self.writes)
+        made = StoredWeight(self.format, parts, shape, self.dtype, stream=self.stream, writes=self.writes)
+        made.partial = not parts.keys().isdisjoint(stored.WHOLE)
+        return made
 
     def rows_at(self, index: Tensor) -> StoredWeight:
         """The rows with these numbers, in codes of their own."""

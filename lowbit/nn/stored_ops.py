@@ -73,8 +73,8 @@ class Opened(NamedTuple):
     part: Tensor
 
     def close(self, *, fresh: bool = False) -> None:
-        """Write the values back."""
-        self.weight.write_(self.values, fresh=fresh)
+        """Write the values back. `fresh`: this part of them has nothing of the old ones left."""
+        self.weight.write_(self.values, fresh=fresh and self.part is self.values)
 
 
 class Step(NamedTuple):

@@ -17,7 +17,7 @@ are turned back last, after the mask of an estimator, which belongs to the turne
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 from ..rotation import Rotation
 from ..rounding import key
 from . import estimators
-from .fake import decode, encode, fake_quantize, padded, turned, turned_back
+from .fake import decode, encode, fake_quantize, padded, quantized, turned, turned_back
 from .matmul import product
 from .operand import Operand
 from .recipe import FORWARD, Recipe, Reused
@@ -50,7 +50,7 @@ def forward_weight(weight: Tensor, recipe: Recipe) -> Tensor:
     operand, rotation = recipe.forward[1], forward_rotation(recipe)
     if is_stored(weight, operand) and rotation is None:  # rounding it once more could only move it
         return decoded(weight)
-    return fake_quantize(turned(decoded(weight), rotation), operand)
+    return fake_quantize(decoded(weight), operand, rotation=rotation)
 
 
 def as_matrix(x: Tensor) -> Tensor:
@@ -87,12 +87,14 @@ class Call:
         """(y, what to keep for the backward pass), where (x, W) need gradients."""
         activation, other = self.recipe.forward[0], self.recipe.wgrad[1]
         needs_x, needs_weight = needs
-        x = turned(rows, forward_rotation(self.recipe))
-        codes = encode(x, activation) if needs_weight and other == FORWARD and activation is not None else {}
-        values = decode(codes, activation, x.shape[1]) if codes and activation else fake_quantize(x, activation)
+        rotation, codes = forward_rotation(self.recipe), {}
+        if activation is not None and needs_weight and other == FORWARD:
+            values, codes = quantized(rows, activation, rotation=rotation)
+        else:
+            values = fake_quantize(rows, activation, rotation=rotation)
         if needs_weight and isinstance(other, Operand):
-            source = turned((values if other.of == FORWARD else rows).t(), self.rotation("wgrad"))
-            codes = encode(source, other, self.noise(_WGRAD[1]))
+            source = (values if other.of == FORWARD else rows).t()
+            codes = encode(source, other, self.noise(_WGRAD[1]), self.rotation("wgrad"))
         kept = {f"x.{name}": part for name, part in codes.items()}
         if needs_weight and not codes:
             kept["x"] = rows
@@ -100,7 +102,8 @@ class Call:
             kept["weight"] = weight
         if needs_x and _estimated(activation):
             assert activation is not None
-            kept |= {"x": rows} if activation.estimator == "dge" else {"mask": estimators.masked(x, activation)}
+            dge = activation.estimator == "dge"
+            kept |= {"x": rows} if dge else {"mask": estimators.masked(turned(rows, rotation), activation)}
         y = product(values, forward_weight(weight, self.recipe), self.dtype, bias)
         return y, kept
 
@@ -111,15 +114,15 @@ class Call:
         weight = kept["weight"]
         weight = (forward_weight(weight, self.recipe) if _of_forward(other) else decoded(weight)).t()
         if isinstance(other, Operand):
-            weight = fake_quantize(turned(weight, rotation), other, self.noise(_DGRAD[1]))
-        g = fake_quantize(turned(gy, rotation), gradient, self.noise(_DGRAD[0]))
+            weight = fake_quantize(weight, other, self.noise(_DGRAD[1]), rotation)
+        g = fake_quantize(gy, gradient, self.noise(_DGRAD[0]), rotation)
         gx = product(g, weight, self.dtype)
         return self._through(gx, self.recipe.forward[0], kept, "x", _of_forward(other), cols)
 
     def wgrad(self, gy: Tensor, kept: dict[str, Tensor], cols: int) -> Tensor:
         """gW = Q(gy)ᵀ Q(x), contracted over tokens: [output features, cols]."""
         gradient, other = self.recipe.wgrad
-        g = fake_quantize(turned(gy.t(), self.rotation("wgrad")), gradient, self.noise(_WGRAD[0]))
+        g = fake_quantize(gy.t(), gradient, self.noise(_WGRAD[0]), self.rotation("wgrad"))
         gw = product(g, self._wgrad_activation(kept, gy.shape[0], cols), self.dtype)
         return self._through(gw, self.recipe.forward[1], kept, "weight", _of_forward(other), cols)
 
@@ -134,9 +137,9 @@ class Call:
             return decode(codes, activation, padded(cols, forward_rotation(self.recipe))).t()
         x = kept["x"]
         if _of_forward(other):
-            x = fake_quantize(turned(x, forward_rotation(self.recipe)), activation)
+            x = fake_quantize(x, activation, rotation=forward_rotation(self.recipe))
         if isinstance(other, Operand):
-            return fake_quantize(turned(x.t(), self.rotation("wgrad")), other, self.noise(_WGRAD[1]))
+            return fake_quantize(x.t(), other, self.noise(_WGRAD[1]), self.rotation("wgrad"))
         return x.t()
 
     def _through(
@@ -150,7 +153,7 @@ class Call:
             if name == "x" and "mask" in kept:
                 factor = estimators.unmasked(kept["mask"], g.shape[1])
             else:
-                factor = estimators.factor(turned(kept[name].detach(), rotation), operand)
+                factor = estimators.factor(turned(decoded(kept[name]).detach(), rotation), operand)
             g, is_turned = g * factor.to(g.dtype), True
         return turned_back(g, rotation, cols) if is_turned else g
 
@@ -169,6 +172,9 @@ class ThreeMatmuls(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> Tensor:
         y, kept = call.forward(as_matrix(x), weight, bias, ctx.needs_input_grad[:2])
+        if call.recipe.stochastic and not torch.compiler.is_compiling():
+            # Where checkpointing repeats this call, what is kept is the repeated call's: so must be its random bits.
+            kept["number"] = torch.tensor(call.number)
         ctx.call, ctx.kept, ctx.input_shape = call, tuple(kept), x.shape
         ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
         ctx.save_for_backward(*kept.values())
@@ -178,13 +184,14 @@ class ThreeMatmuls(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         kept = dict(zip(ctx.kept, ctx.saved_tensors, strict=True))
+        call: Call = replace(ctx.call, number=int(kept["number"])) if "number" in kept else ctx.call
         x_dtype, weight_dtype, bias_dtype = ctx.dtypes
         gy, cols = as_matrix(grads[0]), ctx.input_shape[-1]
         gx = gw = gb = None
         if ctx.needs_input_grad[0]:
-            gx = ctx.call.dgrad(gy, kept, cols).to(x_dtype).reshape(ctx.input_shape)
+            gx = call.dgrad(gy, kept, cols).to(x_dtype).reshape(ctx.input_shape)
         if ctx.needs_input_grad[1]:
-            gw = ctx.call.wgrad(gy, kept, cols).to(weight_dtype)
+            gw = call.wgrad(gy, kept, cols).to(weight_dtype)
         if ctx.needs_input_grad[2]:
             gb = gy.sum(0).to(bias_dtype)
         return gx, gw, gb, None
