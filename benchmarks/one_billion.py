@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -89,7 +90,7 @@ def child(optimizer: str, model: str, store: str, embedding: str) -> dict[str, A
 def measured(optimizer: str, model: str, store: str, embedding: str) -> dict[str, Any]:
     """What a process of its own finds, and what the plan says."""
     words = [sys.executable, __file__, "--child", optimizer, model, store, embedding]
-    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
     if done.returncode:
         raise RuntimeError(f"{optimizer}: {done.stderr.strip().splitlines()[-1]}")
     sys.path.insert(0, str(ROOT))
