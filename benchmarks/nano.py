@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +112,7 @@ class Results:
         self.torn = not text.endswith("\n") and bool(text)  # killed while it wrote
         self.lines = [json.loads(line) for line in text.split("\n")[:-1]]
         self.runs = {key(line): line for line in self.lines if "loss" in line}
+        self.begun = False  # whether the machine is noted
 
     @property
     def environments(self) -> list[dict[str, Any]]:
@@ -138,24 +139,35 @@ class Results:
     def do(self, runs: Iterable[Run], build: Builder, processes: int) -> None:
         """Those of these runs that are not there yet, in so many processes; 0: in this one."""
         todo = [run for run in dict.fromkeys(runs) if run not in self.runs]
-        if todo:
+        if todo and not self.begun:
             about = {"steps": STEPS, "batch": BATCH, "seq": SHAPE.seq, "corpus": data.load().describe()}
             versions = {name: machine.version(name) for name in ("torchao", "bitsandbytes")}
             self.append({"environment": {**machine.describe(), **versions, "commit": timing.commit(), **about}})
+            self.begun = True
         if todo and not processes:
             _begin()
             for run in todo:
                 self.append(_attempt(run, build))
         elif todo:
-            spawn = multiprocessing.get_context("spawn")
-            with ProcessPoolExecutor(processes, mp_context=spawn, initializer=_begin) as pool:
-                waiting = {pool.submit(_attempt, run, build) for run in todo}
-                while waiting:
-                    done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                    for future in done:
+            self._share(todo, build, processes)
+
+    def _share(self, todo: Sequence[Run], build: Builder, processes: int) -> None:
+        spawn = multiprocessing.get_context("spawn")
+        failed = []
+        with ProcessPoolExecutor(processes, mp_context=spawn, initializer=_begin) as pool:
+            waiting = {pool.submit(_attempt, run, build): run for run in todo}
+            while waiting:
+                for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+                    run, error = waiting.pop(future), future.exception()
+                    if error is None:
                         self.append(line := future.result())
-                        left = f"{len(waiting)} left"
-                        print(*(str(v) for k, v in line.items() if k != "steps"), left, file=sys.stderr, flush=True)
+                        said = [line["loss"], line["why"], line["seconds"]]
+                    else:  # a defect of one must not lose the others
+                        failed.append(error)
+                        said = [repr(error)]
+                    print(*astuple(run), *said, f"{len(waiting)} left", file=sys.stderr, flush=True)
+        if failed:
+            raise failed[0]
 
 
 def key(line: dict[str, Any]) -> Run:

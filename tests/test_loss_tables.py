@@ -76,6 +76,14 @@ def test_processes_give_what_one_gives(monkeypatch: pytest.MonkeyPatch):
     assert found[0] == found[1]
 
 
+def test_a_run_that_fails_does_not_lose_the_others(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.undo()
+    good, results = nano.Run(0, "Lion", "fp32", 1e-3, 1), nano.Results(None)
+    with pytest.raises(ValueError, match="lr"):
+        results.do([nano.Run(0, "Lion", "fp32", -1.0, 1), good], optimizer_losses.build, 1)
+    assert list(results.runs) == [good]
+
+
 class Valley(nano.Results):
     """Losses with their lowest point at one learning rate, and divergence beyond another."""
 
