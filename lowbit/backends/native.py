@@ -6,17 +6,20 @@ is made once, that of a tensor once for as long as its `Job` lasts, and a step f
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from ctypes import addressof, byref, c_float, sizeof
 from itertools import groupby
 from operator import attrgetter
+from typing import Literal
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from ..formats import Format
+from ..blocks import halve
+from ..formats import PLAIN, Format
 from ..formats import format as find_format
 from ..layout import row_bytes, row_stride
 from ..native import abi
@@ -25,6 +28,7 @@ from ..native.library import Library, load
 from ..native.tables import table
 from ..rotation import Rotation
 from ..rows import part_shapes
+from ..scales import Scales, best, block_of, multiplier
 from ..stages import Job, Program
 
 EXTRA = {"affine": "zero", "log": "base"}
@@ -201,55 +205,104 @@ def fill_operand(target: abi.Operand, fmt: Format, parts: dict[str, Tensor], col
     target.scales = -(-cols // fmt.block[1])
 
 
-def _laid_out(x: Tensor) -> tuple[Tensor, int, bool]:
-    """A matrix whose rows or columns are contiguous; values from one to the next; whether they are columns."""
-    x = x.detach().resolve_neg()
-    if x.stride(1) != 1 and x.stride(0) != 1:
-        x = x.contiguous()
-    columns = x.stride(1) != 1
-    return x, x.stride(1 if columns else 0), columns
+# ---- whole matrices
+#
+# Where scales are absmax / top of a part of a row, the library derives them on its way. Other scales are made here, by
+# `scales`, from what the library has measured of each block, and given to it.
 
 
-def _empty_like(x: Tensor, columns: bool, dtype: torch.dtype) -> Tensor:
-    rows, cols = x.shape
-    return torch.empty(cols, rows, dtype=dtype).t() if columns else torch.empty(rows, cols, dtype=dtype)
+def takes(fmt: Format, live: bool = False) -> bool:
+    """Whether this backend codes and decodes a format; `live` as for `encode`."""
+    return _derives(fmt) or (fmt.kind in ("integer", "codebook") and fmt.signed and not fmt.square and not live)
 
 
-def _encode(
-    fmt: Format,
-    x: Tensor,
-    noise: tuple[int, int] | None,
-    live: bool,
-    rotation: Rotation | None,
-    dtype: torch.dtype | None,
-    parts: dict[str, Tensor] | None,
-    back: bool = False,
-) -> Tensor | None:
-    """Fill parts, if there are any; and return what the codes stand for, if they have a dtype."""
-    x, step, columns = _laid_out(x)
-    rows, cols = x.shape
-    if rotation is not None:
-        rotation.check(cols)
-    matrix = abi.Matrix(values=x.data_ptr(), rows=rows, cols=cols, stride=row_stride(cols), step=step, columns=columns)
-    matrix.dtype, matrix.stochastic = DTYPES[x.dtype], noise is not None
-    matrix.key[:] = noise or (0, 0)
-    if rotation is not None:
-        matrix.rotation, matrix.signs[:] = -rotation.size if back else rotation.size, rotation.keys
-    values = None
-    if dtype is not None:
-        values = _empty_like(x, columns, dtype)
-        matrix.out, matrix.out_dtype, matrix.out_step = values.data_ptr(), DTYPES[dtype], rows if columns else cols
-    if parts is not None:
-        fill_operand(matrix.packed, fmt, parts, cols)
-    matrix.packed.format, matrix.packed.live = addressof(table(fmt)), live
-    if x.numel() and load().encode(byref(matrix), torch.get_num_threads()):
-        raise MemoryError("the native encoder found no memory for a block")
-    return values
+def _derives(fmt: Format) -> bool:
+    """Whether the library finds a format's scales by itself."""
+    return not fmt.compressed or (fmt.scaling == PLAIN and fmt.block[0] == 1)
 
 
-def _parts(fmt: Format, x: Tensor) -> dict[str, Tensor]:
-    shapes = part_shapes(fmt, (x.shape[0], x.shape[1]))
-    return {part: torch.empty(shape, dtype=dtype) for part, (shape, dtype) in shapes.items()}
+class _Matrix:
+    """A matrix that is to be encoded, rotated first if that is asked: the library's struct, and what can be measured.
+
+    A rotation appends zeros to rows, up to a multiple of its size.
+    """
+
+    def __init__(self, fmt: Format, x: Tensor, noise: tuple[int, int] | None = None, rotation: Rotation | None = None):
+        rows, filled = x.shape
+        cols = rotation.padded(filled) if rotation else filled
+        self.fmt, self.shape = fmt, (rows, cols)
+        self.block = block_of(fmt, rows, cols) if fmt.compressed else (1, 1)
+        self.struct = m = abi.Matrix(rows=rows, cols=cols, filled=filled, stride=row_stride(cols), tile=self.block[0])
+        m.stochastic, m.key[:] = noise is not None, noise or (0, 0)
+        if rotation is not None:
+            m.rotation, m.flips = rotation.size, rotation.seed is not None
+            m.signs[:] = (0, 0) if rotation.seed is None else rotation.keys
+        m.packed.format, m.packed.scales = addressof(table(fmt)), -(-cols // self.block[1])
+        x = x.detach().resolve_neg()
+        self._point(x if 1 in x.stride() else x.contiguous())
+
+    def _point(self, x: Tensor) -> None:
+        self.x, m = x, self.struct  # alive for as long as this is
+        m.values, m.dtype, m.columns = x.data_ptr(), DTYPES[x.dtype], x.stride(1) != 1
+        m.step = x.stride(1 if m.columns else 0)
+
+    def encode(self, dtype: torch.dtype | None, parts: dict[str, Tensor] | None, live: bool = False) -> Tensor | None:
+        """Fill the parts, if there are any, and return what codes stand for, if it has a dtype."""
+        m, given = self.struct, self.x
+        m.packed.live = live
+        found = None if _derives(self.fmt) else best(self.fmt, self)
+        if parts is not None:
+            parts |= found.parts if found else {}
+            m.packed.codes, m.packed.row_bytes = parts["codes"].data_ptr(), row_bytes(self.shape[1], self.fmt.bits)
+            m.packed.scale = parts["scale"].data_ptr() if self.fmt.compressed else None
+            m.packed.extra = parts[EXTRA[self.fmt.kind]].data_ptr() if self.fmt.kind in EXTRA else None
+        values = None
+        if dtype is not None:
+            own = self.x is not given and dtype == torch.float32  # what is a copy may be overwritten
+            values = self.x if own else torch.empty(self.shape, dtype=dtype)
+            m.out, m.out_dtype = values.data_ptr(), DTYPES[dtype]
+        with self._given(found) if found else contextlib.nullcontext():
+            self._run(load().encode)
+        return values
+
+    @contextlib.contextmanager
+    def _given(self, found: Scales) -> Iterator[None]:
+        inverse, multiplier = found.inverse.contiguous(), found.multiplier.contiguous()
+        self.struct.inverse, self.struct.packed.scale = inverse.data_ptr(), multiplier.data_ptr()
+        yield
+        self.struct.inverse = self.struct.packed.scale = None
+
+    def _run(self, function: Callable[..., int], *arguments: object) -> None:
+        if self.x.numel() and function(byref(self.struct), *arguments, torch.get_num_threads()):
+            raise MemoryError("the native library found no memory for a block")
+
+    # ---- scales.Measured
+
+    def absmax(self) -> Tensor:
+        m = self.struct
+        if not m.columns and not m.rotation:
+            return self._by_block("absmax", torch.float32).amax(1)
+        turned = torch.empty(self.shape)  # rows in fp32, rotated, to be read from then on
+        m.out, m.out_dtype = turned.data_ptr(), DTYPES[turned.dtype]
+        found = self._by_block("absmax", torch.float32).amax(1)
+        m.out, m.rotation, m.filled = None, 0, m.cols
+        self._point(turned)
+        return found
+
+    def total(self, of: Literal["squares", "magnitudes"], inverse: Tensor) -> Tensor:
+        with self._given(Scales(inverse, inverse, {})):
+            return halve(self._by_block(of, torch.float64).transpose(1, 2))
+
+    def losses(self, found: Scales) -> Tensor:
+        with self._given(found):
+            return halve(self._by_block("losses", torch.float64).transpose(1, 2))
+
+    def _by_block(self, what: str, dtype: torch.dtype) -> Tensor:
+        """A statistic of each row in each block: [block rows, rows of a block, block columns]."""
+        height, across = self.block[0], self.struct.packed.scales
+        each = torch.zeros(-(-self.shape[0] // height) * height, across, dtype=dtype)
+        self._run(load().measure, abi.STATISTIC[what], each.data_ptr())
+        return each.unflatten(0, (-1, height))
 
 
 def encode(
@@ -261,8 +314,9 @@ def encode(
     rotation: Rotation | None = None,
 ) -> dict[str, Tensor]:
     """See `backends.encode`."""
-    parts = _parts(fmt, x)
-    _encode(fmt, x, noise, live, rotation, None, parts)
+    matrix = _Matrix(fmt, x, noise, rotation)
+    parts = _parts(fmt, matrix.shape)
+    matrix.encode(None, parts, live)
     return parts
 
 
@@ -275,7 +329,7 @@ def fake(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """See `backends.fake`."""
-    values = _encode(fmt, x, noise, False, rotation, dtype, None)
+    values = _Matrix(fmt, x, noise, rotation).encode(dtype, None)
     assert values is not None
     return values
 
@@ -289,17 +343,27 @@ def quantized(
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """See `backends.quantized`."""
-    parts = _parts(fmt, x)
-    values = _encode(fmt, x, noise, False, rotation, dtype, parts)
+    matrix = _Matrix(fmt, x, noise, rotation)
+    parts = _parts(fmt, matrix.shape)
+    values = matrix.encode(dtype, parts)
     assert values is not None
     return values, parts
 
 
 def rotate(x: Tensor, rotation: Rotation, *, back: bool = False, dtype: torch.dtype = torch.float32) -> Tensor:
     """See `backends.rotate`."""
-    values = _encode(find_format("fp32"), x, None, False, rotation, dtype, None, back)
+    matrix = _Matrix(find_format("fp32"), x, None, rotation)
+    if back:
+        matrix.struct.rotation = -rotation.size
+    values = matrix.encode(dtype, None)
     assert values is not None
     return values
+
+
+def _parts(fmt: Format, shape: tuple[int, int]) -> dict[str, Tensor]:
+    shapes = part_shapes(fmt, shape)
+    made = shapes if _derives(fmt) else {"codes": shapes["codes"]}
+    return {part: torch.empty(shape, dtype=dtype) for part, (shape, dtype) in made.items()}
 
 
 def decode(fmt: Format, parts: dict[str, Tensor], cols: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -308,8 +372,13 @@ def decode(fmt: Format, parts: dict[str, Tensor], cols: int, dtype: torch.dtype 
     codes = parts["codes"]
     rows = codes.shape[0] if fmt.compressed or not cols else codes.numel() // cols
     values = torch.empty(rows, cols, dtype=dtype)
-    matrix = abi.Matrix(out=values.data_ptr(), out_dtype=DTYPES[dtype], rows=rows, cols=cols, out_step=cols)
-    fill_operand(matrix.packed, fmt, parts, cols)
-    if values.numel() and load().decode(byref(matrix), torch.get_num_threads()):
-        raise MemoryError("the native decoder found no memory")
+    m = abi.Matrix(out=values.data_ptr(), out_dtype=DTYPES[dtype], rows=rows, cols=cols, tile=1)
+    m.packed.format, m.packed.codes, m.packed.row_bytes = addressof(table(fmt)), codes.data_ptr(), codes.shape[-1]
+    if fmt.compressed:
+        scale = parts["scale"] if _derives(fmt) else multiplier(fmt, parts).contiguous()
+        m.tile, width = block_of(fmt, rows, cols)
+        m.packed.scale, m.packed.scales = scale.data_ptr(), -(-cols // width)
+        m.packed.extra = parts[EXTRA[fmt.kind]].data_ptr() if fmt.kind in EXTRA else None
+    if values.numel() and load().decode(byref(m), torch.get_num_threads()):
+        raise MemoryError("the native library found no memory for a block")
     return values

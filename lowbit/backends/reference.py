@@ -34,8 +34,12 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from .. import codec, masters
+from ..blocks import halve
 from ..formats import Format
 from ..layout import row_stride, step_width
+from ..rotation import Rotation
+from ..rotation import rotate as turn
+from ..rotation import rotate_back as turn_back
 from ..rounding import bits16, key, narrow, uniform
 from ..rows import decode_rows, encode_rows, pack, row_bits, unpack
 from ..stages import VECTORS, Job, Namespace, Program, Stage
@@ -44,8 +48,6 @@ from ..stored import encode as encode_weight
 
 CHUNK = 1 << 18  # values worked on at a time: temporaries of 1 MB, which stay in cache
 TILE = 512  # rows that a sum over a column adds one after the other
-
-encode, decode = encode_rows, decode_rows
 
 
 @torch.no_grad()
@@ -458,18 +460,6 @@ def _kept(keep: Tensor | None, new: Tensor, old: Tensor) -> Tensor:
     return new if keep is None else torch.where(keep.view(-1, *[1] * (new.dim() - 1)), new, old)
 
 
-def halve(values: Tensor) -> Tensor:
-    """The sum over the last dimension by a halving tree: x[i] + x[i + n/2], zeros padded to a power of two."""
-    length = values.shape[-1]
-    if length == 0:
-        return values.new_zeros(values.shape[:-1])
-    values = F.pad(values, (0, (1 << (length - 1).bit_length()) - length))
-    while values.shape[-1] > 1:
-        half = values.shape[-1] // 2
-        values = values[..., :half] + values[..., half:]
-    return values[..., 0]
-
-
 def _reduced(stage: Stage, values: Tensor) -> Tensor:
     return values.abs().amax(-1) if stage.reduce == "max" else halve(values)
 
@@ -493,23 +483,86 @@ def _measured(stage: Stage, parts: list[Tensor], job: Job) -> Tensor:
     return numbers if stage.over == "all" else numbers.float()
 
 
+# ---- whole matrices
+
+
+def takes(fmt: Format, live: bool = False) -> bool:
+    """Whether this backend codes and decodes a format; `live` as for `encode`."""
+    return True
+
+
+def _turned(x: Tensor, rotation: Rotation | None) -> Tensor:
+    return x if rotation is None else turn(_padded(x, rotation), rotation)
+
+
+def _padded(x: Tensor, rotation: Rotation) -> Tensor:
+    return F.pad(x, (0, rotation.padded(x.shape[1]) - x.shape[1]))
+
+
+def encode(
+    fmt: Format,
+    x: Tensor,
+    noise: tuple[int, int] | None = None,
+    *,
+    live: bool = False,
+    rotation: Rotation | None = None,
+) -> dict[str, Tensor]:
+    """See `backends.encode`."""
+    return encode_rows(fmt, _turned(x, rotation), noise, live=live)
+
+
+def decode(fmt: Format, parts: dict[str, Tensor], cols: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """See `backends.decode`."""
+    return decode_rows(fmt, parts, cols).to(dtype)
+
+
+def quantized(
+    fmt: Format,
+    x: Tensor,
+    noise: tuple[int, int] | None = None,
+    *,
+    rotation: Rotation | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """See `backends.quantized`."""
+    parts = encode(fmt, x, noise, rotation=rotation)
+    return decode(fmt, parts, rotation.padded(x.shape[1]) if rotation else x.shape[1], dtype), parts
+
+
+def rotate(x: Tensor, rotation: Rotation, *, back: bool = False, dtype: torch.dtype = torch.float32) -> Tensor:
+    """See `backends.rotate`."""
+    return (turn_back if back else turn)(_padded(x, rotation), rotation).to(dtype)
+
+
 # ---- decode(encode(x)) without codes
 #
 # A layer needs no codes, and for uniform grids and E2M1 rounding to nearest is a few arithmetic operations, where the
 # codec's search through the grid costs more time than the matmul it prepares. Tests hold the short cuts to the codec.
 
 
-def fake(fmt: Format, x: Tensor, noise: tuple[int, int] | None = None) -> Tensor:
+def fake(
+    fmt: Format,
+    x: Tensor,
+    noise: tuple[int, int] | None = None,
+    *,
+    rotation: Rotation | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
     """See `backends.fake`."""
+    x = _turned(x, rotation)
+    if x.is_meta:
+        return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
     bits = None if noise is None else row_bits(noise, x)
     x = x.float().contiguous()
     if fmt.dtype is not None:
-        return narrow(x, fmt.dtype, bits).to(torch.float32, copy=True)
+        return narrow(x, fmt.dtype, bits).to(torch.float32, copy=True).to(dtype)
     if x.numel() == 0:
-        return x
+        return x.to(dtype)
+    if not fmt.plain:
+        return decode(fmt, encode(fmt, x, noise), x.shape[1], dtype)
     pieces = blocks(x, fmt.block[1])
     draws = [None] * len(pieces) if bits is None else blocks(uniform(bits), fmt.block[1])
-    return joined([_fake_blocks(fmt, piece, u) for piece, u in zip(pieces, draws, strict=True)])
+    return joined([_fake_blocks(fmt, piece, u) for piece, u in zip(pieces, draws, strict=True)]).to(dtype)
 
 
 def blocks(x: Tensor, length: int) -> list[Tensor]:

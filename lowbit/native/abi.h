@@ -153,14 +153,26 @@ typedef struct lb_job {
 
 // A whole matrix to codes and back, or to the values that its codes stand for.
 typedef struct lb_matrix {
-  void *values;  // to encode: float32, bfloat16 or float16, [rows, cols]
-  void *out;     // what the codes stand for, [rows, cols] in the same order; null: codes are enough
-  int64_t rows, cols, stride;  // stride: of the numbering of elements, for random bits
-  int64_t step, out_step;      // values from a row to the next, or from a column to the next
-  int32_t columns;             // whether columns lie one after the other in memory, and not rows
+  void *values;  // to encode: float32, bfloat16 or float16, [rows, filled]; zeros follow them
+  void *out;     // [rows, cols], contiguous: what the codes stand for; or null
+  int64_t rows, cols, filled;
+  int64_t stride;   // of the numbering of elements, for random bits
+  int64_t step;     // values from a row to the next, or from a column to the next
+  int32_t columns;  // whether columns lie one after the other in memory, and not rows
   int32_t dtype, out_dtype;
   int32_t stochastic;
   int32_t rotation;  // runs of so many values are rotated before they are encoded; negative: rotated back
+  int32_t flips;     // whether the rotation changes signs
+  int32_t tile;               // rows that share a scale; where it is not 1, scales are given
   uint32_t key[2], signs[2];  // of random bits, and of the rotation's signs
-  lb_operand packed;          // codes may be null: values are enough
+  // Scales that are given, one for each block (lowbit/scales.py), [ceil(rows / tile), packed.scales]: values are encoded
+  // in units of them, x * inverse, and packed.scale is what codes are multiplied by. Null: scales are absmax / top, and
+  // are written to packed.scale.
+  const float *inverse;
+  lb_operand packed;  // codes may be null: values are enough
 } lb_matrix;
+
+// What can be found out about each part of a row that lies in one block, [rows, packed.scales]: the largest magnitude
+// (fp32; NaN > infinity > finite); and sums (float64; blocks.total in Python), in units of the given scales: of squares,
+// of magnitudes; and of the squares of what rounding to nearest loses.
+enum lb_statistic { LB_PEAKS, LB_SQUARES, LB_MAGNITUDES, LB_LOSSES };

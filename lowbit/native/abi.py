@@ -10,6 +10,7 @@ KIND = {"float": 0, "integer": 1, "codebook": 2, "affine": 3, "log": 4}
 MASTER = {"none": 0, "split8": 1, "split16": 2, "kahan": 3, "fp32": 4}
 STAGE = {"measure": 0, "fold": 1, "update": 2}
 REDUCE = {"": 0, "max": 0, "sum": 1, "mean": 2}
+STATISTIC = {"absmax": 0, "squares": 1, "magnitudes": 2, "losses": 3}
 OVER = {"tensor": 0, "all": 1, "row": 2, "column": 3, "group": 4}
 
 
@@ -99,9 +100,10 @@ class Matrix(Structure):
 
     _fields_ = (
         *((name, c_void_p) for name in ("values", "out")),
-        *((name, c_int64) for name in ("rows", "cols", "stride", "step", "out_step")),
-        *((name, c_int32) for name in ("columns", "dtype", "out_dtype", "stochastic", "rotation")),
+        *((name, c_int64) for name in ("rows", "cols", "filled", "stride", "step")),
+        *((name, c_int32) for name in ("columns", "dtype", "out_dtype", "stochastic", "rotation", "flips", "tile")),
         ("key", c_uint32 * 2),
         ("signs", c_uint32 * 2),
+        ("inverse", c_void_p),
         ("packed", Operand),
     )

@@ -8,7 +8,7 @@
 #define LB_BARRIER() meet(step)
 #endif
 #endif
-#include "matrix.h"
+#include "statistic.h"
 #include "step.h"
 #include "exports.h"
 
@@ -19,12 +19,17 @@
 
 // From values to codes, to what the codes stand for, or to both. 1: no memory.
 LB_EXPORT int LB_NAME(encode)(const lb_matrix *matrix, int32_t threads) {
-  return LB_SPACE::run_matrix(*matrix, false, threads);
+  return LB_SPACE::run_matrix(*matrix, LB_SPACE::ENCODE, {}, threads);
 }
 
 // From codes to what they stand for, row after row.
 LB_EXPORT int LB_NAME(decode)(const lb_matrix *matrix, int32_t threads) {
-  return LB_SPACE::run_matrix(*matrix, true, threads);
+  return LB_SPACE::run_matrix(*matrix, LB_SPACE::DECODE, {}, threads);
+}
+
+// An lb_statistic of each part of a row that lies in one block, to [rows, packed.scales].
+LB_EXPORT int LB_NAME(measure)(const lb_matrix *matrix, int32_t what, void *to, int32_t threads) {
+  return LB_SPACE::run_matrix(*matrix, LB_SPACE::MEASURE, {what, to}, threads);
 }
 
 // 0, or 1 when there is no memory (then nothing has changed).

@@ -35,6 +35,7 @@ class Library:
         self.step = self._function("step", [POINTER(abi.Job), c_int32, c_int32], c_int32)
         self.encode = self._function("encode", [POINTER(abi.Matrix), c_int32], c_int32)
         self.decode = self._function("decode", [POINTER(abi.Matrix), c_int32], c_int32)
+        self.measure = self._function("measure", [POINTER(abi.Matrix), c_int32, c_void_p, c_int32], c_int32)
 
     def _function(self, name: str, arguments: list[Any], result: Any) -> Any:
         function = getattr(self.handle, f"lb_{name}_{self.isa}")

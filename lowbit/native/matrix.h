@@ -74,42 +74,70 @@ static bool short_blocks(const lb_operand &o) {
   return plain && f.block <= 64 && (f.block & (f.block - 1)) == 0;
 }
 
-static void encode_short(const lb_matrix &m, const Line &line, Desk &desk) {
+// The scales of n values from a column on, block after block.
+struct Scales {
+  const float *inverse, *scale;
+};
+
+static Scales derive_short(const lb_format &f, const float *x, int n, Desk &desk) {
+  const int block = f.block, count = (n + block - 1) / block;
+  int32_t *peaks = desk.peaks;
+  LB_IVDEP for (int i = 0; i < n; ++i) peaks[i] = (int32_t)magnitude_bits(x[i]);
+  for (int i = n; i < count * block; ++i) peaks[i] = 0;
+  for (int left = count * block / 2; left >= count; left /= 2) {
+    for (int i = 0; i < left; ++i) peaks[i] = peaks[2 * i] > peaks[2 * i + 1] ? peaks[2 * i] : peaks[2 * i + 1];
+  }
+  for (int b = 0; b < (count + 15) / 16 * 16; ++b) desk.absmax[b] = b < count ? float_of((uint32_t)peaks[b]) : 1.0f;
+  scales(f, desk.absmax, count, desk.scale, desk.inverse);
+  return {desk.inverse, desk.scale};
+}
+
+static Scales given(const lb_matrix &m, int64_t row, int64_t col) {
+  const int64_t number = row / m.tile * m.packed.scales + col / m.packed.format->block;
+  return {m.inverse + number, m.packed.scale + number};
+}
+
+// to[i] = x[i] * by[its block]. A span may begin and end inside a block.
+static void multiply(const lb_format &f, const float *x, int64_t col, int n, const float *by, float *to) {
+  const int64_t block = f.block;
+  for (int64_t i = 0, end = block - col % block; i < n; i = end, end += block, ++by) {
+    const float number = *by;
+    const int64_t stop = end < n ? end : n;
+    LB_IVDEP for (int64_t k = i; k < stop; ++k) to[k] = x[k] * number;
+  }
+}
+
+static const uint16_t *draws_for(const lb_matrix &m, int64_t row, int64_t col, int n, Desk &desk) {
+  return m.stochastic ? desk.draws.fill(m.key, row * m.stride + col, n) : nullptr;
+}
+
+// Rounded values of n values in units of their scales: codes, one to a byte, into the desk.
+static void encode_units(const lb_format &f, const float *x, int64_t col, int n, const Scales &s, const uint16_t *draws,
+                         Desk &desk) {
+  const Block one = {1.0f, 0.0f, false, false};
+  multiply(f, x, col, n, s.inverse, desk.values);
+  encode(f, desk.values, n, one, draws, desk.codes);
+}
+
+static void decode_units(const lb_format &f, int64_t col, int n, const Scales &s, float *to, Desk &desk) {
+  decode(f, desk.codes, n, 1.0f, nullptr, desk.out);
+  multiply(f, desk.out, col, n, s.scale, to);
+}
+
+static void encode_many(const lb_matrix &m, const Line &line, Desk &desk) {
   const lb_operand &o = m.packed;
   const lb_format &f = *o.format;
-  const int block = f.block;
   for (int64_t from = 0; from < line.n; from += SPAN) {
-    const int n = part_of(line.n - from), count = (n + block - 1) / block;
+    const int n = part_of(line.n - from);
     const int64_t col = line.col + from;
     const float *x = line.x + from;
-    float *u = desk.values, *scale = desk.scale;
-    int32_t *peaks = desk.peaks;
-    LB_IVDEP for (int i = 0; i < n; ++i) peaks[i] = (int32_t)magnitude_bits(x[i]);
-    for (int i = n; i < count * block; ++i) peaks[i] = 0;
-    for (int left = count * block / 2; left >= count; left /= 2) {
-      for (int i = 0; i < left; ++i) peaks[i] = peaks[2 * i] > peaks[2 * i + 1] ? peaks[2 * i] : peaks[2 * i + 1];
+    const Scales s = m.inverse ? given(m, line.row, col) : derive_short(f, x, n, desk);
+    encode_units(f, x, col, n, s, draws_for(m, line.row, col, n, desk), desk);
+    if (o.codes) store_codes(o, line.row, col, desk.codes, n);
+    if (o.codes && !m.inverse) {
+      memcpy(o.scale + line.row * o.scales + col / f.block, s.scale, sizeof(float) * ((n + f.block - 1) / f.block));
     }
-    for (int b = 0; b < (count + 15) / 16 * 16; ++b) desk.absmax[b] = b < count ? float_of((uint32_t)peaks[b]) : 1.0f;
-    scales(f, desk.absmax, count, scale, desk.inverse);
-    for (int b = 0; b < count; ++b) {
-      const float by = desk.inverse[b];
-      const int end = n < (b + 1) * block ? n : (b + 1) * block;
-      LB_IVDEP for (int i = b * block; i < end; ++i) u[i] = x[i] * by;
-    }
-    const uint16_t *draws = m.stochastic ? desk.draws.fill(m.key, line.row * m.stride + col, n) : nullptr;
-    const Block one = {1.0f, 0.0f, false, false};
-    encode(f, u, n, one, draws, desk.codes);
-    if (o.codes) {
-      store_codes(o, line.row, col, desk.codes, n);
-      memcpy(o.scale + line.row * o.scales + col / block, scale, sizeof(float) * count);
-    }
-    if (line.to) {
-      decode(f, desk.codes, n, 1.0f, nullptr, desk.out);
-      for (int b = 0; b < count; ++b) {
-        const int end = n < (b + 1) * block ? n : (b + 1) * block;
-        LB_IVDEP for (int i = b * block; i < end; ++i) line.to[from + i] = desk.out[i] * scale[b];
-      }
-    }
+    if (line.to) decode_units(f, col, n, s, line.to + from, desk);
   }
 }
 
@@ -125,7 +153,7 @@ static bool encode_block(const lb_matrix &m, const Line &block, Desk &desk) {
     const int part = part_of(block.n - i);
     const int64_t col = block.col + i;
     const float *x = roots(f, block.x + i, part, desk.values);
-    const uint16_t *draws = m.stochastic ? desk.draws.fill(m.key, block.row * m.stride + col, part) : nullptr;
+    const uint16_t *draws = draws_for(m, block.row, col, part, desk);
     const bool direct = o.codes && f.bits == 8;
     uint8_t *codes = direct ? (uint8_t *)o.codes + block.row * o.row_bytes + col : desk.codes;
     encode(f, x, part, b, draws, codes);
@@ -155,7 +183,7 @@ static void encode_floats(const lb_matrix &m, const Line &line, Desk &desk) {
       continue;
     }
     uint16_t *codes = o.codes ? (uint16_t *)o.codes + at : (uint16_t *)desk.out;
-    narrow(x, dtype, part, m.stochastic ? desk.draws.fill(m.key, line.row * m.stride + col, part) : nullptr, codes);
+    narrow(x, dtype, part, draws_for(m, line.row, col, part, desk), codes);
     if (o.live) {
       for (int k = 0; k < part; ++k) codes[k] = x[k] > 0.0f && (codes[k] & 0x7FFF) == 0 ? 1 : codes[k];
     }
@@ -170,13 +198,13 @@ static bool encode_line(const lb_matrix &m, const Line &line, Desk &desk) {
     encode_floats(m, line, desk);
     return true;
   }
+  if (m.inverse || short_blocks(o)) {
+    encode_many(m, line, desk);
+    return true;
+  }
   if (o.codes && f.block * f.bits % 8) {  // blocks share bytes
     uint8_t *codes = (uint8_t *)o.codes + line.row * o.row_bytes;
     memset(codes + line.col * f.bits / 8, 0, (line.n * f.bits + 7) / 8);
-  }
-  if (short_blocks(o)) {
-    encode_short(m, line, desk);
-    return true;
   }
   for (int64_t i = 0; i < line.n; i += f.block) {
     const int64_t n = line.n - i < f.block ? line.n - i : f.block;
@@ -186,36 +214,46 @@ static bool encode_line(const lb_matrix &m, const Line &line, Desk &desk) {
   return true;
 }
 
-// `room` is for a piece's values.
-static bool encode_piece(const lb_matrix &m, const Piece &p, float *room, Desk &desk) {
-  const int64_t n = p.last - p.first, width = n + ASIDE;
-  const bool own = m.columns || m.dtype != LB_FLOAT32 || m.rotation;  // values are copied into the room
-  const bool direct = m.out && !m.columns && m.out_dtype == LB_FLOAT32;
-  const int64_t at = p.row * m.step + p.first, out_at = p.row * m.out_step + p.first;
-  if (m.columns) gather(m, p.row, p.lanes, p.first, n, room, width);
-  for (int64_t i = 0; own && !m.columns && i < n; i += SPAN) widen(m.values, m.dtype, at + i, part_of(n - i), room + i);
-  for (int l = 0; l < p.lanes; ++l) {
-    float *copy = room + l * width;
-    if (m.rotation) rotate(copy, n, p.first, m.rotation, m.signs);
-    const float *x = own ? copy : (const float *)m.values + at;
-    const Line line = {p.row + l, p.first, n, x, !m.out ? nullptr : direct ? (float *)m.out + out_at : copy};
-    if (!encode_line(m, line, desk)) return false;
-    if (m.out && !m.columns && !direct) put(copy, m.out_dtype, n, place(m.out, m.out_dtype, out_at));
+// A piece's values, those of each row `width` apart, in fp32 and with the zeros that follow them.
+static void copy_piece(const lb_matrix &m, const Piece &p, float *to, int64_t width) {
+  const int64_t last = p.last < m.filled ? p.last : m.filled, n = last > p.first ? last - p.first : 0;
+  if (m.columns) gather(m, p.row, p.lanes, p.first, n, to, width);
+  for (int64_t i = 0; !m.columns && i < n; i += SPAN) {
+    widen(m.values, m.dtype, p.row * m.step + p.first + i, part_of(n - i), to + i);
   }
-  if (m.out && m.columns) scatter(m, p.row, p.lanes, p.first, n, room, width);
+  for (int l = 0; l < p.lanes; ++l) memset(to + l * width + n, 0, sizeof(float) * (p.last - p.first - n));
+}
+
+// The rows of a piece as lines that `work` is to do. `room` is for values that do not lie in memory as they must.
+template <class Work> static bool each_line(const lb_matrix &m, const Piece &p, float *room, Work work) {
+  const int64_t n = p.last - p.first, width = n + ASIDE;
+  const bool own = m.columns || m.dtype != LB_FLOAT32 || m.rotation;
+  if (own) copy_piece(m, p, room, width);
+  for (int l = 0; l < p.lanes; ++l) {
+    const int64_t row = p.row + l, at = row * m.cols + p.first;
+    float *copy = room + l * width, *to = m.out_dtype == LB_FLOAT32 ? (float *)m.out + at : copy;
+    if (m.rotation) rotate(m, copy, n, p.first);
+    const float *x = own ? copy : (const float *)m.values + row * m.step + p.first;
+    if (!work(Line{row, p.first, n, x, m.out ? to : nullptr})) return false;
+    if (m.out && to == copy) put(copy, m.out_dtype, n, place(m.out, m.out_dtype, at));
+  }
   return true;
+}
+
+static bool encode_piece(const lb_matrix &m, const Piece &p, float *room, Desk &desk) {
+  return each_line(m, p, room, [&](const Line &line) { return encode_line(m, line, desk); });
 }
 
 // ---- and back, to rows
 
-// Codes of n values from a column on, as they are stored, to values. Blocks that a span has whole go by it at once: in
-// units of their scales first.
-static void decode_part(const lb_operand &o, int64_t row, int64_t col, int n, float *to, Desk &desk) {
+// Codes of n values from a column on, as they are stored, to values: of one block, or many in units of their scales.
+static void decode_part(const lb_matrix &m, int64_t row, int64_t col, int n, float *to, Desk &desk) {
+  const lb_operand &o = m.packed;
   const lb_format &f = *o.format;
   const uint8_t *codes = (const uint8_t *)o.codes + row * o.row_bytes;
-  const int64_t number = row * o.scales + col / f.block;
-  const bool blocks = n > f.block;
-  const float scale = blocks ? 1.0f : o.scale[number];
+  const int64_t number = row / m.tile * o.scales + col / f.block;
+  const bool one = col % f.block + n <= f.block;
+  const float scale = one ? o.scale[number] : 1.0f;
   const void *extra = !o.extra                     ? nullptr
                       : f.kind == LB_KIND_AFFINE ? (const void *)((const uint8_t *)o.extra + number)
                                                  : (const void *)((const float *)o.extra + number);
@@ -225,25 +263,21 @@ static void decode_part(const lb_operand &o, int64_t row, int64_t col, int n, fl
     get_bits(codes, f.bits, col, n, desk.codes);
     decode(f, desk.codes, n, scale, extra, to);
   }
-  for (int b = 0; blocks && b * f.block < n; ++b) {
-    const float by = o.scale[number + b];
-    const int end = n < (b + 1) * f.block ? n : (b + 1) * f.block;
-    LB_IVDEP for (int i = b * f.block; i < end; ++i) to[i] = to[i] * by;
-  }
+  if (!one) multiply(f, to, col, n, o.scale + number, to);
 }
 
 static void decode_piece(const lb_matrix &m, const Piece &p, Desk &desk) {
   const lb_operand &o = m.packed;
   const lb_format &f = *o.format;
-  const bool whole = f.kind == LB_KIND_FLOAT, plain = f.kind == LB_KIND_INTEGER || f.kind == LB_KIND_CODEBOOK;
-  const bool many = plain && !f.square && SPAN % f.block == 0;
+  const bool whole = f.kind == LB_KIND_FLOAT;
+  const bool many = (f.kind == LB_KIND_INTEGER || f.kind == LB_KIND_CODEBOOK) && !f.square;
   for (int64_t col = p.first; col < p.last;) {
     const int64_t end = whole || many ? p.last : col - col % f.block + f.block;
     const int n = part_of((end < p.last ? end : p.last) - col);
-    const int64_t at = p.row * m.out_step + col;
+    const int64_t at = p.row * m.cols + col;
     float *to = m.out_dtype == LB_FLOAT32 ? (float *)m.out + at : desk.out;
     if (whole) widen(o.codes, f.dtype, p.row * m.cols + col, n, to);
-    else decode_part(o, p.row, col, n, to, desk);
+    else decode_part(m, p.row, col, n, to, desk);
     if (m.out_dtype != LB_FLOAT32) put(to, m.out_dtype, n, place(m.out, m.out_dtype, at));
     col += n;
   }

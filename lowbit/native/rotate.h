@@ -5,13 +5,15 @@
 
 namespace LB_SPACE {
 
-// Whether columns change their signs: bit c % 32 of hash c / 32. The first column is a multiple of 16.
+// Whether columns change their signs, 16 from a multiple of 16 on: bit c % 32 of hash c / 32.
 struct Signs {
+  bool flips;
   uint32_t first, second;
-  explicit Signs(const uint32_t key[2]) : first(key[0]), second(key[1]) {}
+  explicit Signs(const lb_matrix &m) : flips(m.flips), first(m.signs[0]), second(m.signs[1]) {}
   uint32_t sixteen(int64_t col) const {
     const int64_t word = col / 32;
-    return lb::hash((uint32_t)word, first, (uint32_t)(word >> 32) * 0x9E3779B1u + second) >> (col % 32) & 0xFFFFu;
+    const uint32_t bits = lb::hash((uint32_t)word, first, (uint32_t)(word >> 32) * 0x9E3779B1u + second);
+    return flips ? bits >> (col % 32) & 0xFFFFu : 0u;
   }
 };
 
@@ -80,11 +82,11 @@ template <int SIZE> static void rotate_runs(float *x, int64_t n, int64_t col, bo
   }
 }
 
-// Rotates n values of a row, whole runs from column `col` on; if the size is negative, takes that back.
-static void rotate(float *x, int64_t n, int64_t col, int size, const uint32_t key[2]) {
-  const Signs signs(key);
-  const bool back = size < 0;
-  size = back ? -size : size;
+// Rotates n values of a row, whole runs from column `col` on, or takes that back.
+static void rotate(const lb_matrix &m, float *x, int64_t n, int64_t col) {
+  const Signs signs(m);
+  const bool back = m.rotation < 0;
+  const int size = back ? -m.rotation : m.rotation;
   (size == 16   ? rotate_runs<16>
    : size == 32 ? rotate_runs<32>
    : size == 64 ? rotate_runs<64>

@@ -1,14 +1,15 @@
-// What quantizes a row works on fp32 values that lie one after the other. Where a matrix has them so, it works in place;
-// here is how they get there, and back, from other dtypes, and from a matrix whose columns lie one after the other: a
-// strip of 16 rows at a time, a cache line of every column, so that no transposed copy is made in memory.
+// What quantizes a row works on fp32 values that lie one after the other. Where a matrix has them so, it reads them
+// there; here is how they get there from other dtypes, and from a matrix whose columns lie one after the other: a strip
+// of rows at a time, some cache lines of every column, so that no transposed copy is made in memory.
 #pragma once
 #include "blocks.h"
 #include "rotate.h"
 
 namespace LB_SPACE {
 
-constexpr int LANES = 16;    // rows of a strip
-constexpr int WIDE = 8192;   // values of a row that a thread takes at once, about; of a strip's row, a quarter of that
+constexpr int LANES = 64;    // rows of a strip
+constexpr int WIDE = 8192;   // values of a row that a thread takes at once, about
+constexpr int STRIP = 512;   // of each row of a strip
 constexpr int ASIDE = 16;    // rows of a strip lie so much farther apart that they do not meet in the cache
 
 static int64_t size_of(int dtype) { return dtype == LB_FLOAT32 ? 4 : 2; }
@@ -54,45 +55,26 @@ static void transpose16(const float *from, int64_t step, float *to, int64_t to_s
 
 // Columns first .. first + n of `lanes` rows from `row` on, of a matrix whose columns lie one after the other.
 static void gather(const lb_matrix &m, int64_t row, int lanes, int64_t first, int64_t n, float *to, int64_t width) {
-  alignas(64) float tile[16 * LANES];
-  const bool direct = m.dtype == LB_FLOAT32 && lanes == LANES;
+  alignas(64) float tile[16 * 16];
   for (int64_t c = 0; c < n; c += 16) {
-    const int64_t at = (first + c) * m.step + row;
     const int count = (int)(n - c < 16 ? n - c : 16);
-    if (direct && count == 16) {
-      transpose16((const float *)m.values + at, m.step, to + c, width);
-      continue;
-    }
-    for (int k = 0; k < count; ++k) widen(m.values, m.dtype, at + k * m.step, lanes, tile + k * LANES);
-    if (count == 16 && lanes == LANES) {
-      transpose16(tile, LANES, to + c, width);
-      continue;
-    }
-    for (int k = 0; k < count; ++k) {
-      for (int l = 0; l < lanes; ++l) to[l * width + c + k] = tile[k * LANES + l];
-    }
-  }
-}
-
-// And back, to where the values that the codes stand for go.
-static void scatter(const lb_matrix &m, int64_t row, int lanes, int64_t first, int64_t n, const float *x, int64_t width) {
-  alignas(64) float tile[16 * LANES];
-  const bool direct = m.out_dtype == LB_FLOAT32 && lanes == LANES;
-  for (int64_t c = 0; c < n; c += 16) {
-    const int64_t at = (first + c) * m.out_step + row;
-    const int count = (int)(n - c < 16 ? n - c : 16);
-    if (direct && count == 16) {
-      transpose16(x + c, width, (float *)m.out + at, m.out_step);
-      continue;
-    }
-    if (count == 16 && lanes == LANES) {
-      transpose16(x + c, width, tile, LANES);
-    } else {
-      for (int l = 0; l < lanes; ++l) {
-        for (int k = 0; k < count; ++k) tile[k * LANES + l] = x[l * width + c + k];
+    for (int l = 0; l < lanes; l += 16) {
+      const int64_t at = (first + c) * m.step + row + l;
+      const int part = lanes - l < 16 ? lanes - l : 16;
+      float *corner = to + l * width + c;
+      if (count == 16 && part == 16 && m.dtype == LB_FLOAT32) {
+        transpose16((const float *)m.values + at, m.step, corner, width);
+        continue;
+      }
+      for (int k = 0; k < count; ++k) widen(m.values, m.dtype, at + k * m.step, part, tile + 16 * k);
+      if (count == 16 && part == 16) {
+        transpose16(tile, 16, corner, width);
+        continue;
+      }
+      for (int i = 0; i < part; ++i) {
+        for (int k = 0; k < count; ++k) corner[i * width + k] = tile[16 * k + i];
       }
     }
-    for (int k = 0; k < count; ++k) put(tile + k * LANES, m.out_dtype, lanes, place(m.out, m.out_dtype, at + k * m.out_step));
   }
 }
 
@@ -101,17 +83,17 @@ struct Piece {  // columns first .. last of some rows: one, or those of a strip
   int lanes;
 };
 
-// How a matrix is shared out: whole rows, or of long ones runs of whole blocks that begin at a byte of codes.
+// How a matrix is shared out: whole rows, or of long ones runs that begin at a byte of codes, of whole blocks if need be.
 struct Pieces {
   int64_t rows, cols, across, each, count;
   int lanes;
-  explicit Pieces(const lb_matrix &m) : rows(m.rows), cols(m.cols), lanes(m.columns ? LANES : 1) {
+  Pieces(const lb_matrix &m, bool blocks) : rows(m.rows), cols(m.cols), lanes(m.columns ? LANES : 1) {
     const lb_format &f = *m.packed.format;
-    const int64_t wide = m.columns ? WIDE / 4 : WIDE;
-    int64_t unit = f.kind == LB_KIND_FLOAT ? 1 : f.block;
+    const int64_t wide = m.columns ? STRIP : WIDE;
+    int64_t unit = f.kind == LB_KIND_FLOAT || !blocks ? 1 : f.block;
     while (unit % (m.rotation ? LB_BLOCK / 2 : 8)) unit *= 2;
     each = cols > 0 ? cols : 1;
-    if (cols > 2 * wide && unit < cols) each = (wide + unit - 1) / unit * unit;
+    if (cols > (m.columns ? wide : 2 * wide) && unit < cols) each = (wide + unit - 1) / unit * unit;
     across = (cols + each - 1) / each;
     count = (rows + lanes - 1) / lanes * across;
   }

@@ -13,6 +13,7 @@ from ..formats import Format
 from . import abi
 
 INFINITE = math.inf
+ALL = 2**31 - 1  # values of a row: one block
 
 
 @lru_cache(maxsize=256)
@@ -24,7 +25,7 @@ def table(fmt: Format) -> abi.Format:
         is_signed=fmt.signed,
         square=fmt.square,
         sign_magnitude=fmt.sign_magnitude,
-        block=min(fmt.block[1], 2**31 - 1),
+        block=min(fmt.block[1], ALL) or ALL,
         limit=fmt.limit,
     )
     if fmt.dtype is not None:
