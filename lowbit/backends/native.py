@@ -138,8 +138,7 @@ def step(jobs: list[Job]) -> None:
         raise MemoryError("the native step found no memory for its measurements; nothing has been changed")
     for original, copy in back:
         original.copy_(copy)
-    increment_version([job.param for job in jobs])  # a graph that saved an old value must notice
-    increment_version([part for job in jobs if job.stored for part in job.stored[1].values()])
+    increment_version([x for job in jobs for x in job.written])  # a graph that saved an old value must notice
 
 
 CONSTANTS = slice(abi.Job.constants.offset, abi.Job.constants.offset + abi.Job.constants.size)
