@@ -1,6 +1,7 @@
 """Layers whose matmuls run on low-bit operands: recipes, the layer, and the conversion of a model."""
 
 from .convert import quantize_, to_dense_
+from .counts import call_counts, load_call_counts_
 from .dense import high_precision_
 from .linear import QuantLinear
 from .operand import Operand
@@ -8,4 +9,15 @@ from .presets import recipes
 from .recipe import Recipe
 from .report import Report
 
-__all__ = ["Operand", "QuantLinear", "Recipe", "Report", "high_precision_", "quantize_", "recipes", "to_dense_"]
+__all__ = [
+    "Operand",
+    "QuantLinear",
+    "Recipe",
+    "Report",
+    "call_counts",
+    "high_precision_",
+    "load_call_counts_",
+    "quantize_",
+    "recipes",
+    "to_dense_",
+]
