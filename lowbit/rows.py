@@ -121,8 +121,8 @@ def decode_rows(fmt: Format, parts: dict[str, Tensor], cols: int) -> Tensor:
     return matrix(values.view(inside.shape), rows, cols).contiguous()
 
 
-def row_bits(noise: tuple[int, int], x: Tensor) -> Tensor:
-    """16 random bits for each value of a matrix, by its element index."""
+def row_bits(noise: tuple[int, int], x: Tensor, first: int = 0) -> Tensor:
+    """16 random bits for each value of a matrix, by its element index; `first` is the number of its first row."""
     rows, cols = x.shape
     stride = row_stride(cols)
-    return bits16(noise, 0, rows * stride, x.device).view(rows, stride)[:, :cols]
+    return bits16(noise, first * stride, rows * stride, x.device).view(rows, stride)[:, :cols]

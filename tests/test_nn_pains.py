@@ -23,9 +23,9 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def layer(name: str, outputs: int = 24, features: int = 40, **kwargs) -> QuantLinear:
+def layer(recipe: str, outputs: int = 24, features: int = 40, name: str = "") -> QuantLinear:
     torch.manual_seed(0)
-    return QuantLinear(features, outputs, recipe=name, **kwargs)
+    return QuantLinear(features, outputs, recipe=recipe, name=name)
 
 
 def run(module: nn.Module, x: Tensor, g: Tensor | None = None) -> list[Tensor]:
