@@ -11,8 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-
 from cases import STATE_FORMATS
+
 from lowbit.__main__ import main
 from lowbit.formats import formats
 from lowbit.gpu import describe, nvrtc
