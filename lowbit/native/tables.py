@@ -59,9 +59,7 @@ def _codebook(made: abi.Format, fmt: Format) -> None:
 
 
 def _tree(numbers: list[float]) -> list[float]:
-    """15 numbers as a search tree: step k looks at every (16 >> k)-th, from the (8 >> k)-th on, by minus the rung found
-    so far.
-    """
+    """15 numbers to search: step k looks at every (16 >> k)-th, from the (8 >> k)-th on, by minus the rung so far."""
     tree = [0.0] * 32
     for level in range(4):
         step = 16 >> level
