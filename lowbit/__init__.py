@@ -6,7 +6,7 @@ Adam (`lowbit bench` on the command line).
 
 from . import nn, optim
 from .formats import Format, format, formats
-from .nn import Operand, Recipe, Report, quantize_, recipes, to_dense_
+from .nn import Operand, Recipe, Report, high_precision_, quantize_, recipes, to_dense_
 from .optim import load_optimizer, save_optimizer
 from .packed import Packed, quantize
 from .policy import Policy
@@ -22,6 +22,7 @@ __all__ = [
     "Roles",
     "format",
     "formats",
+    "high_precision_",
     "load_optimizer",
     "nn",
     "optim",

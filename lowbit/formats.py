@@ -57,6 +57,7 @@ class Scaling:
         peak: the stored e4m3 scale of the tensor's largest block: `tensor_scale` is what makes it so. 0: there is none.
         least: the smallest stored e4m3 scale. torchao's is 2**-6, the smallest normal number; TransformerEngine has
             none, so that blocks far below the tensor's largest get the scale 0.
+        outer: how many values of a row share one `tensor_scale`, a multiple of the block; 0: the whole tensor does.
     """
 
     stored: Stored = "fp32"
@@ -66,6 +67,7 @@ class Scaling:
     candidates: tuple[float, ...] = (1.0,)
     peak: float = 0.0
     least: float = 0.0
+    outer: int = 0
 
     def __post_init__(self) -> None:
         allowed = {"e8m0": ("up", "floor", "ceil", "even"), "e4m3": ("nearest", "up"), "bf16": ("nearest", "up")}
@@ -73,6 +75,8 @@ class Scaling:
             raise ValueError(f"Scaling: a scale stored as {self.stored} cannot be rounded {self.rounding!r}")
         if (self.peak or self.least) and self.stored != "e4m3":
             raise ValueError(f"Scaling: peak and least are for scales stored as e4m3, not {self.stored}")
+        if self.outer and not self.peak:
+            raise ValueError("Scaling: outer is what shares a tensor_scale, which needs a peak")
         if not self.gain > 0 or not self.candidates or min(self.candidates) <= 0:
             raise ValueError("Scaling: the gain must be above 0, and there must be candidates, all above 0")
 
@@ -118,6 +122,11 @@ class Format:
     def __post_init__(self) -> None:
         if self.scaling != PLAIN and (self.kind not in ("integer", "codebook") or self.square):
             raise ValueError(f"format {self.name!r}: only linear codes can have a scaling of their own")
+        outer, (rows, cols) = self.scaling.outer, self.block
+        if outer and (rows != 1 or not cols or outer % cols):
+            raise ValueError(
+                f"format {self.name!r}: {outer} values share an outer scale, so its block must divide that"
+            )
         if self.kind in ("integer", "codebook"):
             object.__setattr__(self, "parts", ("codes", *self.scaling.parts))
 
@@ -305,6 +314,10 @@ _NF4 = (
 )  # fmt: skip
 
 
+# QuEST's grid (https://arxiv.org/abs/2502.05003): 16 levels around zero without a zero, two's complement less a half.
+_HALVES = tuple((k if k <= 8 else k - 16) - 0.5 for k in range(16))
+
+
 @cache
 def catalogue() -> dict[str, Format]:
     """Every named format, by name. Built at first use: nothing is computed at import."""
@@ -392,6 +405,17 @@ def catalogue() -> dict[str, Format]:
           scaling=Scaling("bf16", rounding="up")),
         f("nf4-dq", 4, True, "NormalFloat with double-quantized scales (QLoRA)", block=(1, 64), ties="down",
           table=_NF4, scaling=Scaling("double")),
+        # Grids whose scale is chosen for a Gaussian: what lies beyond the top clips.
+        f("int4-sawb", 4, True, "-7..7, clipped where a Gaussian loses least (SAWB)", "integer", (0, 0), limit=7,
+          scaling=Scaling(statistic="sawb")),
+        f("int4-quest", 4, True, "QuEST: ±1/2 .. ±15/2, 2.514 rms at the top", block=(1, 0), table=_HALVES,
+          scaling=Scaling(statistic="rms", gain=2.513930578568423)),
+        f("mxfp4-quest", 4, True, "Quartet: MXFP4, scale 2^floor(log2(2.92 rms / 6))", block=mx, table=e2m1,
+          scaling=Scaling("e8m0", statistic="rms", rounding="floor", gain=2.92247856 / 6 * 4)),
+        f("nvfp4-128", 4, True, "NVFP4 with the fp32 scale per 128 values (TetraJet-v2)", block=nv, table=e2m1,
+          scaling=Scaling("e4m3", peak=448, least=2.0**-9, outer=128)),
+        f("nvfp4-eden", 4, True, "NVFP4 for MS-EDEN: scales up to 256, .988 of absmax/6", block=nv, table=e2m1,
+          scaling=Scaling("e4m3", gain=17 / 16 * 0.93, peak=255.99)),
         f("ternary", 2, True, "-1, 0, 1 times the mean magnitude (BitNet b1.58)", "integer", (0, 0), limit=1,
           scaling=Scaling(statistic="absmean")),
     ]  # fmt: skip

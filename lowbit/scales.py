@@ -50,7 +50,7 @@ def shapes(fmt: Format, rows: int, cols: int) -> dict[str, tuple[tuple[int, ...]
         "scale": (blocks, stored),
         "base": (blocks, torch.float32),
         "zero": (blocks, torch.uint8),
-        "tensor_scale": ((1,), torch.float32),
+        "tensor_scale": ((blocks[0], -(-cols // fmt.scaling.outer)) if fmt.scaling.outer else (1,), torch.float32),
         "scale_scale": ((-(-math.prod(blocks) // DOUBLE_BLOCK),), torch.float32),
         "scale_offset": ((1,), torch.float32),
     }
@@ -203,7 +203,7 @@ def multiplier(fmt: Format, parts: dict[str, Tensor]) -> Tensor:
         held = scale.float()
     elif stored == "e4m3":
         held = scale.view(torch.float8_e4m3fn).float()
-        held = held * parts["tensor_scale"] if fmt.scaling.peak else held
+        held = held * _spread(fmt, parts["tensor_scale"], scale) if fmt.scaling.peak else held
     else:
         blocks = torch.nn.functional.pad(scale.flatten(), (0, -scale.numel() % DOUBLE_BLOCK)).view(-1, DOUBLE_BLOCK)
         inner = codec.values(_dyn8(), blocks, parts["scale_scale"]).flatten()[: scale.numel()].view(scale.shape)
@@ -216,7 +216,8 @@ def inverse(fmt: Format, parts: dict[str, Tensor]) -> Tensor:
     if fmt.scaling.stored == "e8m0":
         return _power(254 - parts["scale"].int())
     if fmt.scaling.stored == "e4m3" and fmt.scaling.peak:
-        return _two_level_inverse(parts["scale"].view(torch.float8_e4m3fn).float(), parts["tensor_scale"])
+        scale = parts["scale"]
+        return _two_level_inverse(scale.view(torch.float8_e4m3fn).float(), _spread(fmt, parts["tensor_scale"], scale))
     return codec.reciprocal(multiplier(fmt, parts)).clamp(max=HUGE)
 
 
@@ -284,12 +285,12 @@ def _e4m3(fmt: Format, wanted: Tensor, candidate: float, tensor_scale: Tensor | 
     parts: dict[str, Tensor] = {}
     if way.peak:
         if tensor_scale is None:
-            finite = torch.where(torch.isfinite(wanted), wanted, 0.0)
-            largest = finite.max().view(1) if finite.numel() else finite.new_zeros(1)
+            largest = _largest(fmt, torch.where(torch.isfinite(wanted), wanted, 0.0))
             tensor_scale = (largest / torch.full_like(largest, fmt.top * way.peak)).clamp(min=TINY)
             tensor_scale = torch.where(largest > 0, tensor_scale, 0.0)
-        block = torch.where(tensor_scale > 0, block / tensor_scale, block)
         parts["tensor_scale"] = tensor_scale
+        tensor_scale = _spread(fmt, tensor_scale, wanted)
+        block = torch.where(tensor_scale > 0, block / tensor_scale, block)
     if candidate != 1:
         block = block * candidate
     held = block.clamp(way.least, 448.0)
@@ -299,6 +300,22 @@ def _e4m3(fmt: Format, wanted: Tensor, candidate: float, tensor_scale: Tensor | 
     code = torch.where(torch.isfinite(wanted), code, E4M3_NAN)
     parts = {"scale": code, **parts}
     return Scales(inverse(fmt, parts), multiplier(fmt, parts), parts)
+
+
+def _largest(fmt: Format, wanted: Tensor) -> Tensor:
+    """The largest of the tensor's blocks, [1], or of those that share an outer scale."""
+    if not fmt.scaling.outer:
+        return wanted.max().view(1) if wanted.numel() else wanted.new_zeros(1)
+    shared = fmt.scaling.outer // fmt.block[1]
+    padded = torch.nn.functional.pad(wanted, (0, -wanted.shape[1] % shared))
+    return padded.unflatten(1, (-1, shared)).amax(-1)
+
+
+def _spread(fmt: Format, tensor_scale: Tensor, blocks: Tensor) -> Tensor:
+    """Outer scales as one for each block."""
+    if not fmt.scaling.outer:
+        return tensor_scale
+    return tensor_scale.repeat_interleave(fmt.scaling.outer // fmt.block[1], 1)[:, : blocks.shape[1]]
 
 
 def _two_level_inverse(scale: Tensor, tensor_scale: Tensor) -> Tensor:

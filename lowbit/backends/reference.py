@@ -50,7 +50,6 @@ CHUNK = 1 << 18  # values worked on at a time: temporaries of 1 MB, which stay i
 TILE = 512  # rows that a sum over a column adds one after the other
 
 
-
 @torch.no_grad()
 def step(jobs: list[Job]) -> None:
     """Step every job: parameters, moments, scalars and skip counts are written in place.

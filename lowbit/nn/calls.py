@@ -12,15 +12,15 @@ class Calls:
     """Numbers the calls of a layer, so that each backward pass has its own random bits.
 
     Gradient checkpointing calls a layer twice for one step, and must give the gradients it would give without: the
-    recomputed call, known by running inside a backward pass, gets the number of the call that it repeats. With
-    `use_reentrant=False` the first call's own autograd node runs backward, so nothing is needed. With
-    `use_reentrant=True` the first call ran without a graph and left only a note here: its number and a checksum of its
-    input, by which the repeated call finds it, in whatever order a layer used several times is called again.
+    repeated call, known by running inside a backward pass, gets the number of the call that it repeats. A call that may
+    be repeated leaves a note, its number and a checksum of its input, by which the repeated call finds it, in whatever
+    order a layer used several times is called again. With `use_reentrant=True` such a call runs without a graph; with
+    `use_reentrant=False` it runs under hooks on what it saves.
     """
 
     def __init__(self) -> None:
-        self.count = 0
-        self.without_graph: deque[tuple[int, Tensor]] = deque(maxlen=256)  # not all are repeated: some only evaluate
+        self.count = torch.zeros((), dtype=torch.int64, device="cpu")  # a tensor, so that compiled graphs can count
+        self.notes: deque[tuple[int, Tensor]] = deque(maxlen=256)  # not all are repeated: some only evaluate
 
     def number(self, x: Tensor, training: bool) -> int:
         """The number of this call. Evaluation, which leads to no gradient, does not count."""
@@ -29,12 +29,18 @@ class Calls:
             return self._repeated(x)
         if training or graph:
             self.count += 1
-            if not graph:
-                self.without_graph.append((self.count, _checksum(x)))
-        return self.count
+            if not graph or _hooked():
+                self.notes.append((int(self.count), _checksum(x)))
+        return int(self.count)
+
+    def traced(self, training: bool) -> Tensor:
+        """The number of this call in a graph that a compiler traces: an int64 scalar."""
+        if training or torch.is_grad_enabled():
+            self.count += 1
+        return self.count.clone()
 
     def _repeated(self, x: Tensor) -> int:
-        notes = self.without_graph
+        notes = self.notes
         found = len(notes) - 1
         if len(notes) > 1:
             checksum = _checksum(x)
@@ -43,10 +49,15 @@ class Calls:
             )
             found = next(same, found)
         if found < 0:
-            return self.count
+            return int(self.count)
         number = notes[found][0]
         del notes[found]
         return number
+
+
+def _hooked() -> bool:
+    """Whether something, such as checkpointing, looks after what is saved for backward passes."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None  # pyright: ignore
 
 
 def _checksum(x: Tensor) -> Tensor:

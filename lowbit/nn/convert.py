@@ -20,6 +20,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..roles import role_of
+from .dense import dense_blocks
 from .linear import QuantLinear
 from .presets import find_recipe
 from .recipe import Recipe
@@ -43,7 +45,9 @@ def quantize_(
         model: any module.
         recipe: a name (`lowbit.recipes()`) or a `Recipe`.
         skip: globs on dotted names of layers to leave alone, with everything below them. A pattern matches the whole
-            name or its end after a dot: "lm_head" matches "model.lm_head", "layers.0" all of "model.layers.0".
+            name or its end after a dot: "lm_head" matches "model.lm_head", "layers.0" all of "model.layers.0". The
+            pattern "lm_head" also means output heads of other names (`lowbit.roles`). Routers are never converted, and
+            neither are the first and last blocks that the recipe names (`Recipe.dense`).
         filter_fn: called with (module, name) for each layer that would be converted; False leaves it alone.
 
     Returns:
@@ -65,11 +69,17 @@ def quantize_(
             raise ValueError(f"quantize_: {name or 'the model'} is quantized already; undo it with to_dense_ first")
 
     reasons = _outside_forward(model)
+    blocks = dense_blocks(model, found)
     chosen: dict[str, nn.Linear] = {}
     for name, module in model.named_modules():
         if name in reasons or not _weights(module):
             continue
-        reason = _unfit(module) or _skipped(name, patterns) or _filtered(module, name, filter_fn)
+        reason = (
+            _unfit(module)
+            or _skipped(name, patterns)
+            or _by_policy(module, name, patterns, blocks)
+            or _filtered(module, name, filter_fn)
+        )
         if reason:
             reasons[name] = reason
         else:
@@ -114,13 +124,13 @@ def to_dense_(model: nn.Module, dtype: torch.dtype | None = torch.bfloat16) -> n
     done: set[int] = set()  # a tied weight is dequantized once: doing it twice may change it
     for layer in layers:
         if id(layer.weight) not in done:
-            _store(layer.weight, layer.quantized_weight(), dtype)
+            _store(layer.weight, layer.weight if layer.high_precision else layer.quantized_weight(), dtype)
         if layer.bias is not None and id(layer.bias) not in done:
             _store(layer.bias, layer.bias, dtype)
         done |= {id(layer.weight), id(layer.bias)}
         layer.__class__ = nn.Linear  # pyright: ignore[reportAttributeAccessIssue]
-        for name in ("recipe", "_layer_id", "_calls"):
-            del layer.__dict__[name]
+        for name in ("recipe", "_layer_id", "_calls", "high_precision"):
+            layer.__dict__.pop(name, None)
     return model
 
 
@@ -188,11 +198,24 @@ def _matches(name: str, pattern: str) -> bool:
     return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"*.{pattern}")
 
 
-def _skipped(name: str, patterns: list[str]) -> str | None:
+def _and_parents(name: str) -> list[str]:
     parts = name.split(".")
-    parents = [".".join(parts[:i]) for i in range(len(parts), 0, -1)]
-    hit = next((pattern for pattern in patterns if any(_matches(parent, pattern) for parent in parents)), None)
+    return [".".join(parts[:i]) for i in range(len(parts), 0, -1)]
+
+
+def _skipped(name: str, patterns: list[str]) -> str | None:
+    hit = next((pattern for pattern in patterns if any(_matches(n, pattern) for n in _and_parents(name))), None)
     return hit and f"skip={hit!r}"
+
+
+def _by_policy(module: nn.Module, name: str, patterns: list[str], blocks: dict[str, str]) -> str | None:
+    """Why a layer stays dense that nobody named: routers, output heads of another name, blocks that a recipe skips."""
+    role = role_of(f"{name}.weight", tuple(module.weight.shape)) if isinstance(module, nn.Linear) else ""
+    if role == "router":
+        return "routers stay dense"
+    if role == "head" and "lm_head" in patterns:
+        return "an output head, as skip='lm_head' means"
+    return next((blocks[n] for n in _and_parents(name) if n in blocks), None)
 
 
 def _filtered(module: nn.Module, name: str, filter_fn: Callable[[nn.Module, str], bool] | None) -> str | None:

@@ -14,12 +14,14 @@ import zlib
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..compiler import constant
 from ..roles import clean_name
 from .calls import Calls
 from .fake import turned_back
+from .matmul import has_autocast
 from .presets import find_recipe
 from .recipe import Recipe
 from .three import Call, ThreeMatmuls, forward_rotation, forward_weight
@@ -41,6 +43,7 @@ class QuantLinear(nn.Linear):
     """
 
     recipe: Recipe
+    high_precision = False  # see `lowbit.high_precision_`
 
     def __init__(
         self,
@@ -65,8 +68,16 @@ class QuantLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if not input.is_floating_point():
             raise TypeError(f"QuantLinear: input must be a floating-point tensor, not {input.dtype}")
+        dtype = _compute_dtype(input, self.weight)
+        if self.high_precision:
+            bias = None if self.bias is None else self.bias.to(dtype)
+            return F.linear(input.to(dtype), self.weight.to(dtype), bias)
+        if torch.compiler.is_compiling():
+            number = self._calls.traced(self.training) if self.recipe.stochastic else None
+            recipe = _handle(self.recipe)
+            return _operators().apply(input, self.weight, self.bias, recipe, dtype, number, self._layer_id)
         number = self._calls.number(input, self.training) if self.recipe.stochastic else 0
-        call = Call(self.recipe, _compute_dtype(input, self.weight), number, self._layer_id)
+        call = Call(self.recipe, dtype, number, self._layer_id)
         return ThreeMatmuls.apply(input, self.weight, self.bias, call)  # pyright: ignore
 
     def quantized_weight(self) -> Tensor:
@@ -75,18 +86,25 @@ class QuantLinear(nn.Linear):
         return turned_back(values, forward_rotation(self.recipe), self.in_features)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, recipe={self.recipe.name or self.recipe.matmuls}"
+        high = ", high_precision" if self.high_precision else ""
+        return f"{super().extra_repr()}, recipe={self.recipe.name or self.recipe.matmuls}{high}"
 
 
-@constant  # compilers before torch 2.13 do not trace the question
-def _has_autocast(device: str) -> bool:
-    return torch.amp.is_autocast_available(device)
+def _operators() -> Any:
+    from . import operators  # not before it is needed: importing the library registers nothing
+
+    return operators
+
+
+@constant
+def _handle(recipe: Recipe) -> str:
+    return _operators().handle(recipe)
 
 
 def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     """What F.linear would compute in: autocast's dtype where it is on (float64 is left alone), else the wider one."""
     dtype = torch.promote_types(x.dtype, weight.dtype)
     device = x.device.type
-    if dtype != torch.float64 and _has_autocast(device) and torch.is_autocast_enabled(device):
+    if dtype != torch.float64 and has_autocast(device) and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return dtype

@@ -7,13 +7,22 @@ one thread, torch 2.13). The result has the dtype that the layer computes in.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ..compiler import constant
 
 
 def product(a: Tensor, b: Tensor, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
     """a bᵀ + bias of [m, k] and [n, k], in `dtype`."""
     inside = torch.float32 if a.device.type == "cpu" and dtype != torch.float64 else dtype
-    y = F.linear(a.to(inside), b.to(inside), None if bias is None else bias.to(inside))
-    return y.to(dtype)
+    with torch.autocast(a.device.type, enabled=False) if has_autocast(a.device.type) else nullcontext():
+        return F.linear(a.to(inside), b.to(inside), None if bias is None else bias.to(inside)).to(dtype)
+
+
+@constant  # compilers before torch 2.13 do not trace the question
+def has_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
 
-from ..formats import Format, formats, nearest
+from ..formats import PLAIN, Format, formats, nearest
 from ..formats import format as find_format
 from ..rotation import SIZES
 from .stablespam import GROUP, RELEASED
@@ -14,6 +14,7 @@ Rounding: TypeAlias = Literal["nearest", "stochastic", "eden"]
 Signs: TypeAlias = Literal["auto", "fixed", "none"]
 Estimator: TypeAlias = Literal["ste", "clip", "trust", "dge"]
 Source: TypeAlias = Literal["original", "forward"]
+Block: TypeAlias = "int | tuple[int, int]"
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,8 @@ class Operand:
     Args:
         format: a signed format's name (`lowbit.formats()`; `"int4:16"` names the block too) or a `Format`, or one of
             the quantizers of the Stable-SPAM release (`lowbit.nn.stablespam`).
-        block: values that share one scale, along the matmul's contraction; the format's own if None. The last block of
-            a row may be shorter.
+        block: values that share one scale, along the matmul's contraction, or (rows, columns) of them, where 0 stands
+            for all; the format's own if None. The last block of a row may be shorter.
         rounding: "nearest", or, in backward matmuls only, "stochastic" (unbiased) or "eden" (MS-EDEN of Quartet II:
             `lowbit.nn.eden`).
         outliers: how many of the largest magnitudes of each block are kept exact.
@@ -46,7 +47,7 @@ class Operand:
     """
 
     format: str | Format
-    block: int | None = None
+    block: Block | None = None
     rounding: Rounding = "nearest"
     outliers: int | None = None
     flat: bool | None = None
@@ -81,12 +82,29 @@ class Operand:
             raise ValueError(f"hadamard must be 0 or one of {', '.join(map(str, SIZES))}, not {self.hadamard!r}")
         if not self.hadamard and self.signs != "auto":
             raise ValueError(f"signs={self.signs!r} are a rotation's, and hadamard is 0")
+        if (self.outliers or self.flat) and not isinstance(self.block, int):
+            raise ValueError(f"outliers= and flat= are for blocks along a row, and this one is {self.block}")
+        if self.estimator != "ste" and (self.codes is None or self.codes.kind not in ("integer", "codebook")):
+            raise ValueError(
+                f"estimator={self.estimator!r} asks how far a value is from a grid: it needs a scaled grid "
+                "without outliers= and flat="
+            )
         if self.hadamard and self.flat:
             raise ValueError("flat blocks cross rows, and a rotation does not: give one of flat= and hadamard=")
-        if self.rounding == "eden" and not self.hadamard:
-            raise ValueError("rounding='eden' is unbiased over random rotations: give hadamard= too")
+        if self.rounding == "eden":
+            self._check_eden()
         if not 0 < self.prescale <= 1:
             raise ValueError(f"prescale must be above 0 and at most 1, not {self.prescale!r}")
+
+    def _check_eden(self) -> None:
+        fmt = self.codes
+        if not self.hadamard:
+            raise ValueError("rounding='eden' is unbiased over random rotations: give hadamard= too")
+        if fmt is None or fmt.scaling.stored != "e4m3" or fmt.block[0] != 1 or self.hadamard % max(1, fmt.block[1]):
+            raise ValueError(
+                "rounding='eden' rounds stored scales: it needs a format with e4m3 scales (nvfp4-eden), whose block "
+                f"divides hadamard={self.hadamard}, not {fmt or self.format}"
+            )
 
     def _check_released(self) -> None:
         plain = {"rounding": "nearest", "hadamard": 0, "prescale": 1.0, "estimator": "ste"}
@@ -97,13 +115,13 @@ class Operand:
                     f"so {name}={getattr(self, name)!r} cannot be had; use a format"
                 )
 
-    def _released_block(self) -> int:
+    def _released_block(self) -> Block:
         block = GROUP if self.block is None else self.block
-        if block < 1:
+        if not isinstance(block, int) or block < 1:
             raise ValueError(f"block must be at least 1, not {block}")
         return block
 
-    def _format_block(self) -> int | None:
+    def _format_block(self) -> Block | None:
         """Check the format, move a block named in it ("int4:16") to `block`, and say which block it has."""
         if isinstance(self.format, str) and self.format.partition(":")[0] not in formats():
             known = (*formats(), *RELEASED)
@@ -113,18 +131,25 @@ class Operand:
         if not fmt.signed:
             raise ValueError(f"format {fmt.name!r} is unsigned and cannot hold weights, activations or gradients")
         if not fmt.compressed:
-            if self.block is not None or self.outliers:
-                raise ValueError(f"format {fmt.name!r} has no blocks, so block= and outliers= mean nothing")
+            if self.block is not None or self.outliers or self.prescale != 1:
+                raise ValueError(f"format {fmt.name!r} has no blocks, so block=, outliers= and prescale= mean nothing")
             return None
         if isinstance(self.format, str) and ":" in self.format:
-            if self.block not in (None, fmt.block[1]):
+            if self.block not in (None, _short(fmt.block)):
                 raise ValueError(f"format {self.format!r} names a block, and block={self.block} another")
             object.__setattr__(self, "format", fmt.name.partition(":")[0])
-        return fmt.with_block(fmt.block[1] if self.block is None else self.block).block[1]
+        return _short((fmt if self.block is None else fmt.with_block(self.block)).block)
 
     def _spec(self) -> Format:
         fmt = find_format(self.format)
-        return fmt if self.block in (None, fmt.block[1]) else fmt.with_block(self.block)
+        fmt = fmt if self.block in (None, _short(fmt.block)) else fmt.with_block(self.block)
+        if self.prescale == 1:
+            return fmt
+        if fmt.kind not in ("integer", "codebook"):
+            raise ValueError(f"format {fmt.name!r} is {fmt.kind}, and prescale= is for scaled grids")
+        # Of prescaled values, the scale that the values themselves would have.
+        scaling = replace(fmt.scaling, gain=fmt.scaling.gain / self.prescale)
+        return replace(fmt, scaling=scaling, name=f"{fmt.name}×{self.prescale:g}")
 
     @property
     def bits(self) -> int:
@@ -142,16 +167,26 @@ class Operand:
         return None if self.outliers or self.flat else self.spec
 
     def __str__(self) -> str:
-        name = str(self.format) if self.block is None else f"{str(self.format).partition(':')[0]}:{self.block}"
-        released = self.spec is None
         signs = {"auto": "rht", "fixed": "fixed rht", "none": "hadamard"}
         extras = [
             f"+{self.outliers} outliers" if self.outliers else "",
-            "flat" if self.flat and not released else "",
+            "flat" if self.flat and self.spec is not None else "",
             self.rounding if self.rounding != "nearest" else "",
             f"{signs[self.signs]}{self.hadamard}" if self.hadamard else "",
             f"×{self.prescale:g}" if self.prescale != 1 else "",
             self.estimator if self.estimator != "ste" else "",
             "of forward" if self.of == "forward" else "",
         ]
-        return " ".join([name, *filter(None, extras)])
+        return " ".join([self._name(), *filter(None, extras)])
+
+    def _name(self) -> str:
+        """The format and its block, unless that is part of what the format is."""
+        if self.spec is None or not self.spec.compressed or self.spec.scaling != PLAIN:
+            return str(self.spec or self.format).partition("×")[0] + (f":{self.block}" if self.spec is None else "")
+        base = self.spec.name.partition(":")[0]
+        return f"{base}:{self.block}" if isinstance(self.block, int) else self.spec.name
+
+
+def _short(block: tuple[int, int]) -> Block:
+    """Values along a row as a number, other blocks as they are."""
+    return block[1] if block[0] == 1 and block[1] > 0 else block

@@ -17,7 +17,7 @@ are turned back last, after the mask of an estimator, which belongs to the turne
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,8 +26,9 @@ from torch.autograd.function import once_differentiable
 
 from ..rotation import Rotation
 from ..rounding import key
+from ..rows import part_shapes
 from . import estimators
-from .fake import decode, encode, fake_quantize, padded, turned, turned_back
+from .fake import decode, encode, fake_quantize, padded, quantized, turned, turned_back
 from .matmul import product
 from .operand import Operand
 from .recipe import FORWARD, Recipe, Reused
@@ -46,7 +47,7 @@ def forward_rotation(recipe: Recipe) -> Rotation | None:
 
 def forward_weight(weight: Tensor, recipe: Recipe) -> Tensor:
     """The weight as the forward matmul multiplies with it, turned, in fp32 (or the weight itself, if not quantized)."""
-    return fake_quantize(turned(weight, forward_rotation(recipe)), recipe.forward[1])
+    return fake_quantize(weight, recipe.forward[1], rotation=forward_rotation(recipe))
 
 
 def as_matrix(x: Tensor) -> Tensor:
@@ -83,12 +84,14 @@ class Call:
         """(y, what to keep for the backward pass), where (x, W) need gradients."""
         activation, other = self.recipe.forward[0], self.recipe.wgrad[1]
         needs_x, needs_weight = needs
-        x = turned(rows, forward_rotation(self.recipe))
-        codes = encode(x, activation) if needs_weight and other == FORWARD and activation is not None else {}
-        values = _decoded(codes, activation, x.shape[1]) if codes else fake_quantize(x, activation)
+        rotation, codes = forward_rotation(self.recipe), {}
+        if activation is not None and needs_weight and other == FORWARD:
+            values, codes = quantized(rows, activation, rotation=rotation)
+        else:
+            values = fake_quantize(rows, activation, rotation=rotation)
         if needs_weight and isinstance(other, Operand):
-            source = turned((values if other.of == FORWARD else rows).t(), self.rotation("wgrad"))
-            codes = encode(source, other, self.noise(_WGRAD[1]))
+            source = (values if other.of == FORWARD else rows).t()
+            codes = encode(source, other, self.noise(_WGRAD[1]), self.rotation("wgrad"))
         kept = {f"x.{name}": part for name, part in codes.items()}
         if needs_weight and not codes:
             kept["x"] = rows
@@ -96,9 +99,44 @@ class Call:
             kept["weight"] = weight
         if needs_x and _estimated(activation):
             assert activation is not None
-            kept |= estimators.kept(x, activation)
+            dge = activation.estimator == "dge"
+            kept |= {"x": rows} if dge else {"mask": estimators.masked(turned(rows, rotation), activation)}
         y = product(values, forward_weight(weight, self.recipe), self.dtype, bias)
         return y, kept
+
+    def keeps(self, needs: tuple[bool, bool], empty: bool) -> tuple[str, ...]:
+        """The names of what `forward` keeps, of an input that has values or none."""
+        (activation, operand), other = self.recipe.forward, self.recipe.wgrad[1]
+        needs_x, needs_weight = needs
+        coded = self._coded() is not None and needs_weight and not empty
+        names = [f"x.{part}" for part in _part_names(self._coded())] if coded else []
+        mask = needs_x and _estimated(activation) and activation.estimator != "dge"  # pyright: ignore
+        if (needs_weight and not coded) or (needs_x and _estimated(activation) and not mask):
+            names.append("x")
+        if needs_x or (needs_weight and _estimated(operand)):
+            names.append("weight")
+        return (*names, "mask") if mask else tuple(names)
+
+    def kept_shapes(
+        self, shape: tuple[int, int], needs: tuple[bool, bool]
+    ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shapes and dtypes of what `forward` makes to keep, of x of this shape."""
+        names, (tokens, cols) = self.keeps(needs, 0 in shape), shape
+        turned_cols = padded(cols, forward_rotation(self.recipe))
+        found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        if names and names[0].startswith("x."):
+            operand, other = self._coded(), self.recipe.wgrad[1]
+            assert operand is not None and operand.codes is not None
+            coded = (tokens, turned_cols)
+            if isinstance(other, Operand):
+                coded = (turned_cols if other.of == FORWARD else cols, padded(tokens, self.rotation("wgrad")))
+            found = {f"x.{part}": shape for part, shape in part_shapes(operand.codes, coded).items()}
+        return found | ({"mask": ((tokens, -(-turned_cols // 8)), torch.uint8)} if "mask" in names else {})
+
+    def _coded(self) -> Operand | None:
+        """The operand whose codes are kept of x, if there is one."""
+        operand = self.recipe.forward[0] if self.recipe.wgrad[1] == FORWARD else self.recipe.wgrad[1]
+        return operand if isinstance(operand, Operand) and operand.codes is not None else None
 
     def dgrad(self, gy: Tensor, kept: dict[str, Tensor], cols: int) -> Tensor:
         """gx = Q(gy) Q(W), contracted over output features: [tokens, cols]."""
@@ -106,15 +144,15 @@ class Call:
         rotation = self.rotation("dgrad")
         weight = (forward_weight(kept["weight"], self.recipe) if _of_forward(other) else kept["weight"]).t()
         if isinstance(other, Operand):
-            weight = fake_quantize(turned(weight, rotation), other, self.noise(_DGRAD[1]))
-        g = fake_quantize(turned(gy, rotation), gradient, self.noise(_DGRAD[0]))
+            weight = fake_quantize(weight, other, self.noise(_DGRAD[1]), rotation)
+        g = fake_quantize(gy, gradient, self.noise(_DGRAD[0]), rotation)
         gx = product(g, weight, self.dtype)
         return self._through(gx, self.recipe.forward[0], kept, "x", _of_forward(other), cols)
 
     def wgrad(self, gy: Tensor, kept: dict[str, Tensor], cols: int) -> Tensor:
         """gW = Q(gy)ᵀ Q(x), contracted over tokens: [output features, cols]."""
         gradient, other = self.recipe.wgrad
-        g = fake_quantize(turned(gy.t(), self.rotation("wgrad")), gradient, self.noise(_WGRAD[0]))
+        g = fake_quantize(gy.t(), gradient, self.noise(_WGRAD[0]), self.rotation("wgrad"))
         gw = product(g, self._wgrad_activation(kept, gy.shape[0], cols), self.dtype)
         return self._through(gw, self.recipe.forward[1], kept, "weight", _of_forward(other), cols)
 
@@ -123,14 +161,15 @@ class Call:
         activation, other = self.recipe.forward[0], self.recipe.wgrad[1]
         codes = {name[2:]: part for name, part in kept.items() if name.startswith("x.")}
         if codes and isinstance(other, Operand):
-            return _decoded(codes, other, padded(tokens, self.rotation("wgrad")))
+            return decode(codes, other, padded(tokens, self.rotation("wgrad")))
         if codes:
-            return _decoded(codes, activation, padded(cols, forward_rotation(self.recipe))).t()
+            assert activation is not None
+            return decode(codes, activation, padded(cols, forward_rotation(self.recipe))).t()
         x = kept["x"]
         if _of_forward(other):
-            x = fake_quantize(turned(x, forward_rotation(self.recipe)), activation)
+            x = fake_quantize(x, activation, rotation=forward_rotation(self.recipe))
         if isinstance(other, Operand):
-            return fake_quantize(turned(x.t(), self.rotation("wgrad")), other, self.noise(_WGRAD[1]))
+            return fake_quantize(x.t(), other, self.noise(_WGRAD[1]), self.rotation("wgrad"))
         return x.t()
 
     def _through(
@@ -141,14 +180,17 @@ class Call:
         if _estimated(operand):
             assert operand is not None
             g = g if is_turned else turned(g, rotation)
-            g = g * estimators.factor(kept, name, operand, rotation, g.shape).to(g.dtype)
-            is_turned = True
+            if name == "x" and "mask" in kept:
+                factor = estimators.unmasked(kept["mask"], g.shape[1])
+            else:
+                factor = estimators.factor(turned(kept[name].detach(), rotation), operand)
+            g, is_turned = g * factor.to(g.dtype), True
         return turned_back(g, rotation, cols) if is_turned else g
 
 
-def _decoded(codes: dict[str, Tensor], operand: Operand | None, cols: int) -> Tensor:
-    assert operand is not None and operand.codes is not None
-    return decode(operand.codes, codes, cols)
+def _part_names(operand: Reused) -> tuple[str, ...]:
+    assert isinstance(operand, Operand) and operand.codes is not None
+    return operand.codes.parts if operand.codes.compressed else ("codes",)
 
 
 def _of_forward(operand: Reused) -> bool:
@@ -165,6 +207,9 @@ class ThreeMatmuls(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> Tensor:
         y, kept = call.forward(as_matrix(x), weight, bias, ctx.needs_input_grad[:2])
+        if call.recipe.stochastic and not torch.compiler.is_compiling():
+            # Where checkpointing repeats this call, what is kept is the repeated call's: so must be its random bits.
+            kept["number"] = torch.tensor(call.number)
         ctx.call, ctx.kept, ctx.input_shape = call, tuple(kept), x.shape
         ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
         ctx.save_for_backward(*kept.values())
@@ -174,13 +219,14 @@ class ThreeMatmuls(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         kept = dict(zip(ctx.kept, ctx.saved_tensors, strict=True))
+        call: Call = replace(ctx.call, number=int(kept["number"])) if "number" in kept else ctx.call
         x_dtype, weight_dtype, bias_dtype = ctx.dtypes
         gy, cols = as_matrix(grads[0]), ctx.input_shape[-1]
         gx = gw = gb = None
         if ctx.needs_input_grad[0]:
-            gx = ctx.call.dgrad(gy, kept, cols).to(x_dtype).reshape(ctx.input_shape)
+            gx = call.dgrad(gy, kept, cols).to(x_dtype).reshape(ctx.input_shape)
         if ctx.needs_input_grad[1]:
-            gw = ctx.call.wgrad(gy, kept, cols).to(weight_dtype)
+            gw = call.wgrad(gy, kept, cols).to(weight_dtype)
         if ctx.needs_input_grad[2]:
             gb = gy.sum(0).to(bias_dtype)
         return gx, gw, gb, None
