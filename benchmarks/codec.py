@@ -98,7 +98,7 @@ def layers(n: int) -> dict[str, timing.Case]:
     noise, backend = key(0, 0, 0, 0), backends.choose(x.device)
     cases = {"torch matmul": timing.timed(lambda: torch.nn.functional.linear(x, w))}
     for name in ("int4", "fp4", "stablespam-int4", "stablespam-fp4"):
-        operand = lowbit.nn.recipe.presets()[name].forward[0]
+        operand = lowbit.nn.presets.presets()[name].forward[0]
         cases[f"layers {name}"] = timing.timed(lambda operand=operand: fake_quantize(x, operand))
     for asked in ("int4:16", "e2m1:16"):
         fmt = lowbit.format(asked)

@@ -41,21 +41,26 @@ def decode(fmt: Format, parts: dict[str, Tensor]) -> Tensor:
     codes = parts["codes"]
     if fmt.kind == "float":
         return codes.float()
-    scale = parts["scale"].unsqueeze(-1)
+    scale = parts["scale"]
     if fmt.kind == "affine":
-        return (codes.float() - parts["zero"].float().unsqueeze(-1)) * scale
+        return (codes.float() - parts["zero"].float().unsqueeze(-1)) * scale.unsqueeze(-1)
     if fmt.kind == "log":
         levels = _levels(parts["base"], 1 << fmt.bits)
-        return torch.gather(levels, -1, codes.long()) * scale
+        return torch.gather(levels, -1, codes.long()) * scale.unsqueeze(-1)
+    return values(fmt, codes, scale)
+
+
+def values(fmt: Format, codes: Tensor, multiplier: Tensor) -> Tensor:
+    """Codes [..., block] times one fp32 number per block: fp32 [..., block]. For formats with fixed values."""
     if fmt.kind == "integer" and fmt.signed:
         sign = 1 << (fmt.bits - 1)
-        values = ((codes ^ sign).to(torch.int16) - sign).float()
+        units = ((codes ^ sign).to(torch.int16) - sign).float()
     elif fmt.kind == "integer":
-        values = codes.float()
+        units = codes.float()
     else:
-        values = _tables(fmt, codes.device)[0][codes.int()]
-    values = values * scale
-    return values * values if fmt.square else values
+        units = _tables(fmt, codes.device)[0][codes.int()]
+    scaled = units * multiplier.unsqueeze(-1)
+    return scaled * scaled if fmt.square else scaled
 
 
 def encode(
@@ -90,11 +95,16 @@ def encode(
     root = sqrt(x) if fmt.square else x
     if scale is None:
         scale = derive_scale(fmt, root.abs().amax(-1))
-    unit = (root * reciprocal(scale).unsqueeze(-1)).nan_to_num(0.0)
-    codes = (_integers if fmt.kind == "integer" else _search)(fmt, unit, uniform)
+    codes = nearby(fmt, root, reciprocal(scale), uniform)
     if live or not fmt.signed:
         codes = _keep_alive(fmt, codes, x)
     return {"codes": codes, "scale": scale}
+
+
+def nearby(fmt: Format, x: Tensor, inverse: Tensor, uniform: Tensor | None = None) -> Tensor:
+    """The codes of x [..., block] in units of one scale per block, given by its inverse; what is beyond saturates."""
+    unit = (x * inverse.unsqueeze(-1)).nan_to_num(0.0)
+    return (_integers if fmt.kind == "integer" else _search)(fmt, unit, uniform)
 
 
 def derive_scale(fmt: Format, absmax: Tensor) -> Tensor:

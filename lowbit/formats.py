@@ -21,10 +21,80 @@ from typing import Any, Literal
 import torch
 
 Kind = Literal["float", "integer", "codebook", "affine", "log"]
+Stored = Literal["fp32", "bf16", "e8m0", "e4m3", "double"]
+Statistic = Literal["absmax", "rms", "absmean", "sawb"]
+Rounding = Literal["nearest", "up", "floor", "ceil", "even"]
 
 # The smallest scale: below it 1/scale would overflow fp32. 2**-126 is fp32's smallest normal number.
 TINY = 2.0**-126
 _MAX = 3.4028234663852886e38  # fp32's largest number
+DOUBLE_BLOCK = 256  # scales that share one scale, where scales are quantized themselves
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """How the scale of a block is found and stored; `scales` holds the arithmetic.
+
+    The wanted scale is `gain * statistic / top`, where `top` is the format's largest value. It is stored rounded, and
+    what decoding multiplies by is the stored one.
+
+    What belongs here is what decides a tensor's scales, and hence its bits, on its own: it is the same whoever uses the
+    format, and so a format stays one literal. What looks at more is the recipe's: rotations, masks, outliers, which
+    operands are rounded stochastically, and MS-EDEN, which corrects stored scales by what a rotated run has lost.
+
+    Args:
+        stored: fp32 or bf16; e8m0, a power of two in a byte (255: NaN); e4m3, a byte; double, 8-bit codes of the
+            scales less their mean, in blocks of 256 (QLoRA, https://arxiv.org/abs/2305.14314, section 3).
+        statistic: what of a block makes its scale. absmax; rms, the root of the mean square; absmean; sawb, the clip
+            12.035 rms - 12.03 absmean that is best for 15 even levels (https://arxiv.org/abs/1807.06964).
+        rounding: of the stored scale. nearest (fp32 is exact); up, so that no value clips; and for e8m0 the rules of
+            the OCP microscaling formats, which look at the statistic's own exponent: floor (the standard's), ceil, and
+            even (the statistic is first rounded to the element's mantissa). NVIDIA's rceil is up.
+        gain: of the statistic, before its scale is rounded: above 1 leaves headroom, below 1 clips.
+        headroom: of an e8m0 scale, after it is rounded: codes times 2**k stand for 1/headroom of the values. With 4/3,
+            stochastic rounding to MXFP4 never clips: floor puts absmax at 4 to 8 of 6, and 3/4 of it at 3 to 6
+            (https://arxiv.org/abs/2502.20586, algorithm 2, where the product is multiplied by 16/9 instead). The same
+            factor on the values beforehand would move the scale, too, and help nothing.
+        candidates: factors of the scale that are tried for each block; the least squared error wins, the first of
+            equals. (1, 1.5) is Four Over Six (https://arxiv.org/abs/2512.02010).
+        peak: the stored e4m3 scale of the tensor's largest block: `tensor_scale` is what makes it so. 0: there is none.
+        least: the smallest stored e4m3 scale. torchao's is 2**-6, the smallest normal number; TransformerEngine has
+            none, so that blocks far below the tensor's largest get the scale 0.
+        outer: how many values of a row share one `tensor_scale`, a multiple of the block; 0: the whole tensor does.
+    """
+
+    stored: Stored = "fp32"
+    statistic: Statistic = "absmax"
+    rounding: Rounding = "nearest"
+    gain: float = 1.0
+    headroom: float = 1.0
+    candidates: tuple[float, ...] = (1.0,)
+    peak: float = 0.0
+    least: float = 0.0
+    outer: int = 0
+
+    def __post_init__(self) -> None:
+        allowed = {"e8m0": ("up", "floor", "ceil", "even"), "e4m3": ("nearest", "up"), "bf16": ("nearest", "up")}
+        if self.rounding not in allowed.get(self.stored, ("nearest",)):
+            raise ValueError(f"Scaling: a scale stored as {self.stored} cannot be rounded {self.rounding!r}")
+        if (self.peak or self.least) and self.stored != "e4m3":
+            raise ValueError(f"Scaling: peak and least are for scales stored as e4m3, not {self.stored}")
+        if self.outer and not self.peak:
+            raise ValueError("Scaling: outer is what shares a tensor_scale, which needs a peak")
+        if self.headroom != 1 and self.stored != "e8m0":
+            raise ValueError(f"Scaling: headroom is for scales stored as e8m0; with {self.stored} use gain")
+        if not min(self.gain, self.headroom) > 0 or not self.candidates or min(self.candidates) <= 0:
+            raise ValueError("Scaling: gain and headroom must be above 0, and there must be candidates, all above 0")
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts beside the codes that such scales take."""
+        if self.stored == "double":
+            return ("scale", "scale_scale", "scale_offset")
+        return ("scale", "tensor_scale") if self.peak else ("scale",)
+
+
+PLAIN = Scaling()
 
 
 @dataclass(frozen=True)
@@ -32,8 +102,9 @@ class Format:
     """One way to store a number.
 
     A code `k` of a block with scale `s` stands for `values[k] * s`, or `(values[k] * s)**2` where `square` is set.
-    `bits` is the width of a code, `block` the (rows, columns) that share one scale, `ties` where a value half way
-    between two codes goes: to the even code (IEEE) or down to the smaller value (bitsandbytes' codebooks).
+    `bits` is the width of a code, `block` the (rows, columns) that share one scale (0: all of them), `ties` where a
+    value half way between two codes goes: to the even code (IEEE) or down to the smaller value (bitsandbytes'
+    codebooks). `scaling` says how the scale is found and stored.
 
     Kinds: `float` (a torch dtype, no scale), `integer` (values are the code itself, two's complement when signed),
     `codebook` (values listed), `affine` ((code - zero) * scale) and `log` (scale * base**code, base per block).
@@ -52,6 +123,18 @@ class Format:
     dtype: torch.dtype | None = None  # float kinds
     partner: str = ""  # what stores a non-negative operand when this signed format is asked for, and the reverse
     parts: tuple[str, ...] = ("codes", "scale")
+    scaling: Scaling = PLAIN
+
+    def __post_init__(self) -> None:
+        if self.scaling != PLAIN and (self.kind not in ("integer", "codebook") or self.square):
+            raise ValueError(f"format {self.name!r}: only linear codes can have a scaling of their own")
+        outer, (rows, cols) = self.scaling.outer, self.block
+        if outer and (rows != 1 or not cols or outer % cols):
+            raise ValueError(
+                f"format {self.name!r}: {outer} values share an outer scale, so its block must divide that"
+            )
+        if self.kind in ("integer", "codebook"):
+            object.__setattr__(self, "parts", ("codes", *self.scaling.parts))
 
     @cached_property
     def values(self) -> tuple[float, ...]:
@@ -127,7 +210,8 @@ class Format:
     @cached_property
     def tag(self) -> int:
         """A number that names this format in a checkpoint (states may hold numbers, not strings)."""
-        return zlib.crc32(f"{self.name}/{self.bits}/{self.block}".encode()) & 0x7FFFFFFF
+        text = f"{self.name}/{self.bits}/{self.block}"
+        return zlib.crc32((text if self.scaling == PLAIN else f"{text}/{self.scaling}").encode()) & 0x7FFFFFFF
 
     @property
     def compressed(self) -> bool:
@@ -135,28 +219,47 @@ class Format:
         return self.kind != "float"
 
     @property
-    def bytes_per_value(self) -> float:
-        """Storage per value with full blocks: codes, and every other part at 4 bytes (1 for `zero`) a block."""
-        extra = sum({"codes": 0, "zero": 1}.get(part, 4) for part in self.parts) if self.compressed else 0
-        return self.bits / 8 + extra / (self.block[0] * self.block[1])
+    def plain(self) -> bool:
+        """Whether it is one that kernels of optimizer states take: fp32 scales, absmax / top, of blocks in a row."""
+        return not self.compressed or (
+            self.scaling == PLAIN and self.block[0] == 1 and self.block[1] > 0 and 8 % self.bits == 0
+        )
 
-    def with_block(self, block: int) -> Format:
-        """The same format with one scale per `block` values along the row, named `name:block`."""
-        if block < 1:
+    @property
+    def bytes_per_value(self) -> float:
+        """Storage per value with full blocks; what rows or a tensor have once costs nothing a value."""
+        if not self.compressed:
+            return self.bits / 8
+        scale = {"fp32": 4.0, "bf16": 2.0, "e8m0": 1.0, "e4m3": 1.0, "double": 1.0}[self.scaling.stored]
+        sizes = {"scale": scale, "base": 4.0, "zero": 1.0, "scale_scale": 4 / DOUBLE_BLOCK}
+        shared = self.block[0] * self.block[1]
+        return self.bits / 8 + (sum(sizes.get(part, 0.0) for part in self.parts) / shared if shared else 0.0)
+
+    def with_block(self, block: int | tuple[int, int]) -> Format:
+        """The same format with one scale per `block` values along the row, named `name:block`, or per (rows, columns).
+
+        In a pair, 0 stands for all rows or columns.
+        """
+        rows, columns = pair = (1, block) if isinstance(block, int) else block
+        if isinstance(block, int) and block < 1:
             raise ValueError(f"block must be at least 1, not {block}")
+        if min(pair) < 0:
+            raise ValueError(f"block must be two numbers that are not negative, not {rows} x {columns}")
         if not self.compressed:
             raise ValueError(f"format {self.name!r} has no blocks")
         base = self.name.partition(":")[0]
         known = catalogue().get(base)
-        if known is not None and known.block == (1, block):
-            made = replace(self, block=(1, block), name=base)
+        if known is not None and known.block == pair:
+            made = replace(self, block=pair, name=base)
             return known if made == known else made
-        return replace(self, block=(1, block), name=f"{base}:{block}")
+        whole = {(1, 0): "row", (0, 0): "tensor"}
+        text = whole.get(pair) or (str(columns) if rows == 1 else f"{rows}x{columns}")
+        return replace(self, block=pair, name=f"{base}:{text}")
 
     def __reduce__(self) -> Any:
         # Catalogue formats travel by name: tables with NaNs (fp8) would not equal themselves after a copy.
         base = catalogue().get(self.name.partition(":")[0])
-        if base is not None and self in (base, base.with_block(self.block[1]) if base.compressed else base):
+        if base is not None and self in (base, base.with_block(self.block) if base.compressed else base):
             return format, (self.name,)
         return super().__reduce__()
 
@@ -186,6 +289,13 @@ def _fp8(dtype: torch.dtype) -> tuple[float, ...]:
     return tuple(torch.arange(256, dtype=torch.uint8, device="cpu").view(dtype).float().tolist())
 
 
+def _minifloat(exponent_bits: int, mantissa_bits: int, bias: int) -> tuple[float, ...]:
+    """The values of a small IEEE-like float with subnormals and no NaN or infinity, in code order, positive first."""
+    fine = 1 << mantissa_bits
+    steps = ((k % fine, k // fine) for k in range(fine << exponent_bits))
+    return _with_negatives(tuple((m / fine + (e > 0)) * 2.0 ** (max(e, 1) - bias) for m, e in steps))
+
+
 def _dynamic_map(signed: bool, exponent_bits: int, bits: int) -> tuple[float, ...]:
     """The dynamic-exponent tree of Dettmers 2015 (https://arxiv.org/abs/1511.04561), as bitsandbytes builds it.
 
@@ -210,10 +320,17 @@ _NF4 = (
 )  # fmt: skip
 
 
+# QuEST's grid (https://arxiv.org/abs/2502.05003): 16 levels around zero without a zero, two's complement less a half.
+_HALVES = tuple((k if k <= 8 else k - 16) - 0.5 for k in range(16))
+
+
 @cache
 def catalogue() -> dict[str, Format]:
     """Every named format, by name. Built at first use: nothing is computed at import."""
     f = Format
+    e2m1, e4m3, e5m2 = _minifloat(2, 1, 1), _fp8(torch.float8_e4m3fn), _fp8(torch.float8_e5m2)
+    e2m3, e3m2 = _minifloat(2, 3, 1), _minifloat(3, 2, 3)
+    mx, nv = (1, 32), (1, 16)
     listed = [
         # What torch stores natively.
         f("fp32", 32, True, "IEEE single precision", "float", dtype=torch.float32),
@@ -243,7 +360,7 @@ def catalogue() -> dict[str, Format]:
         f("int4-affine", 4, True, "(code - zero) * scale, the range always holding 0", "affine", (1, 32),
           limit=15, parts=("codes", "scale", "zero")),
         f("e2m1", 4, True, "OCP FP4: 0 .5 1 1.5 2 3 4 6", block=(1, 32),
-          table=_with_negatives((0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0))),
+          table=e2m1),
         f("e1m2", 4, True, "FP4 with 2 mantissa bits: 0 .5 .. 3.5, a uniform grid", block=(1, 32),
           table=_with_negatives(tuple(k / 2 for k in range(8)))),
         f("e3m0", 4, True, "FP4 of powers of two: 0 .25 .. 16", block=(1, 32),
@@ -251,8 +368,64 @@ def catalogue() -> dict[str, Format]:
         f("nf4", 4, True, "NormalFloat (QLoRA)", block=(1, 64), ties="down", table=_NF4, partner="log4"),
         f("bnb-fp4", 4, True, "bitsandbytes' own FP4, not E2M1", block=(1, 64), ties="down",
           table=_with_negatives(tuple(_fp32(v / 12) for v in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)))),
-        f("e4m3", 8, True, "FP8 E4M3 (no infinity, max 448)", table=_fp8(torch.float8_e4m3fn)),
-        f("e5m2", 8, True, "FP8 E5M2 (max 57344)", table=_fp8(torch.float8_e5m2)),
+        f("e4m3", 8, True, "FP8 E4M3 (no infinity, max 448)", table=e4m3),
+        f("e5m2", 8, True, "FP8 E5M2 (max 57344)", table=e5m2),
+        f("e2m3", 6, True, "OCP FP6 E2M3 (max 7.5)", block=mx, table=e2m3),
+        f("e3m2", 6, True, "OCP FP6 E3M2 (max 28)", block=mx, table=e3m2),
+        # OCP microscaling formats 1.0: a power of two per 32 values; the rules for it are torchao's four.
+        f("mxfp4", 4, True, "OCP MXFP4: E2M1, scale 2^k (floor)", block=mx, table=e2m1,
+          scaling=Scaling("e8m0", rounding="floor")),
+        f("mxfp4-ceil", 4, True, "MXFP4, scale rounded up from absmax's exponent", block=mx, table=e2m1,
+          scaling=Scaling("e8m0", rounding="ceil")),
+        f("mxfp4-even", 4, True, "MXFP4, absmax rounded to the element's mantissa first", block=mx, table=e2m1,
+          scaling=Scaling("e8m0", rounding="even")),
+        f("mxfp4-rceil", 4, True, "MXFP4, absmax/6 rounded up (NVIDIA): never clips", block=mx, table=e2m1,
+          scaling=Scaling("e8m0", rounding="up")),
+        f("mxfp4-sr", 4, True, "MXFP4 at 3/4 of its size: stochastic rounding never clips", block=mx, table=e2m1,
+          scaling=Scaling("e8m0", rounding="floor", headroom=4 / 3)),
+        f("mxfp6-e2m3", 6, True, "OCP MXFP6 E2M3 (floor)", block=mx, table=e2m3,
+          scaling=Scaling("e8m0", rounding="floor")),
+        f("mxfp6-e3m2", 6, True, "OCP MXFP6 E3M2 (floor)", block=mx, table=e3m2,
+          scaling=Scaling("e8m0", rounding="floor")),
+        f("mxfp8", 8, True, "OCP MXFP8 E4M3 (floor)", block=mx, table=e4m3,
+          scaling=Scaling("e8m0", rounding="floor")),
+        f("mxfp8-ceil", 8, True, "MXFP8 E4M3, scale rounded up from absmax's exponent", block=mx, table=e4m3,
+          scaling=Scaling("e8m0", rounding="ceil")),
+        f("mxfp8-even", 8, True, "MXFP8 E4M3, absmax rounded to the element's mantissa first", block=mx, table=e4m3,
+          scaling=Scaling("e8m0", rounding="even")),
+        f("mxfp8-rceil", 8, True, "MXFP8 E4M3, absmax/448 rounded up (NVIDIA)", block=mx, table=e4m3,
+          scaling=Scaling("e8m0", rounding="up")),
+        f("mxfp8-e5m2", 8, True, "OCP MXFP8 E5M2 (floor)", block=mx, table=e5m2,
+          scaling=Scaling("e8m0", rounding="floor")),
+        # NVIDIA's FP4: an E4M3 scale per 16 values, one fp32 scale per tensor (https://arxiv.org/abs/2509.25149).
+        f("nvfp4", 4, True, "NVFP4: E2M1, E4M3 scale per 16, fp32 per tensor (as torchao)", block=nv, table=e2m1,
+          scaling=Scaling("e4m3", peak=448, least=2.0**-6)),
+        f("nvfp4-te", 4, True, "NVFP4, tiny block scales as in TransformerEngine", block=nv, table=e2m1,
+          scaling=Scaling("e4m3", peak=448)),
+        f("nvfp4-46", 4, True, "NVFP4, Four Over Six: the better of two scales", block=nv, table=e2m1,
+          scaling=Scaling("e4m3", peak=256, candidates=(1.0, 1.5))),
+        f("nvfp4-2d", 4, True, "NVFP4, one block scale per 16x16 tile", block=(16, 16), table=e2m1,
+          scaling=Scaling("e4m3", peak=448, least=2.0**-6)),
+        f("nvfp4-sr", 4, True, "NVFP4 with headroom 17/16: stochastic rounding never clips", block=nv, table=e2m1,
+          scaling=Scaling("e4m3", gain=17 / 16, peak=256)),
+        # Scales that cost less, and grids that clip.
+        f("int4-bf16", 4, True, "-7..7 times a bf16 scale, absmax/7 rounded up", "integer", (1, 32), limit=7,
+          scaling=Scaling("bf16", rounding="up")),
+        f("nf4-dq", 4, True, "NormalFloat with double-quantized scales (QLoRA)", block=(1, 64), ties="down",
+          table=_NF4, scaling=Scaling("double")),
+        # Grids whose scale is chosen for a Gaussian: what lies beyond the top clips.
+        f("int4-sawb", 4, True, "-7..7, clipped where a Gaussian loses least (SAWB)", "integer", (0, 0), limit=7,
+          scaling=Scaling(statistic="sawb")),
+        f("int4-quest", 4, True, "QuEST: ±1/2 .. ±15/2, 2.514 rms at the top", block=(1, 0), table=_HALVES,
+          scaling=Scaling(statistic="rms", gain=2.513930578568423)),
+        f("mxfp4-quest", 4, True, "Quartet: MXFP4, scale 2^floor(log2(2.92 rms / 6))", block=mx, table=e2m1,
+          scaling=Scaling("e8m0", statistic="rms", rounding="floor", gain=2.92247856 / 6 * 4)),
+        f("nvfp4-128", 4, True, "NVFP4 with the fp32 scale per 128 values (TetraJet-v2)", block=nv, table=e2m1,
+          scaling=Scaling("e4m3", peak=448, least=2.0**-9, outer=128)),
+        f("nvfp4-eden", 4, True, "NVFP4 for MS-EDEN: scales up to 256, .988 of absmax/6", block=nv, table=e2m1,
+          scaling=Scaling("e4m3", gain=17 / 16 * 0.93, peak=255.99)),
+        f("ternary", 2, True, "-1, 0, 1 times the mean magnitude (BitNet b1.58)", "integer", (0, 0), limit=1,
+          scaling=Scaling(statistic="absmean")),
     ]  # fmt: skip
     return {fmt.name: fmt for fmt in listed}
 
@@ -267,18 +440,20 @@ def formats() -> tuple[str, ...]:
 
 
 def format(name: str | Format) -> Format:
-    """Look a format up by name; `name:n` is the same format with one scale per n values.
+    """Look a format up by name; `name:n` is the same format with one scale per n values along a row.
+
+    `name:16x16` has one per tile of 16 rows and 16 columns, `name:row` one per row, `name:tensor` one in all.
 
     Raises `ValueError` with the nearest match for an unknown name.
 
     >>> format("e2m1").values[:8]
     (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-    >>> format("int4:32").block
-    (1, 32)
+    >>> format("int4:32").block, format("int8:row").block, format("e2m1:16x16").block
+    ((1, 32), (1, 0), (16, 16))
     """
     if isinstance(name, Format):
         return name
-    base, colon, block = str(name).partition(":")
+    base, colon, text = str(name).partition(":")
     if base not in catalogue():
         raise ValueError(f"unknown format {name!r}{nearest(base, formats())}; known: {', '.join(formats())}")
     found = catalogue()[base]
@@ -286,9 +461,25 @@ def format(name: str | Format) -> Format:
         return found
     if not found.compressed:
         raise ValueError(f"format {base!r} has no blocks, so {name!r} means nothing")
-    if not (block.isascii() and block.isdecimal()) or int(block) < 1:
-        raise ValueError(f"format {name!r}: what follows the colon is a block length, a positive whole number")
-    return found.with_block(int(block))
+    block = _block(text)
+    if block is None:
+        raise ValueError(
+            f"format {name!r}: what follows the colon is a block length, a positive whole number, or rows and "
+            "columns ('16x16'), or 'row' or 'tensor'"
+        )
+    return found.with_block(block)
+
+
+def _block(text: str) -> tuple[int, int] | None:
+    """The (rows, columns) that a name's text after the colon means, or None."""
+    if text in ("row", "tensor"):
+        return (1 if text == "row" else 0, 0)
+    numbers = text.split("x")
+    if not all(n.isascii() and n.isdecimal() for n in numbers):
+        return None
+    if len(numbers) == 1:
+        return (1, int(text)) if int(text) > 0 else None
+    return (int(numbers[0]), int(numbers[1])) if len(numbers) == 2 else None
 
 
 def nearest(word: str, known: tuple[str, ...] | list[str]) -> str:

@@ -40,7 +40,7 @@ class Packed:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The tensor the codes stand for, in its own shape, computed in fp32 and then rounded to `dtype`."""
         cols = _row_shape(self.shape)[1]
-        return backends.decode(self.format, self.parts, cols).reshape(self.shape).to(dtype)
+        return backends.decode(self.format, self.parts, cols, dtype).reshape(self.shape)
 
 
 def quantize(x: Tensor, format: str | Format, *, stochastic: bool = False, seed: int = 0) -> Packed:

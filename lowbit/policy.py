@@ -136,7 +136,12 @@ def check_storage(storage: Any, where: str, moments: Mapping[str, bool] | None =
         raise TypeError(f"{where}: states must be a name, a Format or a dict of them, not {type(storage).__name__}")
     for moment, signed in ({} if moments is None else moments).items():
         fmt = resolve(storage, moment, signed)
-        if fmt.compressed and (fmt.block[0] != 1 or STEP_BLOCK % fmt.block[1]):
+        if not fmt.plain:
+            raise ValueError(
+                f"{where}: format {fmt.name!r} is for weights, activations and gradients; a state has an fp32 scale "
+                "for each block of a row, and codes of 2, 4 or 8 bits: use 'int8', 'nf4:128' … (`lowbit formats`)"
+            )
+        if fmt.compressed and STEP_BLOCK % fmt.block[1]:
             raise ValueError(f"{where}: a state's block must divide {STEP_BLOCK}; {fmt.name!r} has {fmt.block[1]}")
         if fmt.kind == "affine":
             raise ValueError(f"{where}: format {fmt.name!r} is for weights; a state needs an exact 0")

@@ -297,6 +297,9 @@ class Job:
     tensors by letter; scalars are 0-d fp32 tensors. Random bits are those of `rounding.key(*stream, operand)`: operand
     0 is p, and those in `moments` are 1, 2 … in order.
 
+    A parameter that is `stored` is a format and parts as in `lowbit.stored`: these are what is read and written, and
+    `param` says no more than its gradient, shape and device. It has no master.
+
     A job lasts: only the gradient and the turn's numbers are those of one step. Whoever replaces or moves a tensor
     makes a new job, so a backend may keep in `prepared` what it made of all else. Jobs of one `kind` are stepped alike.
     """
@@ -317,6 +320,7 @@ class Job:
     vectors: dict[str, Tensor] = field(default_factory=dict)
     group_rows: int = 1
     gathered: Tensor | None = None  # the gradient, where it is not the parameter's own
+    stored: tuple[Format, dict[str, Tensor]] | None = None
     prepared: Any = None  # a backend's own
     kind: tuple[Program, torch.device] = field(init=False)
 

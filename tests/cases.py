@@ -152,7 +152,9 @@ every_case = pytest.mark.parametrize("case", CASES, ids=str)
 guarded_cases = pytest.mark.parametrize("case", [c for c in CASES if c.unit != "none"], ids=str)
 
 # What a state can be stored in: every format but those that are for weights.
-STATE_FORMATS = [name for name in lowbit.formats() if lowbit.format(name).kind != "affine"]
+STATE_FORMATS = [
+    name for name in lowbit.formats() if lowbit.format(name).plain and lowbit.format(name).kind != "affine"
+]
 COMPRESSED = [name for name in STATE_FORMATS if lowbit.format(name).compressed]
 PRESETS = ["fp32", "bf16", "8bit", "4bit"]
 every_preset = pytest.mark.parametrize("states", PRESETS)

@@ -55,7 +55,7 @@ def libraries() -> dict[str, Library]:
     found = {isa: Library(own.found, isa, own.best) for isa in names[: names.index(own.best) + 1]}
     for library in found.values():
         library.asked = Counter()
-        for name in ("step", "encode", "decode"):
+        for name in ("step", "encode", "decode", "measure"):
             setattr(library, name, _counted(getattr(library, name), name, library.asked))
     return found
 

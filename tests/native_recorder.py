@@ -8,7 +8,7 @@ from lowbit.native.library import Library
 
 SIZE = {0: 4, 1: 2, 2: 2}  # of an abi.DTYPE
 COMPANION = {0: 0, 1: 1, 2: 2, 3: 2, 4: 4}  # of an abi.MASTER
-STEP, ENCODE, FAKE, DECODE = range(4)
+STEP, ENCODE, DECODE = range(3)
 
 
 class Recorder:
@@ -48,27 +48,25 @@ class Recorder:
         self.calls.append(b"".join([*parts, *(chunk(*operand) for operand in written)]))
         return result
 
-    def encode(self, matrix: Any, fake: int | None, threads: int) -> int:
+    def encode(self, matrix: Any, threads: int) -> int:
+        return self._matrix(ENCODE, matrix)
+
+    def decode(self, matrix: Any, threads: int) -> int:
+        return self._matrix(DECODE, matrix)
+
+    def _matrix(self, kind: int, matrix: Any) -> int:
         m = matrix._obj
-        values = m.values, m.rows * m.cols * SIZE[m.dtype]
-        operands = [(None, 0)] * 3 if fake else self._operand(m.packed, m.rows, m.cols)
-        written = [(fake, 4 * m.rows * m.cols)] if fake else operands
-        self._matrix(FAKE if fake else ENCODE, m, [values, *operands], written)
-        result = self.library.encode(matrix, fake, threads)
-        self.calls[-1] += b"".join(chunk(*operand) for operand in written)
+        lines, across = (m.cols, m.rows) if m.columns else (m.rows, m.cols)
+        values, out = (
+            (address, SIZE[dtype] * ((lines - 1) * step + across))
+            for address, dtype, step in ((m.values, m.dtype, m.step), (m.out, m.out_dtype, m.out_step))
+        )
+        operands = self._operand(m.packed, m.rows, m.cols)
+        parts = [number(kind), number(self.threads), struct(m), chunk(*values), chunk(*out)]
+        parts += [self._format(m.packed.format), *(chunk(*operand) for operand in operands)]
+        result = (self.library.encode if kind == ENCODE else self.library.decode)(matrix, self.threads)
+        self.calls.append(b"".join([*parts, *(chunk(*operand) for operand in (out, *operands))]))
         return result
-
-    def decode(self, matrix: Any, threads: int) -> None:
-        m = matrix._obj
-        values = m.values, m.rows * m.cols * SIZE[m.dtype]
-        self._matrix(DECODE, m, [values, *self._operand(m.packed, m.rows, m.cols)], [values])
-        self.library.decode(matrix, threads)
-        self.calls[-1] += chunk(*values)
-
-    def _matrix(self, kind: int, m: Any, operands: list[tuple[int, int]], written: list[tuple[int, int]]) -> None:
-        values, *packed = (chunk(*operand) for operand in operands)
-        parts = [number(kind), number(self.threads), struct(m), values, self._format(m.packed.format), *packed]
-        self.calls.append(b"".join(parts))
 
     # ---- what calls share
 

@@ -39,7 +39,7 @@ def text(tmp_path: Path) -> str:
     return str(tmp_path / "text.txt")
 
 
-@pytest.mark.parametrize("command", ["bench", "formats", "doctor"])
+@pytest.mark.parametrize("command", ["bench", "plan", "formats", "doctor"])
 def test_help_teaches(command: str, capsys: pytest.CaptureFixture):
     assert main([command, "--help"]) == 0
     out = capsys.readouterr().out

@@ -12,10 +12,10 @@ from oracles import FLT_MAX, TINY, ULP, around
 from torch import Tensor
 
 from lowbit import codec
-from lowbit.formats import Format, format, formats
+from lowbit.formats import PLAIN, Format, format, formats
 from lowbit.rounding import uniform
 
-ALL = [format(name) for name in formats()]
+ALL = [format(name) for name in formats() if format(name).scaling == PLAIN]
 COMPRESSED = [f for f in ALL if f.compressed]
 FIXED = [f for f in ALL if f.kind in ("integer", "codebook")]
 WITH_ZERO = [f for f in COMPRESSED if f.kind == "affine" or f.zero_code is not None]

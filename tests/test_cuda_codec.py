@@ -4,7 +4,6 @@ import math
 import sys
 from collections.abc import Sequence
 from ctypes import sizeof
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ import torch
 from lowbit import rows
 from lowbit.backends import cuda, reference
 from lowbit.formats import Format, format, formats
-from lowbit.gpu.formats import ENTRY, Bins, alive, bins, print_format
+from lowbit.gpu.formats import ENTRY, Bins, alive, bins
 from lowbit.rotation import SIZES, Rotation, rotate
 
 sys.path.insert(0, str(Path(__file__).parent / "emulator"))
@@ -26,6 +25,7 @@ NOISES = (None, NOISE)
 HALVES = (torch.bfloat16, torch.float16)
 SHAPES = [(3, 300), (2, 256), (41, 1), (1, 8), (4, 33), (3, 2), (6, 64), (0, 5), (2, 0), (1, 1100)]
 # Blocks that a warp does not hold at once: of any length, longer than a row, of a few values that share a byte.
+PLAIN = [name for name in formats() if format(name).plain]
 BLOCKS = ["int4:48", "nf4:3", "sqrt8:7", "int8:1", "solo4:100", "solo2:3", "solo4:1000", "int4-affine:5",
           "int4-affine:512", "e2m1:16", "int4:8", "log4:32", "sqrt4:5000", "dyn8:300", "solo2:2"]  # fmt: skip
 SPECIAL = [0.0, -0.0, 1e-45, -1e-45, 1e-40, 2.0**-126, 2.0**-127, 1e-20, 1.0, -1.0, 3.4028234663852886e38, 1e38]
@@ -65,7 +65,7 @@ def values(fmt: Format, shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
     return x if fmt.signed else x.abs() ** 3
 
 
-@pytest.mark.parametrize("name", [*formats(), *BLOCKS])
+@pytest.mark.parametrize("name", [*PLAIN, *BLOCKS])
 def test_shapes(name):
     fmt = format(name)
     for shape in SHAPES:
@@ -79,7 +79,7 @@ def test_shapes(name):
         check(fmt, x.to(dtype).flatten()[1:601].view(2, 300), noises=[noise])
 
 
-@pytest.mark.parametrize("name", [*formats(), *BLOCKS])
+@pytest.mark.parametrize("name", [*PLAIN, *BLOCKS])
 def test_special_values(name):
     fmt = format(name)
     x = values(fmt, (6, 600))
@@ -96,7 +96,18 @@ def test_special_values(name):
         check(fmt, x.abs(), live=True)
 
 
-@pytest.mark.parametrize("name", formats())
+@pytest.mark.parametrize("name", ["nf4", "int4-affine:32", "int4:3", "solo2:300", "fp32"])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_what_comes_out_in_16_bits_is_rounded_once(name, dtype):
+    fmt = format(name)
+    x = values(fmt, (3, 300))
+    x[1, 7], x[2, 8] = 3e38 if fmt.signed else 1e30, math.inf
+    parts = reference.encode(fmt, x)
+    same(cuda.decode(fmt, parts, 300, dtype), reference.decode(fmt, parts, 300).to(dtype), name)
+    same(cuda.fake(fmt, x, NOISE, dtype=dtype), reference.fake(fmt, x, NOISE).to(dtype), name)
+
+
+@pytest.mark.parametrize("name", PLAIN)
 def test_every_code_is_decoded(name):
     fmt = format(name)
     if not fmt.compressed:  # every bit pattern of 16; of 32, some
@@ -114,7 +125,7 @@ def test_every_code_is_decoded(name):
     same(cuda.decode(fmt, parts, block), reference.decode(fmt, parts, block), name)
 
 
-@pytest.mark.parametrize("name", [name for name in formats() if format(name).kind in ("integer", "codebook")])
+@pytest.mark.parametrize("name", [name for name in PLAIN if format(name).kind in ("integer", "codebook")])
 def test_every_threshold(name):
     """What lies at a threshold and next to it, in blocks whose scale is a power of two."""
     fmt = format(name)
@@ -131,7 +142,7 @@ def test_every_threshold(name):
         check(fmt.with_block(block), x * scale)
 
 
-@pytest.mark.parametrize("name", [name for name in formats() if bins(format(name))])
+@pytest.mark.parametrize("name", [name for name in PLAIN if bins(format(name))])
 def test_bins_have_one_threshold_and_hold_what_is_beyond(name):
     fmt = format(name)
     cut = bins(fmt)
@@ -149,7 +160,7 @@ def test_bins_have_one_threshold_and_hold_what_is_beyond(name):
     assert isinstance(cut, Bins) and len(cut.entries) <= 64
 
 
-TOPS = {format(name).top: format(name) for name in formats() if format(name).kind == "integer" or "e" in name[:1]}
+TOPS = {format(name).top: format(name) for name in PLAIN if format(name).kind == "integer" or "e" in name[:1]}
 
 
 @pytest.mark.parametrize("top", sorted(TOPS))
@@ -201,9 +212,41 @@ def test_a_rotation_says_what_it_cannot_do():
         rotate(torch.zeros(2, 40), Rotation(16))
 
 
-def test_blocks_of_several_rows_are_refused():
-    with pytest.raises(ValueError, match="blocks of 2 rows"):
-        print_format(replace(format("int4"), block=(2, 64)), "Fmt")
+# Scales that torch makes and kernels are given: stored or found otherwise, or of blocks that are no run of a row.
+GIVEN = [name for name in formats() if not format(name).plain and cuda.takes(format(name))]
+TILES = ["int8:row", "int4:tensor", "e2m1:16x16", "nf4:3x5", "int8:32x32", "mxfp4:5"]
+
+
+@pytest.mark.parametrize("name", [*GIVEN, *TILES])
+def test_given_scales(name):
+    fmt = format(name)
+    x = values(fmt, (37, 301))
+    check(fmt, x)
+    check(fmt, x[:, :256])  # one long row, where no block has two
+    check(fmt, x[:1, :2], noises=[NOISE])
+    check(fmt, x[:0], noises=[NOISE])
+    x[0, :256], x[20, 7], x[3, 300], x[4, 5] = 0, math.inf, math.nan, 3e38
+    x[5] = torch.tensor(SPECIAL).repeat(26)[:301]
+    check(fmt, x)
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp8-even", "e2m1:16x16"])
+def test_codes_and_values_at_once(name):
+    fmt, rotation = format(name), Rotation(32, seed=5)
+    x = values(fmt, (9, 70)).bfloat16()
+    for noise in NOISES:
+        got, want = (
+            cuda.quantized(fmt, x, noise, rotation=rotation),
+            reference.quantized(fmt, x, noise, rotation=rotation),
+        )
+        same(got[0], want[0], name)
+        for part in want[1]:
+            same(got[1][part], want[1][part], (name, part))
+
+
+def test_what_kernels_do_not_take():
+    assert not cuda.takes(format("mxfp6-e2m3"))  # no whole number of codes in a byte
+    assert not cuda.takes(format("mxfp4"), live=True)
 
 
 def test_any_order_of_threads_and_blocks():

@@ -26,7 +26,7 @@ from lowbit.packed import Packed
 needs_compiler = pytest.mark.skipif(compiler() is None, reason="there is no g++ for the emulator")
 
 DEVICES = [pytest.param("cpu", marks=needs_compiler), pytest.param("cuda", marks=pytest.mark.gpu)]
-FORMATS = [name for name in lowbit.formats() if lowbit.format(name).compressed]
+FORMATS = [name for name in lowbit.formats() if lowbit.format(name).compressed and lowbit.format(name).plain]
 # (m, n, k): few rows (at most 64) and more, whole tiles and none, aligned and not
 WHOLE = [(1, 16, 64), (16, 50, 320), (40, 160, 96), (150, 288, 64)]
 ODD = [(1, 1, 1), (3, 17, 45), (33, 33, 1100), (65, 1, 7), (70, 131, 100), (129, 33, 65)]

@@ -15,8 +15,10 @@ import pytest
 FLOORS = [
     {"words", "formats", "rounding", "compiler", "tables"},
     {"codec", "layout", "stages", "masters", "roles", "rotation"},
+    {"blocks"},
+    {"scales"},
     {"rows", "native"},
-    {"gpu"},
+    {"gpu", "stored"},
     {"backends"},
     {"packed", "policy"},
     {"optim", "nn"},

@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lowbit.formats import Format, catalogue, format, formats, nearest
+from lowbit.formats import Format, Scaling, catalogue, format, formats, nearest
+from lowbit.rows import part_shapes
 
 ALL = [format(name) for name in formats()]
 COMPRESSED = [f for f in ALL if f.compressed]
@@ -28,8 +29,8 @@ def test_what_the_issue_asks_for_is_there():
 @every
 def test_a_format_describes_itself(fmt: Format):
     assert format(fmt.name) is format(fmt) is fmt and str(fmt) == fmt.name and fmt.about
-    assert fmt.bits in ((2, 4, 8) if fmt.compressed else (16, 32))
-    assert fmt.block[0] == 1 and 256 % fmt.block[1] == 0
+    assert fmt.bits in ((2, 4, 6, 8) if fmt.compressed else (16, 32))
+    assert fmt.block in ((16, 16), (0, 0)) or (fmt.block[0] == 1 and 256 % fmt.block[1] == 0)
     assert fmt.parts[0] == "codes" and (not fmt.compressed or fmt.parts[1] == "scale")
     assert (fmt.dtype is None) == fmt.compressed
 
@@ -45,8 +46,19 @@ def test_an_unsigned_format_names_its_signed_partner(fmt: Format):
 
 @every_compressed
 def test_bytes_per_value_counts_every_part(fmt: Format):
-    per_block = sum({"codes": fmt.bits * fmt.block[1] / 8, "zero": 1}.get(part, 4) for part in fmt.parts)
-    assert fmt.bytes_per_value == per_block / fmt.block[1]
+    shape = (256, 4096)
+    whole = sum(math.prod(size) * dtype.itemsize for size, dtype in part_shapes(fmt, shape).values())
+    once = 4 * len({"tensor_scale", "scale_offset"} & set(fmt.parts)) + 4 * (fmt.block == (0, 0))
+    assert fmt.bytes_per_value * math.prod(shape) == whole - once
+
+
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    [("mxfp4", 4.25), ("mxfp6-e2m3", 6.25), ("mxfp8", 8.25), ("nvfp4", 4.5), ("nvfp4-2d", 4 + 8 / 256), ("int8", 8.125),
+     ("int4-bf16", 4.5), ("nf4", 4.5), ("nf4-dq", 4 + 8 / 64 + 32 / (64 * 256)), ("int8:row", 8), ("ternary", 2)],
+)  # fmt: skip
+def test_bits_per_value_as_published(name: str, bits: float):
+    assert format(name).bytes_per_value * 8 == bits
 
 
 def test_bytes_per_value_of_plain_formats():
@@ -56,7 +68,7 @@ def test_bytes_per_value_of_plain_formats():
 @every_fixed
 def test_values_are_fp32_numbers_one_per_code(fmt: Format):
     assert len(fmt.values) == 1 << fmt.bits
-    unusable = {"e4m3": 2, "e5m2": 8}.get(fmt.name, 0)  # NaNs and infinities of fp8
+    unusable = {448: 2, 57344: 8}.get(fmt.top, 0)  # NaNs and infinities of fp8
     assert sum(not math.isfinite(v) for v in fmt.values) == unusable
     finite = torch.tensor([v for v in fmt.values if math.isfinite(v)], dtype=torch.float64)
     assert torch.equal(finite, finite.float().double())
@@ -96,23 +108,85 @@ def test_tags_name_one_format_and_block_each():
 
 @every_compressed
 def test_blocks_by_name(fmt: Format):
-    other = format(f"{fmt.name}:16")
-    assert other.block == (1, 16) and other.name == f"{fmt.name}:16"
+    other = format(f"{fmt.name}:4")
+    assert other.block == (1, 4) and other.name == f"{fmt.name}:4"
     assert replace(other, name=fmt.name, block=fmt.block) == fmt
-    assert other == fmt.with_block(16) == format(f"{fmt.name}:8").with_block(16)
-    assert format(f"{fmt.name}:{fmt.block[1]}") is fmt
+    assert other == fmt.with_block(4) == format(f"{fmt.name}:8").with_block(4)
+    assert format(f"{fmt.name}:{fmt.block[0]}x{fmt.block[1]}") is fmt
     assert format(other) is other
+
+
+@pytest.mark.parametrize(
+    ("text", "block", "name"),
+    [("row", (1, 0), "row"), ("tensor", (0, 0), "tensor"), ("1x0", (1, 0), "row"), ("0x0", (0, 0), "tensor"),
+     ("16x16", (16, 16), "16x16"), ("0x1", (0, 1), "0x1"), ("1x32", (1, 32), "32"), ("4x0", (4, 0), "4x0")],
+)  # fmt: skip
+def test_blocks_of_rows_and_columns(text: str, block: tuple[int, int], name: str):
+    fmt = format(f"int8:{text}")
+    assert (fmt.block, fmt.name) == (block, f"int8:{name}")
+    assert fmt == format("int8").with_block(block) == format(fmt.name) == pickle.loads(pickle.dumps(fmt))
+    assert not fmt.plain or fmt.block == (1, 32)
 
 
 @every_compressed
 def test_one_format_has_one_name(fmt: Format):
     # Otherwise the same state saved under "int4" and under with_block(128) has two tags, and is converted or refused.
-    assert fmt.with_block(fmt.block[1]) == fmt
-    assert fmt.with_block(fmt.block[1]).tag == fmt.tag
+    assert fmt.with_block(fmt.block) == fmt
+    assert fmt.with_block(fmt.block).tag == fmt.tag
+
+
+@every_compressed
+def test_a_scaling_is_part_of_what_a_format_is(fmt: Format):
+    if fmt.kind not in ("integer", "codebook") or fmt.square:
+        with pytest.raises(ValueError, match=f"{fmt.name}.*linear codes"):
+            replace(fmt, scaling=Scaling("bf16"))
+        return
+    other = replace(fmt, scaling=Scaling("e4m3", peak=448, gain=1.5))
+    assert other != fmt and other.tag != fmt.tag and other.parts == ("codes", "scale", "tensor_scale")
+    back = replace(other, scaling=fmt.scaling)
+    assert back == fmt and back.parts == fmt.parts and back.tag == fmt.tag
+    assert pickle.loads(pickle.dumps(other)).scaling == other.scaling
 
 
 @pytest.mark.parametrize(
-    "name", ["int4:0", "int4:x", "int4:-3", "int4:", "int4:3.5", "int4: 8", "int4:8:8", "int4:+8", "fp32:32", "bf16:1"]
+    ("arguments", "match"),
+    [
+        ({"stored": "e8m0"}, "e8m0 cannot be rounded 'nearest'"),
+        ({"stored": "fp32", "rounding": "up"}, "fp32 cannot be rounded 'up'"),
+        ({"stored": "double", "rounding": "floor"}, "double cannot be rounded 'floor'"),
+        ({"peak": 448}, "peak and least are for .* e4m3, not fp32"),
+        ({"stored": "bf16", "least": 1.0}, "peak and least"),
+        ({"gain": 0.0}, "gain and headroom must be above 0"),
+        ({"headroom": 4 / 3}, "headroom is for .* e8m0; with fp32 use gain"),
+        ({"candidates": ()}, "candidates"),
+        ({"candidates": (1.0, -1.0)}, "candidates"),
+    ],
+)
+def test_a_scaling_that_cannot_be_is_an_error(arguments: dict, match: str):
+    with pytest.raises(ValueError, match=match):
+        Scaling(**arguments)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "int4:0",
+        "int4:x",
+        "int4:-3",
+        "int4:",
+        "int4:3.5",
+        "int4: 8",
+        "int4:8:8",
+        "int4:+8",
+        "fp32:32",
+        "bf16:1",
+        "int4:rows",
+        "int4:16x",
+        "int4:x16",
+        "int4:4x4x4",
+        "int4:-1x4",
+        "fp32:row",
+    ],
 )
 def test_a_bad_block_is_an_error_that_shows_the_name(name: str):
     with pytest.raises(ValueError, match=name.replace("+", r"\+")):
@@ -124,6 +198,8 @@ def test_a_block_below_one_and_a_block_of_a_plain_format_are_errors():
         format("int4").with_block(0)
     with pytest.raises(ValueError, match="fp32"):
         format("fp32").with_block(32)  # the same request as "fp32:32"
+    with pytest.raises(ValueError, match="not -1 x 4"):
+        format("int4").with_block((-1, 4))
 
 
 @pytest.mark.parametrize(
@@ -132,7 +208,8 @@ def test_a_block_below_one_and_a_block_of_a_plain_format_are_errors():
         ("in4", "int4"),
         ("int-8", "int8"),
         ("sqrt", "sqrt8"),
-        ("e2m", "e2m1"),
+        ("e2n1", "e2m1"),
+        ("mxpf4", "mxfp4"),
         ("nf4x:64", "nf4"),
         ("bnb_fp4", "bnb-fp4"),
     ],

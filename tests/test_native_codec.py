@@ -16,7 +16,7 @@ from lowbit.backends import native, reference
 from lowbit.formats import Format
 from lowbit.native import abi, tables
 
-FORMATS = [lowbit.format(name) for name in lowbit.formats()]
+FORMATS = [fmt for fmt in map(lowbit.format, lowbit.formats()) if fmt.plain]
 BLOCKS = (1, 3, 16, 96, 1000)
 EVERY = [f if b is None else f.with_block(b) for f in FORMATS for b in (None, *BLOCKS) if b is None or f.compressed]
 FIXED = [f for f in EVERY if f.kind in ("integer", "codebook") and (":" not in f.name or f.block[1] == 16)]

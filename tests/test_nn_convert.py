@@ -3,6 +3,7 @@
 import copy
 import json
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from lowbit.nn import Operand, QuantLinear, Recipe, Report, quantize_, recipes, to_dense_
 from lowbit.nn.fake import fake_quantize
+from lowbit.nn.presets import find_recipe
 
 
 class Block(nn.Module):
@@ -278,7 +280,7 @@ def test_one_module_in_two_places() -> None:
 def test_errors_come_before_changes() -> None:
     model = Model()
     for wrong, error, words in [
-        (lambda: quantize_(model, "int5"), ValueError, "did you mean 'int4'"),
+        (lambda: quantize_(model, "int44"), ValueError, "did you mean 'int4'"),
         (lambda: quantize_(model, 4), TypeError, "name or a Recipe"),  # type: ignore[arg-type]
         (lambda: quantize_(model.parameters(), "int4"), TypeError, "torch.nn.Module"),  # type: ignore[arg-type]
         (lambda: quantize_(model, "int4", filter_fn=lambda m, n: 1 / 0 > 1), ZeroDivisionError, "zero"),
@@ -312,7 +314,7 @@ def test_converting_nothing_warns() -> None:
 @pytest.mark.parametrize("name", recipes())
 def test_to_dense_holds_the_weights_that_forward_used(name: str) -> None:
     model = Model()
-    quantize_(model, name)
+    quantize_(model, replace(find_recipe(name), dense=(0, 0)))
     layer = model.model.layers[0].up_proj
     used, parameter, optimizer = layer.quantized_weight(), layer.weight, torch.optim.SGD(model.parameters(), lr=0.1)
     keys, others = list(model.state_dict()), {n: p.clone() for n, p in model.named_parameters() if "proj" not in n}
@@ -324,7 +326,7 @@ def test_to_dense_holds_the_weights_that_forward_used(name: str) -> None:
     assert list(model.state_dict()) == keys and set(vars(layer)) == set(vars(nn.Linear(1, 1)))
     model.to(torch.float32)(TOKENS).sum().backward()
     optimizer.step()
-    quantize_(model, name)
+    quantize_(model, "int4")
 
 
 def test_to_dense_dtypes() -> None:

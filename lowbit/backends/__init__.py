@@ -1,4 +1,4 @@
-"""Where the work runs. A backend is a module with a few functions: `encode`, `decode`, `fake` and `step`.
+"""Where the work runs. A backend is a module with a few functions: `step`, and for matrices those named below.
 
 `reference` is torch on any device and defines every bit. `native` gives the same bits much faster: C++ for tensors on
 the CPU, CUDA for those on a GPU. `LOWBIT_BACKEND` forces one of the two. Where the native one cannot be had (no
@@ -24,6 +24,7 @@ from ..formats import Format, nearest
 from ..formats import format as find_format
 from ..gpu import DriverError, NoCompiler, NoDriver
 from ..native.build import BuildError
+from ..rotation import Rotation
 from ..stages import Job, Program
 from . import cuda, native, reference
 
@@ -85,30 +86,94 @@ def _tell(program: Program, reason: str) -> None:
         warnings.warn(f"a rule runs on the reference backend, 20 to 50 times slower: {reason}", stacklevel=2)
 
 
-def encode(fmt: Format, x: Tensor, noise: tuple[int, int] | None = None, *, live: bool = False) -> dict[str, Tensor]:
-    """A float matrix [rows, cols] to packed parts (see `rows`); `noise` is the key of stochastic rounding."""
-    return choose(x.device).encode(fmt, x, noise, live=live)
+def for_format(fmt: Format, device: torch.device, live: bool = False) -> ModuleType:
+    """The backend that codes and decodes a format: the reference's where kernels know no such scales."""
+    backend = choose(device)
+    return backend if backend.takes(fmt, live) else reference
 
 
-def decode(fmt: Format, parts: dict[str, Tensor], cols: int) -> Tensor:
-    """The inverse of `encode`: fp32 [rows, cols]."""
-    return choose(parts["codes"].device).decode(fmt, parts, cols)
+def encode(
+    fmt: Format,
+    x: Tensor,
+    noise: tuple[int, int] | None = None,
+    *,
+    live: bool = False,
+    rotation: Rotation | None = None,
+) -> dict[str, Tensor]:
+    """A float matrix [rows, cols] to packed parts (see `rows`).
+
+    Args:
+        fmt: the format; its blocks run along rows. For blocks down the columns give `x.t()`: a transposed view costs
+            no copy on a CPU.
+        x: float32, bfloat16 or float16.
+        noise: the key of stochastic rounding (`rounding.key`); None rounds to nearest.
+        live: what is above 0 may not become 0.
+        rotation: rotate the rows first (see `rotation`), with zeros appended up to a multiple of its size: then there
+            are `rotation.padded(cols)` columns.
+    """
+    return for_format(fmt, x.device, live).encode(fmt, x, noise, live=live, rotation=rotation)
 
 
-def fake(fmt: Format, x: Tensor, noise: tuple[int, int] | None = None) -> Tensor:
-    """decode(encode(x)) of a matrix of any float dtype, without making the codes: fp32, no gradient.
+def decode(fmt: Format, parts: dict[str, Tensor], cols: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The inverse of `encode`: [rows, cols], computed in fp32 and then rounded to `dtype`."""
+    return for_format(fmt, parts["codes"].device).decode(fmt, parts, cols, _made_in(dtype)).to(dtype)
+
+
+def fake(
+    fmt: Format,
+    x: Tensor,
+    noise: tuple[int, int] | None = None,
+    *,
+    rotation: Rotation | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """decode(encode(x)) of a matrix of any float dtype, without making the codes; no gradient.
+
+    Arguments are those of `encode` and `decode`.
 
     A compiler on a GPU takes the CUDA kernel as one operator: what it makes of the reference may round a value to the
     next code, and searches in tables, and hashes, it makes slow. On a CPU it traces the reference, to fuse it with what
     is around it. Meta tensors and subclasses (fake tensors, DTensor) may have no memory that the native backend could
     be pointed to. The bits are the same.
     """
-    x = x.detach() if x.dtype in native.DTYPES else x.detach().float()
-    if torch.compiler.is_compiling() and _is_operator(fmt, x.device):
-        return torch.ops.lowbit.fake(x, fmt.name, [] if noise is None else list(noise))
-    if torch.compiler.is_compiling() or x.is_meta or type(x) is not Tensor:
-        return reference.fake(fmt, x, noise)
-    return choose(x.device).fake(fmt, x.resolve_neg(), noise)
+    x = _plain(x)
+    if torch.compiler.is_compiling() and rotation is None and _is_operator(fmt, x.device):
+        return torch.ops.lowbit.fake(x, fmt.name, [] if noise is None else list(noise)).to(dtype)
+    return _for_layers(x, fmt).fake(fmt, x, noise, rotation=rotation, dtype=_made_in(dtype)).to(dtype)
+
+
+def quantized(
+    fmt: Format,
+    x: Tensor,
+    noise: tuple[int, int] | None = None,
+    *,
+    rotation: Rotation | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`fake` and `encode` at once: what a layer multiplies with, and the parts that it saves."""
+    x = _plain(x)
+    values, parts = _for_layers(x, fmt).quantized(fmt, x, noise, rotation=rotation, dtype=_made_in(dtype))
+    return values.to(dtype), parts
+
+
+def rotate(x: Tensor, rotation: Rotation, *, back: bool = False, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The rows of a matrix rotated (`rotation.rotate`), or rotated back (`rotation.rotate_back`)."""
+    x = _plain(x)
+    return _for_layers(x, find_format("fp32")).rotate(x, rotation, back=back, dtype=_made_in(dtype)).to(dtype)
+
+
+def _plain(x: Tensor) -> Tensor:
+    return x.detach().to(_made_in(x.dtype))
+
+
+def _made_in(dtype: torch.dtype) -> torch.dtype:
+    """What kernels read and write: other dtypes go by fp32."""
+    return dtype if dtype in native.DTYPES else torch.float32
+
+
+def _for_layers(x: Tensor, fmt: Format) -> ModuleType:
+    plain = not torch.compiler.is_compiling() and not x.is_meta and type(x) is Tensor
+    return for_format(fmt, x.device) if plain else reference
 
 
 @constant
@@ -118,7 +183,7 @@ def _is_operator(fmt: Format, device: torch.device) -> bool:
         if isinstance(value, cached_property):
             with contextlib.suppress(ValueError):
                 getattr(fmt, name)
-    if _NATIVE.get(device.type) is not cuda or choose(device) is not cuda:
+    if _NATIVE.get(device.type) is not cuda or for_format(fmt, device) is not cuda:
         return False
     from . import operators  # noqa: F401  # not before it is needed: importing the library registers nothing
 

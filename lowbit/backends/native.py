@@ -6,23 +6,29 @@ is made once, that of a tensor once for as long as its `Job` lasts, and a step f
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from ctypes import addressof, byref, c_float, sizeof
 from itertools import groupby
 from operator import attrgetter
+from typing import Literal
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from ..formats import Format
+from ..blocks import halve
+from ..formats import PLAIN, Format
+from ..formats import format as find_format
 from ..layout import row_bytes, row_stride
 from ..native import abi
 from ..native.build import BuildError
 from ..native.library import Library, load
 from ..native.tables import table
+from ..rotation import Rotation
 from ..rows import part_shapes
+from ..scales import Scales, best, block_of, multiplier
 from ..stages import Job, Program
 
 EXTRA = {"affine": "zero", "log": "base"}
@@ -133,6 +139,7 @@ def step(jobs: list[Job]) -> None:
     for original, copy in back:
         original.copy_(copy)
     increment_version([job.param for job in jobs])  # a graph that saved an old value must notice
+    increment_version([part for job in jobs if job.stored for part in job.stored[1].values()])
 
 
 CONSTANTS = slice(abi.Job.constants.offset, abi.Job.constants.offset + abi.Job.constants.size)
@@ -146,11 +153,16 @@ class _Struct:
         self.memory = bytearray(sizeof(abi.Job))
         self.constants = memoryview(self.memory)[CONSTANTS]
         self.job = target = abi.Job.from_buffer(self.memory)
-        self.contiguous = job.param.is_contiguous() and not job.param.is_neg()
+        self.contiguous = job.stored is not None or (job.param.is_contiguous() and not job.param.is_neg())
         target.program, target.skipped = addressof(program.struct), job.skipped.data_ptr()
-        target.param = job.param.data_ptr()
         target.rows, target.cols, target.group_rows = job.rows, job.cols, job.group_rows
-        target.param_dtype, target.stochastic = DTYPES[job.param.dtype], "p" in job.noise
+        target.stochastic = "p" in job.noise
+        if job.stored is None:
+            target.param, target.param_dtype = job.param.data_ptr(), DTYPES[job.param.dtype]
+        else:
+            fmt, parts = job.stored
+            fill_operand(target.weight, fmt, parts, job.cols)
+            target.rest = parts["rest"].data_ptr() if "rest" in parts else None
         if job.companion is not None:
             target.master, target.companion = abi.MASTER[job.master], job.companion.data_ptr()
         for k, letter in enumerate(program.moments):
@@ -193,45 +205,180 @@ def fill_operand(target: abi.Operand, fmt: Format, parts: dict[str, Tensor], col
     target.scales = -(-cols // fmt.block[1])
 
 
-def _matrix(fmt: Format, values: Tensor, parts: dict[str, Tensor], noise: tuple[int, int] | None) -> abi.Matrix:
-    rows, cols = values.shape
-    matrix = abi.Matrix(values=values.data_ptr(), rows=rows, cols=cols, stride=row_stride(cols))
-    matrix.dtype, matrix.stochastic = DTYPES[values.dtype], noise is not None
-    matrix.key[:] = noise or (0, 0)
-    fill_operand(matrix.packed, fmt, parts, cols)
-    return matrix
+# ---- whole matrices
+#
+# Where scales are absmax / top of a part of a row, the library derives them on its way. Other scales are made here, by
+# `scales`, from what the library has measured of each block, and given to it.
 
 
-def encode(fmt: Format, x: Tensor, noise: tuple[int, int] | None = None, *, live: bool = False) -> dict[str, Tensor]:
+def takes(fmt: Format, live: bool = False) -> bool:
+    """Whether this backend codes and decodes a format; `live` as for `encode`."""
+    return _derives(fmt) or (fmt.kind in ("integer", "codebook") and fmt.signed and not fmt.square and not live)
+
+
+def _derives(fmt: Format) -> bool:
+    """Whether the library finds a format's scales by itself."""
+    return not fmt.compressed or (fmt.scaling == PLAIN and fmt.block[0] == 1)
+
+
+class _Matrix:
+    """A matrix that is to be encoded, rotated first if that is asked: the library's struct, and what can be measured.
+
+    A rotation appends zeros to rows, up to a multiple of its size.
+    """
+
+    def __init__(self, fmt: Format, x: Tensor, noise: tuple[int, int] | None = None, rotation: Rotation | None = None):
+        rows, filled = x.shape
+        cols = rotation.padded(filled) if rotation else filled
+        self.fmt, self.shape = fmt, (rows, cols)
+        self.block = block_of(fmt, rows, cols) if fmt.compressed else (1, 1)
+        self.struct = m = abi.Matrix(rows=rows, cols=cols, filled=filled, stride=row_stride(cols), tile=self.block[0])
+        m.stochastic, m.key[:] = noise is not None, noise or (0, 0)
+        if rotation is not None:
+            m.rotation, m.flips = rotation.size, rotation.seed is not None
+            m.signs[:] = (0, 0) if rotation.seed is None else rotation.keys
+        m.packed.format, m.packed.scales = addressof(table(fmt)), -(-cols // self.block[1])
+        x = x.detach().resolve_neg()
+        self._point(x if 1 in x.stride() else x.contiguous())
+
+    def _point(self, x: Tensor) -> None:
+        self.x, m = x, self.struct  # alive for as long as this is
+        m.values, m.dtype, m.columns = x.data_ptr(), DTYPES[x.dtype], x.stride(1) != 1
+        m.step = x.stride(1 if m.columns else 0)
+
+    def encode(self, dtype: torch.dtype | None, parts: dict[str, Tensor] | None, live: bool = False) -> Tensor | None:
+        """Fill the parts, if there are any, and return what codes stand for, if it has a dtype."""
+        m, given = self.struct, self.x
+        m.packed.live = live
+        found = None if _derives(self.fmt) else best(self.fmt, self)
+        if parts is not None:
+            parts |= found.parts if found else {}
+            m.packed.codes, m.packed.row_bytes = parts["codes"].data_ptr(), row_bytes(self.shape[1], self.fmt.bits)
+            m.packed.scale = parts["scale"].data_ptr() if self.fmt.compressed else None
+            m.packed.extra = parts[EXTRA[self.fmt.kind]].data_ptr() if self.fmt.kind in EXTRA else None
+        values = None
+        if dtype is not None:
+            own = self.x is not given and dtype == torch.float32  # what is a copy may be overwritten
+            values = self.x if own else torch.empty(self.shape, dtype=dtype)
+            m.out, m.out_dtype = values.data_ptr(), DTYPES[dtype]
+        with self._given(found) if found else contextlib.nullcontext():
+            self._run(load().encode)
+        return values
+
+    @contextlib.contextmanager
+    def _given(self, found: Scales) -> Iterator[None]:
+        inverse, multiplier = found.inverse.contiguous(), found.multiplier.contiguous()
+        self.struct.inverse, self.struct.packed.scale = inverse.data_ptr(), multiplier.data_ptr()
+        yield
+        self.struct.inverse = self.struct.packed.scale = None
+
+    def _run(self, function: Callable[..., int], *arguments: object) -> None:
+        if self.x.numel() and function(byref(self.struct), *arguments, torch.get_num_threads()):
+            raise MemoryError("the native library found no memory for a block")
+
+    # ---- scales.Measured
+
+    def absmax(self) -> Tensor:
+        m = self.struct
+        if not m.columns and not m.rotation:
+            return self._by_block("absmax", torch.float32).amax(1)
+        turned = torch.empty(self.shape)  # rows in fp32, rotated, to be read from then on
+        m.out, m.out_dtype = turned.data_ptr(), DTYPES[turned.dtype]
+        found = self._by_block("absmax", torch.float32).amax(1)
+        m.out, m.rotation, m.filled = None, 0, m.cols
+        self._point(turned)
+        return found
+
+    def total(self, of: Literal["squares", "magnitudes"], inverse: Tensor) -> Tensor:
+        with self._given(Scales(inverse, inverse, {})):
+            return halve(self._by_block(of, torch.float64).transpose(1, 2))
+
+    def losses(self, found: Scales) -> Tensor:
+        with self._given(found):
+            return halve(self._by_block("losses", torch.float64).transpose(1, 2))
+
+    def _by_block(self, what: str, dtype: torch.dtype) -> Tensor:
+        """A statistic of each row in each block: [block rows, rows of a block, block columns]."""
+        height, across = self.block[0], self.struct.packed.scales
+        each = torch.zeros(-(-self.shape[0] // height) * height, across, dtype=dtype)
+        self._run(load().measure, abi.STATISTIC[what], each.data_ptr())
+        return each.unflatten(0, (-1, height))
+
+
+def encode(
+    fmt: Format,
+    x: Tensor,
+    noise: tuple[int, int] | None = None,
+    *,
+    live: bool = False,
+    rotation: Rotation | None = None,
+) -> dict[str, Tensor]:
     """See `backends.encode`."""
-    x = x.detach().resolve_neg().contiguous()
-    rows, cols = x.shape
-    parts = {part: torch.empty(shape, dtype=dtype) for part, (shape, dtype) in part_shapes(fmt, (rows, cols)).items()}
-    if x.numel():
-        matrix = _matrix(fmt, x, parts, noise)
-        matrix.packed.live = live
-        if load().encode(byref(matrix), None, torch.get_num_threads()):
-            raise MemoryError("the native encoder found no memory for a block")
+    matrix = _Matrix(fmt, x, noise, rotation)
+    parts = _parts(fmt, matrix.shape)
+    matrix.encode(None, parts, live)
     return parts
 
 
-def decode(fmt: Format, parts: dict[str, Tensor], cols: int) -> Tensor:
+def fake(
+    fmt: Format,
+    x: Tensor,
+    noise: tuple[int, int] | None = None,
+    *,
+    rotation: Rotation | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """See `backends.fake`."""
+    values = _Matrix(fmt, x, noise, rotation).encode(dtype, None)
+    assert values is not None
+    return values
+
+
+def quantized(
+    fmt: Format,
+    x: Tensor,
+    noise: tuple[int, int] | None = None,
+    *,
+    rotation: Rotation | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """See `backends.quantized`."""
+    matrix = _Matrix(fmt, x, noise, rotation)
+    parts = _parts(fmt, matrix.shape)
+    values = matrix.encode(dtype, parts)
+    assert values is not None
+    return values, parts
+
+
+def rotate(x: Tensor, rotation: Rotation, *, back: bool = False, dtype: torch.dtype = torch.float32) -> Tensor:
+    """See `backends.rotate`."""
+    matrix = _Matrix(find_format("fp32"), x, None, rotation)
+    if back:
+        matrix.struct.rotation = -rotation.size
+    values = matrix.encode(dtype, None)
+    assert values is not None
+    return values
+
+
+def _parts(fmt: Format, shape: tuple[int, int]) -> dict[str, Tensor]:
+    shapes = part_shapes(fmt, shape)
+    made = shapes if _derives(fmt) else {"codes": shapes["codes"]}
+    return {part: torch.empty(shape, dtype=dtype) for part, (shape, dtype) in made.items()}
+
+
+def decode(fmt: Format, parts: dict[str, Tensor], cols: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """See `backends.decode`."""
     parts = {part: tensor.contiguous() for part, tensor in parts.items()}
     codes = parts["codes"]
     rows = codes.shape[0] if fmt.compressed or not cols else codes.numel() // cols
-    values = torch.empty(rows, cols, dtype=torch.float32)
-    if values.numel():
-        load().decode(byref(_matrix(fmt, values, parts, None)), torch.get_num_threads())
-    return values
-
-
-def fake(fmt: Format, x: Tensor, noise: tuple[int, int] | None = None) -> Tensor:
-    """decode(encode(x)), without making the codes."""
-    x = x.detach().resolve_neg().contiguous()
-    values = torch.empty(x.shape, dtype=torch.float32)
-    if x.numel():
-        matrix = _matrix(fmt, x, {"codes": x, "scale": x, "zero": x, "base": x}, noise)
-        if load().encode(byref(matrix), values.data_ptr(), torch.get_num_threads()):
-            raise MemoryError("the native encoder found no memory for a block")
+    values = torch.empty(rows, cols, dtype=dtype)
+    m = abi.Matrix(out=values.data_ptr(), out_dtype=DTYPES[dtype], rows=rows, cols=cols, tile=1)
+    m.packed.format, m.packed.codes, m.packed.row_bytes = addressof(table(fmt)), codes.data_ptr(), codes.shape[-1]
+    if fmt.compressed:
+        scale = parts["scale"] if _derives(fmt) else multiplier(fmt, parts).contiguous()
+        m.tile, width = block_of(fmt, rows, cols)
+        m.packed.scale, m.packed.scales = scale.data_ptr(), -(-cols // width)
+        m.packed.extra = parts[EXTRA[fmt.kind]].data_ptr() if fmt.kind in EXTRA else None
+    if values.numel() and load().decode(byref(m), torch.get_num_threads()):
+        raise MemoryError("the native library found no memory for a block")
     return values

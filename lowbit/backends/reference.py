@@ -31,18 +31,23 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from .. import codec, masters
+from ..blocks import halve
 from ..formats import Format
 from ..layout import row_stride, step_width
+from ..rotation import Rotation
+from ..rotation import rotate as turn
+from ..rotation import rotate_back as turn_back
 from ..rounding import bits16, key, narrow, uniform
 from ..rows import decode_rows, encode_rows, pack, row_bits, unpack
 from ..stages import VECTORS, Job, Namespace, Program, Stage
+from ..stored import decode as decode_weight
+from ..stored import encode as encode_weight
 
 CHUNK = 1 << 18  # values worked on at a time: temporaries of 1 MB, which stay in cache
 TILE = 512  # rows that a sum over a column adds one after the other
-
-encode, decode = encode_rows, decode_rows
 
 
 @torch.no_grad()
@@ -105,7 +110,10 @@ class _Step:
         self.skip = torch.zeros(len(jobs), dtype=torch.bool, device=self.device)
         self.lost = torch.zeros(len(jobs), dtype=torch.int64, device=self.device)
         # A parameter or gradient that is not contiguous is worked on in a contiguous copy and written back.
-        self.params = [job.param.detach().reshape(job.rows, job.cols) for job in jobs]
+        self.params = [
+            job.param.detach().reshape(job.rows, job.cols) if job.stored is None else job.stored[1]["codes"]
+            for job in jobs
+        ]
         self.grads = [job.grad.detach().reshape(job.rows, job.cols) for job in jobs]
 
     def _stack(self, rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -201,11 +209,12 @@ class _Step:
         for stage in stages:
             blocks.apply(stage)
         stored = {letter: blocks.encode(letter) for letter in self.program.values}
-        parameter = blocks.narrow()
+        parameter = blocks.parameter()
         keep = None
         if finite is not None:
             # A value that is broken already must not freeze its neighbours.
-            spoiled = ~torch.isfinite(parameter[0].float()) & torch.isfinite(blocks.raw.float())
+            written = blocks.operands["p"] if blocks.weight else parameter["codes"].float()
+            spoiled = ~torch.isfinite(written) & torch.isfinite(blocks.raw.float())
             finite &= ~spoiled.any(-1)
             for parts in stored.values():
                 check = parts.get("scale", parts["codes"])
@@ -230,7 +239,9 @@ class _Step:
             [job.skipped for job in self.jobs], list(counted.unbind())
         )
         for job, written in zip(self.jobs, self.params, strict=True):
-            if written.data_ptr() != job.param.data_ptr():
+            if job.stored is not None:
+                increment_version(job.param)  # its parts have changed, which autograd would not notice
+            elif written.data_ptr() != job.param.data_ptr():
                 job.param.copy_(written.view(job.param.shape))
 
     # ---- pieces and chunks
@@ -241,7 +252,8 @@ class _Step:
         for index, job in enumerate(self.jobs):
             stochastic = tuple(sorted(job.noise))
             formats = tuple(job.formats.items())
-            kinds[job.param.dtype, formats, step_width(job.cols), job.master, stochastic].append(index)
+            weight = job.stored and (job.stored[0], *job.stored[1])
+            kinds[weight, job.param.dtype, formats, step_width(job.cols), job.master, stochastic].append(index)
         for indices in kinds.values():
             chunk: list[_Piece] = []
             room = CHUNK
@@ -273,14 +285,19 @@ class _Blocks:
         counts = torch.tensor(self.counts, device=step.device)
         self.owner = index.repeat_interleave(counts, output_size=sum(self.counts))  # a known size: no synchronisation
         self.operands: dict[str, Any] = {"g": self._gather(step.grads).float()}
-        if "p" in needed:
+        self.old: dict[str, dict[str, Tensor]] = {}
+        self.weight = self.job.stored and self.job.stored[0]
+        self.companion: Tensor | None = None
+        if "p" in needed and self.weight:
+            self.old["p"] = self._parts(self.weight, _weight)
+            self.raw = self.operands["p"] = self.masked(decode_weight(self.weight, self.old["p"]).view(-1, self.width))
+        elif "p" in needed:
             self.raw = self._gather(step.params)
             self.companion = self._companion()
             self.operands["p"] = masters.load(self.job.master, self.raw, self.companion)
-        self.old: dict[str, dict[str, Tensor]] = {}
         for letter in step.program.values:
             if letter in needed:
-                self.old[letter] = self._moment(letter)
+                self.old[letter] = self._parts(self.job.formats[letter], _moment(letter))
                 self.operands[letter] = codec.decode(self.job.formats[letter], self.old[letter]).reshape(-1, self.width)
         for letter, over in step.program.vectors.items():
             if letter in needed:
@@ -341,25 +358,26 @@ class _Blocks:
         """Values that share a scale inside a step block."""
         return min(fmt.block[1], self.width)
 
-    def _moment(self, letter: str) -> dict[str, Tensor]:
-        """A moment's parts as blocks: codes [blocks, k, sub-block] one per byte, others [blocks, k]."""
-        fmt = self.job.formats[letter]
+    def _parts(self, fmt: Format, of: PartsOf) -> dict[str, Tensor]:
+        """Parts as blocks: codes (one per byte) and rest [blocks, k, sub-block], others [blocks, k]."""
         jobs, parts = self.step.jobs, defaultdict(list)
         for piece in self.chunk:
             job = jobs[piece.index]
-            for part, tensor in job.moments[letter].items():
+            for part, tensor in of(job).items():
                 rows = tensor.view(job.rows, -1)[piece.first : piece.last]
-                if part != "codes":
+                if part not in PER_VALUE:
                     pad = row_stride(job.cols) // self._sub_block(fmt) - rows.shape[1]
                     parts[part].append(F.pad(rows, (0, pad)).reshape(-1, self.width // self._sub_block(fmt)))
-                elif fmt.compressed:
+                elif part == "codes" and fmt.compressed:
                     parts[part].append(self._in_blocks(unpack(rows, fmt.bits, job.cols), piece))
                 else:
                     parts[part].append(self._in_blocks(rows, piece))
         whole = {part: torch.cat(pieces) for part, pieces in parts.items()}
-        if fmt.compressed:
-            whole["codes"] = whole["codes"].view(-1, self.width // self._sub_block(fmt), self._sub_block(fmt))
-        return whole
+        return {k: self._cut(fmt, x) if k in PER_VALUE and fmt.compressed else x for k, x in whole.items()}
+
+    def _cut(self, fmt: Format, values: Tensor) -> Tensor:
+        """Step blocks as the blocks that share a scale: [blocks, k, sub-block]."""
+        return values.view(-1, self.width // self._sub_block(fmt), self._sub_block(fmt))
 
     # ---- storing
 
@@ -380,56 +398,66 @@ class _Blocks:
         bits, values = self._bits(letter), self.operands[letter]
         if not fmt.compressed:
             return codec.encode(fmt, values, bits=bits, live=not moment.signed)
-        shape = (-1, self.width // self._sub_block(fmt), self._sub_block(fmt))
-        noise = None if bits is None else uniform(bits).view(shape)
-        return codec.encode(fmt, values.reshape(shape), noise, live=not moment.signed)
+        noise = None if bits is None else self._cut(fmt, uniform(bits))
+        return codec.encode(fmt, self._cut(fmt, values.contiguous()), noise, live=not moment.signed)
 
-    def narrow(self) -> tuple[Tensor, Tensor | None]:
-        return masters.store(self.job.master, self.operands["p"], self.raw.dtype, self._bits("p"))
+    def parameter(self) -> dict[str, Tensor]:
+        """What is to be written for p: its parts if it is stored, else `codes` and the companion."""
+        bits, p = self._bits("p"), self.operands["p"]
+        if self.weight:
+            noise = None if bits is None else self._cut(self.weight, uniform(bits))
+            return encode_weight(self.weight, self.old["p"], self._cut(self.weight, p.contiguous()), noise)
+        written, companion = masters.store(self.job.master, p, self.raw.dtype, bits)
+        return {"codes": written} if companion is None else {"codes": written, "companion": companion}
 
-    def store(
-        self, parameter: tuple[Tensor, Tensor | None], stored: dict[str, dict[str, Tensor]], keep: Tensor | None
-    ) -> None:
+    def store(self, parameter: dict[str, Tensor], stored: dict[str, dict[str, Tensor]], keep: Tensor | None) -> None:
         """Write everything back; blocks outside `keep` get what they had."""
-        self._write(self.step.params, _kept(keep, parameter[0], self.raw))
-        if parameter[1] is not None:
-            assert self.companion is not None
+        if self.weight:
+            self._write_parts(self.weight, _weight, parameter, self.old["p"], keep)
+        else:
+            self._write(self.step.params, _kept(keep, parameter["codes"], self.raw))
+        if self.companion is not None:
             companions = [c.view(j.rows, j.cols) if (c := j.companion) is not None else j.param for j in self.step.jobs]
-            self._write(companions, _kept(keep, parameter[1], self.companion))
+            self._write(companions, _kept(keep, parameter["companion"], self.companion))
         for letter, parts in stored.items():
-            fmt = self.job.formats[letter]
-            for part, new in parts.items():
-                self._write_part(letter, fmt, part, _kept(keep, new, self.old[letter][part]))
+            self._write_parts(self.job.formats[letter], _moment(letter), parts, self.old[letter], keep)
 
     def _write(self, matrices: list[Tensor], blocks: Tensor) -> None:
         for piece, rows in zip(self.chunk, self.split(blocks), strict=True):
             matrix = matrices[piece.index]
             matrix[piece.first : piece.last] = rows.reshape(piece.last - piece.first, -1)[:, : matrix.shape[1]]
 
-    def _write_part(self, letter: str, fmt: Format, part: str, blocks: Tensor) -> None:
+    def _write_parts(
+        self, fmt: Format, of: PartsOf, new: dict[str, Tensor], old: dict[str, Tensor], keep: Tensor | None
+    ) -> None:
+        for part, blocks in new.items():
+            self._write_part(fmt, of, part, _kept(keep, blocks, old[part]))
+
+    def _write_part(self, fmt: Format, of: PartsOf, part: str, blocks: Tensor) -> None:
         for piece, rows in zip(self.chunk, self.split(blocks), strict=True):
             job = self.step.jobs[piece.index]
-            target = job.moments[letter][part].view(job.rows, -1)
+            target = of(job)[part].view(job.rows, -1)
             lines = rows.reshape(piece.last - piece.first, -1)
             if part == "codes" and fmt.compressed:
                 lines = pack(lines[:, : job.cols], fmt.bits)
             target[piece.first : piece.last] = lines[:, : target.shape[1]]
 
 
+PartsOf = Callable[[Job], dict[str, Tensor]]
+PER_VALUE = ("codes", "rest")  # parts with one element per value
+
+
+def _weight(job: Job) -> dict[str, Tensor]:
+    assert job.stored is not None
+    return job.stored[1]
+
+
+def _moment(letter: str) -> PartsOf:
+    return lambda job: job.moments[letter]
+
+
 def _kept(keep: Tensor | None, new: Tensor, old: Tensor) -> Tensor:
     return new if keep is None else torch.where(keep.view(-1, *[1] * (new.dim() - 1)), new, old)
-
-
-def halve(values: Tensor) -> Tensor:
-    """The sum over the last dimension by a halving tree: x[i] + x[i + n/2], zeros padded to a power of two."""
-    length = values.shape[-1]
-    if length == 0:
-        return values.new_zeros(values.shape[:-1])
-    values = F.pad(values, (0, (1 << (length - 1).bit_length()) - length))
-    while values.shape[-1] > 1:
-        half = values.shape[-1] // 2
-        values = values[..., :half] + values[..., half:]
-    return values[..., 0]
 
 
 def _reduced(stage: Stage, values: Tensor) -> Tensor:
@@ -455,23 +483,86 @@ def _measured(stage: Stage, parts: list[Tensor], job: Job) -> Tensor:
     return numbers if stage.over == "all" else numbers.float()
 
 
+# ---- whole matrices
+
+
+def takes(fmt: Format, live: bool = False) -> bool:
+    """Whether this backend codes and decodes a format; `live` as for `encode`."""
+    return True
+
+
+def _turned(x: Tensor, rotation: Rotation | None) -> Tensor:
+    return x if rotation is None else turn(_padded(x, rotation), rotation)
+
+
+def _padded(x: Tensor, rotation: Rotation) -> Tensor:
+    return F.pad(x, (0, rotation.padded(x.shape[1]) - x.shape[1]))
+
+
+def encode(
+    fmt: Format,
+    x: Tensor,
+    noise: tuple[int, int] | None = None,
+    *,
+    live: bool = False,
+    rotation: Rotation | None = None,
+) -> dict[str, Tensor]:
+    """See `backends.encode`."""
+    return encode_rows(fmt, _turned(x, rotation), noise, live=live)
+
+
+def decode(fmt: Format, parts: dict[str, Tensor], cols: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """See `backends.decode`."""
+    return decode_rows(fmt, parts, cols).to(dtype)
+
+
+def quantized(
+    fmt: Format,
+    x: Tensor,
+    noise: tuple[int, int] | None = None,
+    *,
+    rotation: Rotation | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """See `backends.quantized`."""
+    parts = encode(fmt, x, noise, rotation=rotation)
+    return decode(fmt, parts, rotation.padded(x.shape[1]) if rotation else x.shape[1], dtype), parts
+
+
+def rotate(x: Tensor, rotation: Rotation, *, back: bool = False, dtype: torch.dtype = torch.float32) -> Tensor:
+    """See `backends.rotate`."""
+    return (turn_back if back else turn)(_padded(x, rotation), rotation).to(dtype)
+
+
 # ---- decode(encode(x)) without codes
 #
 # A layer needs no codes, and for uniform grids and E2M1 rounding to nearest is a few arithmetic operations, where the
 # codec's search through the grid costs more time than the matmul it prepares. Tests hold the short cuts to the codec.
 
 
-def fake(fmt: Format, x: Tensor, noise: tuple[int, int] | None = None) -> Tensor:
+def fake(
+    fmt: Format,
+    x: Tensor,
+    noise: tuple[int, int] | None = None,
+    *,
+    rotation: Rotation | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
     """See `backends.fake`."""
+    x = _turned(x, rotation)
+    if x.is_meta:
+        return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
     bits = None if noise is None else row_bits(noise, x)
     x = x.float().contiguous()
     if fmt.dtype is not None:
-        return narrow(x, fmt.dtype, bits).to(torch.float32, copy=True)
+        return narrow(x, fmt.dtype, bits).to(torch.float32, copy=True).to(dtype)
     if x.numel() == 0:
-        return x
+        return x.to(dtype)
+    if not fmt.plain:
+        return decode(fmt, encode(fmt, x, noise), x.shape[1], dtype)
     pieces = blocks(x, fmt.block[1])
     draws = [None] * len(pieces) if bits is None else blocks(uniform(bits), fmt.block[1])
-    return joined([_fake_blocks(fmt, piece, u) for piece, u in zip(pieces, draws, strict=True)])
+    return joined([_fake_blocks(fmt, piece, u) for piece, u in zip(pieces, draws, strict=True)]).to(dtype)
 
 
 def blocks(x: Tensor, length: int) -> list[Tensor]:

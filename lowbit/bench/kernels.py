@@ -34,7 +34,7 @@ def shipped() -> list[Specialisation]:
 
 def _codecs() -> list[Specialisation]:
     """Of every format, for matrices in bf16, to the nearest value."""
-    spec = [(name, cuda.print_spec(format(name), torch.bfloat16)) for name in formats()]
+    spec = [(name, cuda.print_spec(format(name), torch.bfloat16)) for name in formats() if format(name).plain]
     return [Specialisation(f"codec {name}", "codec.cu", text, {}) for name, text in spec]
 
 

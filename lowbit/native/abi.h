@@ -74,7 +74,7 @@ typedef struct lb_format {
   int32_t least;     // the smallest positive code
   int32_t same;      // codebook: rung k has code k
   float top, min_scale, max_scale;
-  float values[256];      // codebook: what each code stands for
+  float values[256];      // integer and codebook: what each code stands for
   float ladder[256];      // the values encoding chooses from, ascending
   float thresholds[256];  // the rung of u is the count of thresholds below u; unused ones are infinite
   uint8_t codes[256];     // the code of each rung
@@ -93,6 +93,9 @@ typedef struct lb_format {
   const uint32_t *cells;
   int32_t cell_shift, cell_half;  // low bits; where the cells of negative numbers begin
   uint32_t cell_low, cell_high;   // magnitudes are held between these
+  // Up to 16 rungs: what `tree` is to `thresholds`, of the rungs that may be at or below u with one above; and from
+  // each rung to the next.
+  float below[32], gaps[16];
 } lb_format;
 
 // One per-value moment of one tensor, as rows (lowbit/rows.py).
@@ -144,14 +147,32 @@ typedef struct lb_job {
   float *vectors[LB_ARRAYS];
   float *scalars[LB_SCALARS];
   float constants[LB_CONSTANTS];
+  lb_operand weight;  // the parameter, if it is codes and scales (lowbit/stored.py); format null: it is `param`
+  int8_t *rest;       // of a split weight: [rows, cols]
 } lb_job;
 
-// A whole matrix to codes and back.
+// A whole matrix to codes and back, or to the values that its codes stand for.
 typedef struct lb_matrix {
-  void *values;  // float32, bfloat16 or float16, [rows, cols], contiguous
-  int64_t rows, cols, stride;  // stride: of the numbering of elements, for random bits
-  int32_t dtype;
+  void *values;  // to encode: float32, bfloat16 or float16, [rows, filled]; zeros follow them
+  void *out;     // [rows, cols], contiguous: what the codes stand for; or null
+  int64_t rows, cols, filled;
+  int64_t stride;   // of the numbering of elements, for random bits
+  int64_t step;     // values from a row to the next, or from a column to the next
+  int32_t columns;  // whether columns lie one after the other in memory, and not rows
+  int32_t dtype, out_dtype;
   int32_t stochastic;
-  uint32_t key[2];
-  lb_operand packed;
+  int32_t rotation;  // runs of so many values are rotated before they are encoded; negative: rotated back
+  int32_t flips;     // whether the rotation changes signs
+  int32_t tile;               // rows that share a scale; where it is not 1, scales are given
+  uint32_t key[2], signs[2];  // of random bits, and of the rotation's signs
+  // Scales that are given, one for each block (lowbit/scales.py), [ceil(rows / tile), packed.scales]: values are encoded
+  // in units of them, x * inverse, and packed.scale is what codes are multiplied by. Null: scales are absmax / top, and
+  // are written to packed.scale.
+  const float *inverse;
+  lb_operand packed;  // codes may be null: values are enough
 } lb_matrix;
+
+// What can be found out about each part of a row that lies in one block, [rows, packed.scales]: the largest magnitude
+// (fp32; NaN > infinity > finite); and sums (float64; blocks.total in Python), in units of the given scales: of squares,
+// of magnitudes; and of the squares of what rounding to nearest loses.
+enum lb_statistic { LB_PEAKS, LB_SQUARES, LB_MAGNITUDES, LB_LOSSES };

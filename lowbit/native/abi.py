@@ -10,6 +10,7 @@ KIND = {"float": 0, "integer": 1, "codebook": 2, "affine": 3, "log": 4}
 MASTER = {"none": 0, "split8": 1, "split16": 2, "kahan": 3, "fp32": 4}
 STAGE = {"measure": 0, "fold": 1, "update": 2}
 REDUCE = {"": 0, "max": 0, "sum": 1, "mean": 2}
+STATISTIC = {"absmax": 0, "squares": 1, "magnitudes": 2, "losses": 3}
 OVER = {"tensor": 0, "all": 1, "row": 2, "column": 3, "group": 4}
 
 
@@ -34,6 +35,8 @@ class Format(Structure):
         ("cell_half", c_int32),
         ("cell_low", c_uint32),
         ("cell_high", c_uint32),
+        ("below", c_float * 32),
+        ("gaps", c_float * 16),
     )
 
 
@@ -87,17 +90,20 @@ class Job(Structure):
         ("vectors", c_void_p * ARRAYS),
         ("scalars", c_void_p * SCALARS),
         ("constants", c_float * CONSTANTS),
+        ("weight", Operand),
+        ("rest", c_void_p),
     )
 
 
 class Matrix(Structure):
-    """A whole matrix and its codes."""
+    """A whole matrix, its codes and what they stand for."""
 
     _fields_ = (
-        ("values", c_void_p),
-        *((name, c_int64) for name in ("rows", "cols", "stride")),
-        ("dtype", c_int32),
-        ("stochastic", c_int32),
+        *((name, c_void_p) for name in ("values", "out")),
+        *((name, c_int64) for name in ("rows", "cols", "filled", "stride", "step")),
+        *((name, c_int32) for name in ("columns", "dtype", "out_dtype", "stochastic", "rotation", "flips", "tile")),
         ("key", c_uint32 * 2),
+        ("signs", c_uint32 * 2),
+        ("inverse", c_void_p),
         ("packed", Operand),
     )

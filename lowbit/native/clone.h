@@ -8,7 +8,8 @@
 #define LB_BARRIER() meet(step)
 #endif
 #endif
-#include "matrix.h"
+#include "statistic.h"
+#include "step.h"
 #include "exports.h"
 
 #include "rules.h"
@@ -16,16 +17,19 @@
 
 #include "threads.h"
 
-// Packs a matrix; with `fake`, writes the values its codes stand for there (fp32) and packs nothing. 1: no memory.
-LB_EXPORT int LB_NAME(encode)(const lb_matrix *matrix, float *fake, int32_t threads) {
-  LB_SPACE::Hand hand = {0, false, matrix, fake, false};
-  LB_SPACE::run_threads(hand, LB_SPACE::worthwhile(threads, matrix->rows * matrix->cols));
-  return hand.failed;
+// From values to codes, to what the codes stand for, or to both. 1: no memory.
+LB_EXPORT int LB_NAME(encode)(const lb_matrix *matrix, int32_t threads) {
+  return LB_SPACE::run_matrix(*matrix, LB_SPACE::ENCODE, {}, threads);
 }
 
-LB_EXPORT void LB_NAME(decode)(const lb_matrix *matrix, int32_t threads) {
-  LB_SPACE::Hand hand = {0, false, matrix, nullptr, true};
-  LB_SPACE::run_threads(hand, LB_SPACE::worthwhile(threads, matrix->rows * matrix->cols));
+// From codes to what they stand for, row after row.
+LB_EXPORT int LB_NAME(decode)(const lb_matrix *matrix, int32_t threads) {
+  return LB_SPACE::run_matrix(*matrix, LB_SPACE::DECODE, {}, threads);
+}
+
+// An lb_statistic of each part of a row that lies in one block, to [rows, packed.scales].
+LB_EXPORT int LB_NAME(measure)(const lb_matrix *matrix, int32_t what, void *to, int32_t threads) {
+  return LB_SPACE::run_matrix(*matrix, LB_SPACE::MEASURE, {what, to}, threads);
 }
 
 // 0, or 1 when there is no memory (then nothing has changed).

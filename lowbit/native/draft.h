@@ -2,7 +2,8 @@
 // (fused.h). A block is stored only when all of its draft is known to be finite.
 //
 // Whatever is not plain is left to update.h, which finds the block untouched: a short one at the end of a row, a value
-// that is not finite or might not fit where it is stored, formats and masters that no fused loop knows.
+// that is not finite or might not fit where it is stored, formats and masters that no fused loop knows. A stored weight
+// is decoded before the loop, which sees fp32, and encoded from its draft after it.
 #pragma once
 #include "update.h"
 
@@ -39,13 +40,16 @@ struct Drafts {
   Place places[LB_ARRAYS];
   alignas(64) float top[16], least[16], most[16];  // of scales, two for each write
   bool whole[LB_ARRAYS];                           // by write: one scale for all 256
+  bool widen;             // the gradient, which the loop is to see in fp32
+  int weight;             // the write of a stored weight; -1: p is floats
   Draft drafts[2];
-  alignas(64) float zeros[LB_BLOCK], nowhere[LB_BLOCK];
+  alignas(64) float decoded[LB_BLOCK], zeros[LB_BLOCK], nowhere[LB_BLOCK];
 };
 
 // How an operand is stored, as fused loops know it; -1 if they do not.
 static int kind_of(const Run &run, int slot) {
   const lb_job &job = *run.job;
+  if (slot == 0 && job.weight.format) return LB_FLOATS;
   if (slot < 2) {
     const int dtype = slot ? job.grad_dtype : job.param_dtype;
     return dtype == LB_FLOAT32 ? LB_FLOATS : dtype == LB_BFLOAT16 ? LB_BF16 : -1;
@@ -62,6 +66,7 @@ static int kind_of(const Run &run, int slot) {
 }
 
 static Place place_of(const lb_job &job, int slot) {
+  if (slot == 0 && job.weight.format) return {(char *)job.weight.codes, nullptr, 0, 0, 0, 0};  // of no use
   if (slot < 2) {
     const int bits = (slot ? job.grad_dtype : job.param_dtype) == LB_FLOAT32 ? 32 : 16;
     return {slot ? (char *)job.grad : (char *)job.param, nullptr, job.cols * bits / 8, 0, bits, 0};
@@ -116,19 +121,23 @@ static void prepare_drafts(const Run &run, const uint32_t *roots, Drafts &drafts
   lb_fused &call = drafts.call;
   call = {};
   call.frame = drafts.frames[drafts.before];
+  // There are loops for p in bf16 with g in fp32, not the reverse.
+  drafts.widen = job.weight.format && job.grad_dtype != LB_FLOAT32;
   uint64_t kinds = 0;
   for (int i = 0; i < last.reads; ++i) {
-    const int slot = last.read[i], kind = slot == 1 && gradient ? LB_FLOATS : kind_of(run, slot);
+    const int slot = last.read[i], kind = slot == 1 && (gradient || drafts.widen) ? LB_FLOATS : kind_of(run, slot);
     if (kind < 0) return;
     kinds |= (uint64_t)kind << (4 * i);
     if (slot >= 2 && slot < 2 + program.moments) call.table[i] = job.moments[slot - 2].format->values;
   }
   drafts.slots = 2 + program.moments;
   for (int slot = 0; slot < drafts.slots; ++slot) drafts.places[slot] = place_of(job, slot);
+  drafts.weight = -1;
   for (int k = 0; k < 16; ++k) drafts.top[k] = drafts.least[k] = drafts.most[k] = 1.0f;
   for (int w = 0; w < last.writes; ++w) {
     const int slot = last.write[w];
     drafts.whole[w] = true;
+    if (slot == 0 && job.weight.format) drafts.weight = w;
     if (slot < 2) continue;
     const lb_format &f = *job.moments[slot - 2].format;
     call.format[w] = &f;
@@ -144,18 +153,17 @@ static void prepare_drafts(const Run &run, const uint32_t *roots, Drafts &drafts
   drafts.fused = last.fused(kinds, call.frame.roots);
 }
 
+static Span span_of(const Drafts &drafts, const Draft &d) {
+  return one_block(*drafts.run->job, drafts.run->cut, d.row, d.col, 0);
+}
+
 // What the fused loop reads: operands as they are stored, but for the gradient, if plain updates come first.
 static void read_block(Drafts &drafts, Draft &d, uint32_t *peak_of_gradient, Room &room) {
   const Run &run = *drafts.run;
   const lb_job &job = *run.job;
   const lb_program &program = *job.program;
-  Span s = {};
-  s.row = d.row;
-  s.col = d.col;
-  s.at = d.row * job.cols + d.col;
-  s.n = LB_BLOCK;
-  s.blocks = 1;
-  const float *g = nullptr;
+  const Span s = span_of(drafts, d);
+  const float *g = drafts.widen ? read_floats(job.grad, job.grad_dtype, s, room.array[1]) : nullptr;
   for (int i = 0; i < drafts.before; ++i) {
     lb_frame &f = drafts.frames[i];
     uint32_t peaks[2];
@@ -171,6 +179,10 @@ static void read_block(Drafts &drafts, Draft &d, uint32_t *peak_of_gradient, Roo
     const Place &p = drafts.places[slot];
     d.at[slot] = p.start + d.row * p.row_bytes + d.col * p.bits / 8;
     d.scale_at[slot] = p.scale ? p.scale + d.row * p.scales + (d.col >> p.shift) : nullptr;
+  }
+  if (drafts.weight >= 0) {
+    load_weight(run, s, drafts.decoded, room);
+    d.at[0] = (char *)drafts.decoded;
   }
   lb_fused &call = drafts.call;
   const lb_stage &last = *drafts.last;
@@ -195,7 +207,7 @@ static void store_block(Drafts &drafts, const Draft &d, Room &room) {
   lb_fused &call = drafts.call;
   const lb_stage &last = *drafts.last;
   call.draws = nullptr;
-  if (run.job->stochastic) call.draws = room.draws.fill(run.key[0], d.row * run.cut.stride + d.col, LB_BLOCK);
+  if (run.job->stochastic && drafts.weight < 0) call.draws = room.draws.fill(run.key[0], d.row * run.cut.stride + d.col, LB_BLOCK);
   for (int w = 0; w < last.writes; ++w) {
     const int slot = last.write[w];
     call.draft[w] = d.values[w];
@@ -206,6 +218,12 @@ static void store_block(Drafts &drafts, const Draft &d, Room &room) {
     d.scale_at[slot][0] = d.scale[2 * w];
     if (!drafts.whole[w]) d.scale_at[slot][1] = d.scale[2 * w + 1];
   }
+  if (drafts.weight < 0) return;
+  bool good = true;
+  const Span s = span_of(drafts, d);
+  call.to[drafts.weight] = drafts.nowhere;
+  room.at[0] = d.values[drafts.weight];
+  store_weight(run, s, &good, true, room);
 }
 
 // Whether the draft can be stored; its scales, from the peaks of both halves.
@@ -220,7 +238,7 @@ static bool judge(const Drafts &drafts, const uint32_t *peaks, Draft &d) {
     absmax[2 * w] = drafts.whole[w] ? most : a;
     absmax[2 * w + 1] = drafts.whole[w] ? most : b;
   }
-  for (int k = 0; k < 16; ++k) {
+  LB_IVDEP for (int k = 0; k < 16; ++k) {
     d.scale[k] = derive_scale(float_of(absmax[k]), drafts.top[k], drafts.least[k], drafts.most[k]);
     d.inverse[k] = inverse(d.scale[k]);
   }

@@ -4,10 +4,11 @@
 #pragma once
 #include "abi.h"
 #include "words.h"
-#ifdef LB_AVX2
-#include <immintrin.h>
 
 #define LB_IN inline __attribute__((always_inline))
+
+#ifdef LB_AVX2
+#include <immintrin.h>
 
 namespace LB_SPACE {
 
@@ -28,6 +29,9 @@ struct Lanes {
   LB_FN Lanes widen(const uint16_t *from) {  // bf16
     const __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from));
     return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+  }
+  LB_FN Lanes whole(const uint16_t *from) {  // the numbers 0 to 65,535
+    return _mm512_cvtepi32_ps(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from)));
   }
   LB_FN Lanes signed_bytes(const uint8_t *from) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)from)));
@@ -50,11 +54,24 @@ LB_FN Mask operator|(Mask a, Mask b) { return {(__mmask16)(a.m | b.m)}; }
 LB_FN Mask operator!(Mask a) { return {(__mmask16)~a.m}; }
 LB_FN Lanes where(Mask condition, Lanes a, Lanes b) { return _mm512_mask_blend_ps(condition.m, b.v, a.v); }
 LB_FN Lanes sqrt(Lanes a) { return _mm512_sqrt_ps(a.v); }
+LB_FN Lanes nearest_whole(Lanes a) { return _mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+LB_FN Lanes whole_below(Lanes a) { return _mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
+LB_FN Lanes held(Lanes a, Lanes low, Lanes high) { return _mm512_max_ps(_mm512_min_ps(a.v, high.v), low.v); }  // no NaN
 LB_FN Lanes and_bits(Lanes a, uint32_t bits) {
   return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(a.v), _mm512_set1_epi32((int)bits)));
 }
 LB_FN Lanes negative(Lanes a) {
   return _mm512_castsi512_ps(_mm512_xor_si512(_mm512_castps_si512(a.v), _mm512_set1_epi32((int)0x80000000u)));
+}
+LB_FN Lanes flip(Lanes a, uint32_t bits) {  // the signs of the lanes whose bit is set
+  const __m512i x = _mm512_castps_si512(a.v);
+  return _mm512_castsi512_ps(_mm512_mask_xor_epi32(x, (__mmask16)bits, x, _mm512_set1_epi32((int)0x80000000u)));
+}
+template <int APART> LB_FN Lanes swap_lanes(Lanes a) {  // those that are 1, 2, 4 or 8 apart
+  return APART == 1   ? _mm512_permute_ps(a.v, 0xB1)
+         : APART == 2 ? _mm512_permute_ps(a.v, 0x4E)
+         : APART == 4 ? _mm512_shuffle_f32x4(a.v, a.v, 0xB1)
+                      : _mm512_shuffle_f32x4(a.v, a.v, 0x4E);
 }
 
 struct Finite {  // 0 as long as all is finite, else NaN
@@ -160,6 +177,9 @@ struct Lanes {
     const __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)from));
     return _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
   }
+  LB_FN Lanes whole(const uint16_t *from) {  // the numbers 0 to 65,535
+    return _mm256_cvtepi32_ps(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)from)));
+  }
   LB_FN Lanes signed_bytes(const uint8_t *from) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)from)));
   }
@@ -181,10 +201,23 @@ LB_FN Mask operator|(Mask a, Mask b) { return {_mm256_or_ps(a.m, b.m)}; }
 LB_FN Mask operator!(Mask a) { return {_mm256_xor_ps(a.m, _mm256_castsi256_ps(_mm256_set1_epi32(-1)))}; }
 LB_FN Lanes where(Mask condition, Lanes a, Lanes b) { return _mm256_blendv_ps(b.v, a.v, condition.m); }
 LB_FN Lanes sqrt(Lanes a) { return _mm256_sqrt_ps(a.v); }
+LB_FN Lanes nearest_whole(Lanes a) { return _mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+LB_FN Lanes whole_below(Lanes a) { return _mm256_round_ps(a.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
+LB_FN Lanes held(Lanes a, Lanes low, Lanes high) { return _mm256_max_ps(_mm256_min_ps(a.v, high.v), low.v); }  // no NaN
 LB_FN Lanes and_bits(Lanes a, uint32_t bits) {
   return _mm256_and_ps(a.v, _mm256_castsi256_ps(_mm256_set1_epi32((int)bits)));
 }
 LB_FN Lanes negative(Lanes a) { return _mm256_xor_ps(a.v, _mm256_set1_ps(-0.0f)); }
+LB_FN Lanes flip(Lanes a, uint32_t bits) {  // the signs of the lanes whose bit is set
+  const __m256i each = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  const __m256i chosen = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32((int)bits), each), each);
+  return _mm256_xor_ps(a.v, _mm256_and_ps(_mm256_castsi256_ps(chosen), _mm256_set1_ps(-0.0f)));
+}
+template <int APART> LB_FN Lanes swap_lanes(Lanes a) {  // those that are 1, 2 or 4 apart
+  return APART == 1   ? _mm256_permute_ps(a.v, 0xB1)
+         : APART == 2 ? _mm256_permute_ps(a.v, 0x4E)
+                      : _mm256_permute2f128_ps(a.v, a.v, 0x01);
+}
 
 struct Finite {  // 0 as long as all is finite, else NaN
   __m256 sum;

@@ -33,8 +33,9 @@ class Library:
         self._kernels: dict[tuple[Stage, frozenset[str]], tuple[int, int, Printed]] = {}
         self._extras: list[CDLL] = []
         self.step = self._function("step", [POINTER(abi.Job), c_int32, c_int32], c_int32)
-        self.encode = self._function("encode", [POINTER(abi.Matrix), c_void_p, c_int32], c_int32)
-        self.decode = self._function("decode", [POINTER(abi.Matrix), c_int32], None)
+        self.encode = self._function("encode", [POINTER(abi.Matrix), c_int32], c_int32)
+        self.decode = self._function("decode", [POINTER(abi.Matrix), c_int32], c_int32)
+        self.measure = self._function("measure", [POINTER(abi.Matrix), c_int32, c_void_p, c_int32], c_int32)
 
     def _function(self, name: str, arguments: list[Any], result: Any) -> Any:
         function = getattr(self.handle, f"lb_{name}_{self.isa}")

@@ -4,10 +4,62 @@
 
 namespace LB_SPACE {
 
+// A span of a tensor of floats: where it lies, or widened to `to`.
+static const float *read_floats(const void *from, int dtype, const Span &s, float *to) {
+  if (dtype == LB_FLOAT32 && s.n % 16 == 0) return (const float *)from + s.at;
+  widen(from, dtype, s.at, s.n, to);
+  return to;
+}
+
+// A span of an operand: where it lies, or decoded to `to`.
+static const float *read_operand(const Run &run, const Span &s, const lb_operand &o, float *to, Room &room) {
+  const lb_format &f = *o.format;
+  if (f.kind == LB_KIND_FLOAT) return read_floats(o.codes, f.dtype, s, to);
+  const uint8_t *codes = (const uint8_t *)o.codes + s.row * o.row_bytes + s.col * f.bits / 8;
+  const int each = sub_block(f, run.cut);
+  const bool apart = f.bits == 8 || each % 16;  // one code per byte, since blocks may begin inside one
+  if (f.bits != 8 && apart) {
+    unpack(codes, f.bits, s.n, room.codes);
+    codes = room.codes;
+  }
+  int64_t scale = s.row * o.scales + (s.col >> block_shift(f));
+  for (int i = 0; i < s.n; i += each, ++scale) {
+    const int n = s.n - i < each ? s.n - i : each;
+    room.feed.some();
+    const void *extra = o.extra ? (const float *)o.extra + scale : nullptr;
+    if (apart) decode(f, codes + i, n, o.scale[scale], extra, to + i);
+    else decode_packed(f, codes + i * f.bits / 8, n, o.scale[scale], extra, to + i, room.codes);
+  }
+  return to;
+}
+
+// A span of a stored weight: code times scale, or (code + rest / 256) times scale.
+static void load_weight(const Run &run, const Span &s, float *to, Room &room) {
+  const lb_job &job = *run.job;
+  const lb_operand &o = job.weight;
+  const lb_format &f = *o.format;
+  if (!job.rest) {
+    read_operand(run, s, o, to, room);
+    return;
+  }
+  const uint8_t *codes = (const uint8_t *)o.codes + s.row * o.row_bytes + s.col * f.bits / 8;
+  const int8_t *rest = job.rest + s.at;
+  const int each = sub_block(f, run.cut), sign = 1 << (f.bits - 1);
+  unpack(codes, f.bits, s.n, room.codes);
+  const uint8_t *code = room.codes;
+  int64_t number = s.row * o.scales + (s.col >> block_shift(f));
+  for (int i = 0; i < s.n; i += each, ++number) {
+    const int end = s.n - i < each ? s.n : i + each;
+    const float scale = o.scale[number];
+    LB_IVDEP for (int j = i; j < end; ++j) to[j] = (float)(((code[j] ^ sign) - sign) * 256 + rest[j]) * 0x1p-8f * scale;
+  }
+}
+
 static void load_parameter(const Run &run, const Span &s, Room &room) {
   const lb_job &job = *run.job;
   float *p = room.array[0];
   room.at[0] = p;
+  if (job.weight.format) return load_weight(run, s, p, room);
   const int n = s.n, dtype = job.param_dtype;
   if (dtype == LB_FLOAT32) {
     const float *from = (const float *)job.param + s.at;
@@ -42,39 +94,6 @@ static void load_parameter(const Run &run, const Span &s, Room &room) {
   }
 }
 
-// A span of a tensor of floats: where it lies, or widened to `to`.
-static const float *read_floats(const void *from, int dtype, const Span &s, float *to) {
-  if (dtype == LB_FLOAT32 && s.n % 16 == 0) return (const float *)from + s.at;
-  widen(from, dtype, s.at, s.n, to);
-  return to;
-}
-
-// Values that share a scale inside a span.
-static int sub_block(const lb_format &f, const Cut &c) { return f.block < c.width ? f.block : c.width; }
-
-// A span of a moment: where it lies, or decoded to `to`.
-static const float *read_moment(const Run &run, const Span &s, int k, float *to, Room &room) {
-  const lb_operand &o = run.job->moments[k];
-  const lb_format &f = *o.format;
-  if (f.kind == LB_KIND_FLOAT) return read_floats(o.codes, f.dtype, s, to);
-  const uint8_t *codes = (const uint8_t *)o.codes + s.row * o.row_bytes + s.col * f.bits / 8;
-  const int each = sub_block(f, run.cut);
-  const bool apart = f.bits == 8 || each % 16;  // one code per byte, since blocks may begin inside one
-  if (f.bits != 8 && apart) {
-    unpack(codes, f.bits, s.n, room.codes);
-    codes = room.codes;
-  }
-  int64_t scale = s.row * o.scales + s.col / f.block;
-  for (int i = 0; i < s.n; i += each, ++scale) {
-    const int n = s.n - i < each ? s.n - i : each;
-    room.feed.some();
-    const void *extra = o.extra ? (const float *)o.extra + scale : nullptr;
-    if (apart) decode(f, codes + i, n, o.scale[scale], extra, to + i);
-    else decode_packed(f, codes + i * f.bits / 8, n, o.scale[scale], extra, to + i, room.codes);
-  }
-  return to;
-}
-
 static void load_vector(const Run &run, const Span &s, int slot, int over, const float *values, Room &room) {
   float *to = room.array[slot];
   room.at[slot] = to;
@@ -103,7 +122,7 @@ static void load(const Run &run, const Span &s, int wanted, Room &room) {
   if (wanted & 1) load_parameter(run, s, room);
   room.at[1] = read_floats(run.job->grad, run.job->grad_dtype, s, room.array[1]);
   for (int k = 0; k < program.moments; ++k) {
-    if (wanted >> (2 + k) & 1) room.at[2 + k] = read_moment(run, s, k, room.array[2 + k], room);
+    if (wanted >> (2 + k) & 1) room.at[2 + k] = read_operand(run, s, run.job->moments[k], room.array[2 + k], room);
   }
   const int first = 2 + program.moments;
   for (int k = 0; k < program.vectors + program.temporaries; ++k) {
@@ -155,6 +174,14 @@ static void run_stage(const Run &run, const lb_stage &stage, const Span &s, int 
     found[last] = peak(values + last * piece, s.n - last * piece);
   }
   for (int number = 0; gauged && number <= last; ++number) room.gradient[number] = peaks[number * each + writes];
+}
+
+// The largest magnitude of a part of a span: from the peaks of its pieces, or looked for.
+static uint32_t peak_of(const uint32_t *peaks, int piece, const float *x, int start, int n) {
+  if (!piece) return peak(x + start, n);
+  uint32_t most = 0;
+  for (int k = start / piece; k * piece < start + n; ++k) most = peaks[k] > most ? peaks[k] : most;
+  return most;
 }
 
 }  // namespace LB_SPACE

@@ -1,33 +1,11 @@
-// Whole matrices to codes and back, and straight to the values their codes stand for (what a quantized layer needs).
-// Rows are shared out to threads; a single row is cut where its blocks fill bytes.
+// Whole matrices to codes and back, and to the values their codes stand for (what a quantized layer needs). A line is
+// the part of a row that a thread works on at once: whole blocks of fp32 values, rotated where that is asked.
 #pragma once
-#include "step.h"
+#include <stdlib.h>
+
+#include "strip.h"
 
 namespace LB_SPACE {
-
-constexpr int64_t WIDE = 8 * SPAN;  // values that a thread takes at once, about
-
-struct Piece {  // whole blocks of one row
-  int64_t row, first, last;
-};
-
-// How rows are shared out: whole rows, or if they are few, runs of blocks that begin at a byte.
-struct Pieces {
-  int64_t across, each, count;
-  const lb_matrix *m;
-  explicit Pieces(const lb_matrix &matrix) : m(&matrix) {
-    const lb_format &f = *matrix.packed.format;
-    const int64_t cols = matrix.cols, block = f.kind == LB_KIND_FLOAT ? SPAN : f.block;
-    each = cols > 0 ? cols : 1;
-    if (cols > 2 * WIDE && block % 8 == 0 && block < cols) each = (WIDE + block - 1) / block * block;
-    across = (cols + each - 1) / each;
-    count = matrix.rows * across;
-  }
-  Piece operator[](int64_t k) const {
-    const int64_t first = k % across * each;
-    return {k / across, first, first + each < m->cols ? first + each : m->cols};
-  }
-};
 
 struct Desk {  // room for one thread
   alignas(64) float values[SPAN];
@@ -38,158 +16,152 @@ struct Desk {  // room for one thread
   Draws draws;
 };
 
-static void put_bits(const uint8_t *codes, int bits, int n, uint8_t *row, int64_t start) {  // into zeroed bytes
-  for (int i = 0; i < n; ++i) {
-    const int64_t at = (start + i) * bits;
-    row[at / 8] = (uint8_t)(row[at / 8] | codes[i] << at % 8);
-  }
+struct Line {  // n values of a row, from a column on; and where the values that their codes stand for go, or null
+  int64_t row, col, n;
+  const float *x;
+  float *to;  // may be x, if that is a copy
+};
+
+static int part_of(int64_t n) { return (int)(n < SPAN ? n : SPAN); }
+
+// ---- to codes
+
+// The roots, which a square format encodes.
+static const float *roots(const lb_format &f, const float *x, int n, float *room) {
+  if (!f.square) return x;
+  LB_IVDEP for (int k = 0; k < n; ++k) room[k] = lb::sqrt(x[k]);
+  return room;
 }
 
-static void get_bits(const uint8_t *row, int bits, int64_t start, int n, uint8_t *codes) {
-  for (int i = 0; i < n; ++i) {
-    const int64_t at = (start + i) * bits;
-    codes[i] = row[at / 8] >> at % 8 & ((1 << bits) - 1);
-  }
-}
-
-// The scale and what else a block needs. A block may be longer than a span: it is read once for this, once to encode.
-static bool measure_block(const lb_matrix &m, int64_t row, int64_t col, int64_t n, Desk &desk, Block *b, float *scale) {
-  const lb_format &f = *m.packed.format;
-  uint32_t most = 0;
+// The scale and what else a block of n values needs. It may be longer than a span.
+static bool measure_block(const lb_operand &o, const float *x, int64_t n, float *room, Block *b, float *scale) {
+  const lb_format &f = *o.format;
+  uint32_t most = 0, *work = nullptr;
   float low = 0.0f, high = 0.0f;
-  uint32_t *work = nullptr;
-  float *all = nullptr;
-  if (f.kind == LB_KIND_LOG) {
-    work = (uint32_t *)malloc((size_t)n * 8 + 8);
-    if (!work) return false;
-    all = (float *)(work + n);
-  }
+  if (f.kind == LB_KIND_LOG && !(work = (uint32_t *)malloc((size_t)n * 4 + 4))) return false;
   for (int64_t i = 0; i < n; i += SPAN) {
-    const int part = (int)(n - i < SPAN ? n - i : SPAN);
-    const float *x = desk.values;
-    if (m.dtype == LB_FLOAT32) x = (const float *)m.values + row * m.cols + col + i;
-    else widen(m.values, m.dtype, row * m.cols + col + i, part, desk.values);
-    if (f.square) {
-      LB_IVDEP for (int k = 0; k < part; ++k) desk.values[k] = lb::sqrt(x[k]);
-      x = desk.values;
-    }
-    if (f.kind == LB_KIND_AFFINE) range(x, part, &low, &high);
-    else {
-      const uint32_t found = peak(x, part);
+    const int part = part_of(n - i);
+    const float *values = roots(f, x + i, part, room);
+    if (f.kind == LB_KIND_AFFINE) {
+      range(values, part, &low, &high);
+    } else {
+      const uint32_t found = peak(values, part);
       most = found > most ? found : most;
     }
-    if (all) memcpy(all + i, x, 4 * part);
   }
-  *scale = f.kind == LB_KIND_AFFINE ? affine_scale(f, low, high, &b->extra) : derive_scale(float_of(most), f.top, f.min_scale, f.max_scale);
+  *scale = f.kind == LB_KIND_AFFINE ? affine_scale(f, low, high, &b->extra)
+                                    : derive_scale(float_of(most), f.top, f.min_scale, f.max_scale);
   b->inverse = inverse(*scale);
-  b->live = m.packed.live;
+  b->live = o.live;
   b->bounded = *scale == *scale;
-  if (all) b->extra = log_base(f, all, n, *scale, work);
+  if (work) b->extra = log_base(f, x, n, *scale, work);
   free(work);
   return true;
 }
 
+// Codes of a part of a row, as they are stored; `codes` are one to a byte.
+static void store_codes(const lb_operand &o, int64_t row, int64_t col, const uint8_t *codes, int n) {
+  const int bits = o.format->bits;
+  uint8_t *to = (uint8_t *)o.codes + row * o.row_bytes;
+  if (col * bits % 8 == 0) pack(codes, bits, n, to + col * bits / 8);
+  else put_bits(codes, bits, n, to, col);
+}
+
 // Whether many blocks can be encoded at once: in units of their own scales they are like one block of scale 1.
-static bool short_blocks(const lb_operand &o, int64_t block) {
+static bool short_blocks(const lb_operand &o) {
   const lb_format &f = *o.format;
   const bool plain = (f.kind == LB_KIND_INTEGER || f.kind == LB_KIND_CODEBOOK) && f.is_signed && !f.square && !o.live;
-  return plain && block <= 64 && (block & (block - 1)) == 0 && block * f.bits % 8 == 0;
+  return plain && f.block <= 64 && (f.block & (f.block - 1)) == 0;
 }
 
-// As encode_piece, a span of short blocks at a time. The last block of a row may be shorter.
-static void encode_short(const lb_matrix &m, const Piece &p, float *fake, Desk &desk) {
-  const lb_operand &o = m.packed;
-  const lb_format &f = *o.format;
-  const int block = f.block;
-  for (int64_t col = p.first; col < p.last; col += SPAN) {
-    const int n = (int)(p.last - col < SPAN ? p.last - col : SPAN), count = (n + block - 1) / block;
-    const int64_t at = p.row * m.cols + col;
-    float *u = desk.values, *scale = desk.scale;
-    int32_t *peaks = desk.peaks;
-    widen(m.values, m.dtype, at, n, u);
-    for (int i = n; i < count * block; ++i) u[i] = 0.0f;
-    LB_IVDEP for (int i = 0; i < count * block; ++i) peaks[i] = (int32_t)magnitude_bits(u[i]);
-    for (int left = count * block / 2; left >= count; left /= 2) {
-      for (int i = 0; i < left; ++i) peaks[i] = peaks[2 * i] > peaks[2 * i + 1] ? peaks[2 * i] : peaks[2 * i + 1];
-    }
-    for (int b = 0; b < (count + 15) / 16 * 16; ++b) desk.absmax[b] = b < count ? float_of((uint32_t)peaks[b]) : 1.0f;
-    scales(f, desk.absmax, count, scale, desk.inverse);
-    for (int b = 0; b < count; ++b) {
-      const float by = desk.inverse[b];
-      LB_IVDEP for (int i = b * block; i < (b + 1) * block; ++i) u[i] = u[i] * by;
-    }
-    const uint16_t *draws = m.stochastic ? desk.draws.fill(m.key, p.row * m.stride + col, n) : nullptr;
-    const Block one = {1.0f, 0.0f, false, false};
-    encode(f, u, n, one, draws, desk.codes);
-    if (!fake) {
-      pack(desk.codes, f.bits, n, (uint8_t *)o.codes + p.row * o.row_bytes + col * f.bits / 8);
-      memcpy(o.scale + p.row * o.scales + col / block, scale, sizeof(float) * count);
-      continue;
-    }
-    decode(f, desk.codes, n, 1.0f, nullptr, desk.out);
-    for (int b = 0; b < count; ++b) {
-      const int end = n < (b + 1) * block ? n : (b + 1) * block;
-      LB_IVDEP for (int i = b * block; i < end; ++i) fake[at + i] = desk.out[i] * scale[b];
-    }
+// The scales of n values from a column on, block after block.
+struct Scales {
+  const float *inverse, *scale;
+};
+
+static Scales derive_short(const lb_format &f, const float *x, int n, Desk &desk) {
+  const int block = f.block, count = (n + block - 1) / block;
+  int32_t *peaks = desk.peaks;
+  LB_IVDEP for (int i = 0; i < n; ++i) peaks[i] = (int32_t)magnitude_bits(x[i]);
+  for (int i = n; i < count * block; ++i) peaks[i] = 0;
+  for (int left = count * block / 2; left >= count; left /= 2) {
+    for (int i = 0; i < left; ++i) peaks[i] = peaks[2 * i] > peaks[2 * i + 1] ? peaks[2 * i] : peaks[2 * i + 1];
+  }
+  for (int b = 0; b < (count + 15) / 16 * 16; ++b) desk.absmax[b] = b < count ? float_of((uint32_t)peaks[b]) : 1.0f;
+  scales(f, desk.absmax, count, desk.scale, desk.inverse);
+  return {desk.inverse, desk.scale};
+}
+
+static Scales given(const lb_matrix &m, int64_t row, int64_t col) {
+  const int64_t number = row / m.tile * m.packed.scales + col / m.packed.format->block;
+  return {m.inverse + number, m.packed.scale + number};
+}
+
+// to[i] = x[i] * by[its block]. A span may begin and end inside a block.
+static void multiply(const lb_format &f, const float *x, int64_t col, int n, const float *by, float *to) {
+  const int64_t block = f.block;
+  for (int64_t i = 0, end = block - col % block; i < n; i = end, end += block, ++by) {
+    const float number = *by;
+    const int64_t stop = end < n ? end : n;
+    LB_IVDEP for (int64_t k = i; k < stop; ++k) to[k] = x[k] * number;
   }
 }
 
-// Encode a piece; with `fake`, write the values that the codes stand for there instead.
-static bool encode_piece(const lb_matrix &m, const Piece &p, float *fake, Desk &desk) {
+static const uint16_t *draws_for(const lb_matrix &m, int64_t row, int64_t col, int n, Desk &desk) {
+  return m.stochastic ? desk.draws.fill(m.key, row * m.stride + col, n) : nullptr;
+}
+
+// Rounded values of n values in units of their scales: codes, one to a byte, into the desk.
+static void encode_units(const lb_format &f, const float *x, int64_t col, int n, const Scales &s, const uint16_t *draws,
+                         Desk &desk) {
+  const Block one = {1.0f, 0.0f, false, false};
+  multiply(f, x, col, n, s.inverse, desk.values);
+  encode(f, desk.values, n, one, draws, desk.codes);
+}
+
+static void decode_units(const lb_format &f, int64_t col, int n, const Scales &s, float *to, Desk &desk) {
+  decode(f, desk.codes, n, 1.0f, nullptr, desk.out);
+  multiply(f, desk.out, col, n, s.scale, to);
+}
+
+static void encode_many(const lb_matrix &m, const Line &line, Desk &desk) {
   const lb_operand &o = m.packed;
   const lb_format &f = *o.format;
-  const bool whole = f.kind == LB_KIND_FLOAT;
-  const int64_t block = whole ? SPAN : f.block;
-  if (!whole && short_blocks(o, block)) {
-    encode_short(m, p, fake, desk);
-    return true;
-  }
-  uint8_t *codes_row = fake ? nullptr : (uint8_t *)o.codes + p.row * o.row_bytes;
-  const bool bytewise = block * f.bits % 8 == 0;
-  if (!bytewise && codes_row) memset(codes_row, 0, o.row_bytes);
-  for (int64_t col = p.first; col < p.last; col += block) {
-    const int64_t n = p.last - col < block ? p.last - col : block;
-    Block b = {};
-    float scale = 0.0f;
-    if (!whole && !measure_block(m, p.row, col, n, desk, &b, &scale)) return false;
-    const int64_t number = p.row * o.scales + col / block;
-    const uint8_t zero = (uint8_t)(int32_t)b.extra;
-    for (int64_t i = 0; i < n; i += SPAN) {
-      const int part = (int)(n - i < SPAN ? n - i : SPAN);
-      const int64_t at = p.row * m.cols + col + i;
-      const float *x = desk.values;
-      if (m.dtype == LB_FLOAT32) x = (const float *)m.values + at;
-      else widen(m.values, m.dtype, at, part, desk.values);
-      if (f.square) {
-        LB_IVDEP for (int k = 0; k < part; ++k) desk.values[k] = lb::sqrt(x[k]);
-        x = desk.values;
-      }
-      const uint16_t *draws = m.stochastic ? desk.draws.fill(m.key, p.row * m.stride + col + i, part) : nullptr;
-      if (whole) {
-        uint16_t *to = fake ? (uint16_t *)desk.out : (uint16_t *)o.codes + at;
-        if (f.dtype == LB_FLOAT32) {
-          memcpy(fake ? (void *)(fake + at) : (void *)((float *)o.codes + at), x, 4 * part);
-          continue;
-        }
-        narrow(x, f.dtype, part, draws, to);
-        if (o.live) {
-          for (int k = 0; k < part; ++k) to[k] = x[k] > 0.0f && (to[k] & 0x7FFF) == 0 ? 1 : to[k];
-        }
-        if (fake) widen(to, f.dtype, 0, part, fake + at);
-        continue;
-      }
-      const bool direct = !fake && f.bits == 8;
-      uint8_t *codes = direct ? codes_row + col + i : desk.codes;
-      encode(f, x, part, b, draws, codes);
-      if (fake) {
-        const void *extra = f.kind == LB_KIND_AFFINE ? (const void *)&zero : (const void *)&b.extra;
-        decode(f, codes, part, scale, extra, fake + at);
-      } else if (!direct) {
-        if (bytewise) pack(codes, f.bits, part, codes_row + (col + i) * f.bits / 8);
-        else put_bits(codes, f.bits, part, codes_row, col + i);
-      }
+  for (int64_t from = 0; from < line.n; from += SPAN) {
+    const int n = part_of(line.n - from);
+    const int64_t col = line.col + from;
+    const float *x = line.x + from;
+    const Scales s = m.inverse ? given(m, line.row, col) : derive_short(f, x, n, desk);
+    encode_units(f, x, col, n, s, draws_for(m, line.row, col, n, desk), desk);
+    if (o.codes) store_codes(o, line.row, col, desk.codes, n);
+    if (o.codes && !m.inverse) {
+      memcpy(o.scale + line.row * o.scales + col / f.block, s.scale, sizeof(float) * ((n + f.block - 1) / f.block));
     }
-    if (fake || whole) continue;
+    if (line.to) decode_units(f, col, n, s, line.to + from, desk);
+  }
+}
+
+static bool encode_block(const lb_matrix &m, const Line &block, Desk &desk) {
+  const lb_operand &o = m.packed;
+  const lb_format &f = *o.format;
+  Block b = {};
+  float scale = 0.0f;
+  if (!measure_block(o, block.x, block.n, desk.values, &b, &scale)) return false;
+  const uint8_t zero = (uint8_t)(int32_t)b.extra;
+  const void *extra = f.kind == LB_KIND_AFFINE ? (const void *)&zero : (const void *)&b.extra;
+  for (int64_t i = 0; i < block.n; i += SPAN) {
+    const int part = part_of(block.n - i);
+    const int64_t col = block.col + i;
+    const float *x = roots(f, block.x + i, part, desk.values);
+    const uint16_t *draws = draws_for(m, block.row, col, part, desk);
+    const bool direct = o.codes && f.bits == 8;
+    uint8_t *codes = direct ? (uint8_t *)o.codes + block.row * o.row_bytes + col : desk.codes;
+    encode(f, x, part, b, draws, codes);
+    if (o.codes && !direct) store_codes(o, block.row, col, codes, part);
+    if (block.to) decode(f, codes, part, scale, extra, block.to + i);
+  }
+  if (o.codes) {
+    const int64_t number = block.row * o.scales + block.col / f.block;
     o.scale[number] = scale;
     if (f.kind == LB_KIND_AFFINE) ((uint8_t *)o.extra)[number] = zero;
     if (f.kind == LB_KIND_LOG) ((float *)o.extra)[number] = b.extra;
@@ -197,31 +169,117 @@ static bool encode_piece(const lb_matrix &m, const Piece &p, float *fake, Desk &
   return true;
 }
 
+// Float formats have no blocks.
+static void encode_floats(const lb_matrix &m, const Line &line, Desk &desk) {
+  const lb_operand &o = m.packed;
+  const int dtype = o.format->dtype;
+  for (int64_t i = 0; i < line.n; i += SPAN) {
+    const int part = part_of(line.n - i);
+    const int64_t col = line.col + i, at = line.row * m.cols + col;
+    const float *x = line.x + i;
+    if (dtype == LB_FLOAT32) {
+      if (o.codes) memcpy((float *)o.codes + at, x, 4 * part);
+      if (line.to && line.to != line.x) memcpy(line.to + i, x, 4 * part);
+      continue;
+    }
+    uint16_t *codes = o.codes ? (uint16_t *)o.codes + at : (uint16_t *)desk.out;
+    narrow(x, dtype, part, draws_for(m, line.row, col, part, desk), codes);
+    if (o.live) {
+      for (int k = 0; k < part; ++k) codes[k] = x[k] > 0.0f && (codes[k] & 0x7FFF) == 0 ? 1 : codes[k];
+    }
+    if (line.to) widen(codes, dtype, 0, part, line.to + i);
+  }
+}
+
+static bool encode_line(const lb_matrix &m, const Line &line, Desk &desk) {
+  const lb_operand &o = m.packed;
+  const lb_format &f = *o.format;
+  if (f.kind == LB_KIND_FLOAT) {
+    encode_floats(m, line, desk);
+    return true;
+  }
+  if (m.inverse || short_blocks(o)) {
+    encode_many(m, line, desk);
+    return true;
+  }
+  if (o.codes && f.block * f.bits % 8) {  // blocks share bytes
+    uint8_t *codes = (uint8_t *)o.codes + line.row * o.row_bytes;
+    memset(codes + line.col * f.bits / 8, 0, (line.n * f.bits + 7) / 8);
+  }
+  for (int64_t i = 0; i < line.n; i += f.block) {
+    const int64_t n = line.n - i < f.block ? line.n - i : f.block;
+    const Line block = {line.row, line.col + i, n, line.x + i, line.to ? line.to + i : nullptr};
+    if (!encode_block(m, block, desk)) return false;
+  }
+  return true;
+}
+
+// A piece's values, those of each row `width` apart, in fp32 and with the zeros that follow them.
+static void copy_piece(const lb_matrix &m, const Piece &p, float *to, int64_t width) {
+  const int64_t last = p.last < m.filled ? p.last : m.filled, n = last > p.first ? last - p.first : 0;
+  if (m.columns) gather(m, p.row, p.lanes, p.first, n, to, width);
+  for (int64_t i = 0; !m.columns && i < n; i += SPAN) {
+    widen(m.values, m.dtype, p.row * m.step + p.first + i, part_of(n - i), to + i);
+  }
+  for (int l = 0; l < p.lanes; ++l) memset(to + l * width + n, 0, sizeof(float) * (p.last - p.first - n));
+}
+
+// The rows of a piece as lines that `work` is to do. `room` is for values that do not lie in memory as they must.
+template <class Work> static bool each_line(const lb_matrix &m, const Piece &p, float *room, Work work) {
+  const int64_t n = p.last - p.first, width = n + ASIDE;
+  const bool own = m.columns || m.dtype != LB_FLOAT32 || m.rotation;
+  if (own) copy_piece(m, p, room, width);
+  for (int l = 0; l < p.lanes; ++l) {
+    const int64_t row = p.row + l, at = row * m.cols + p.first;
+    float *copy = room + l * width, *to = m.out_dtype == LB_FLOAT32 ? (float *)m.out + at : copy;
+    if (m.rotation) rotate(m, copy, n, p.first);
+    const float *x = own ? copy : (const float *)m.values + row * m.step + p.first;
+    if (!work(Line{row, p.first, n, x, m.out ? to : nullptr})) return false;
+    if (m.out && to == copy) put(copy, m.out_dtype, n, place(m.out, m.out_dtype, at));
+  }
+  return true;
+}
+
+static bool encode_piece(const lb_matrix &m, const Piece &p, float *room, Desk &desk) {
+  return each_line(m, p, room, [&](const Line &line) { return encode_line(m, line, desk); });
+}
+
+// ---- and back, to rows
+
+// Codes of n values from a column on, as they are stored, to values: of one block, or many in units of their scales.
+static void decode_part(const lb_matrix &m, int64_t row, int64_t col, int n, float *to, Desk &desk) {
+  const lb_operand &o = m.packed;
+  const lb_format &f = *o.format;
+  const uint8_t *codes = (const uint8_t *)o.codes + row * o.row_bytes;
+  const int64_t number = row / m.tile * o.scales + col / f.block;
+  const bool one = col % f.block + n <= f.block;
+  const float scale = one ? o.scale[number] : 1.0f;
+  const void *extra = !o.extra                     ? nullptr
+                      : f.kind == LB_KIND_AFFINE ? (const void *)((const uint8_t *)o.extra + number)
+                                                 : (const void *)((const float *)o.extra + number);
+  if (col * f.bits % 8 == 0) {
+    decode_packed(f, codes + col * f.bits / 8, n, scale, extra, to, desk.codes);
+  } else {
+    get_bits(codes, f.bits, col, n, desk.codes);
+    decode(f, desk.codes, n, scale, extra, to);
+  }
+  if (!one) multiply(f, to, col, n, o.scale + number, to);
+}
+
 static void decode_piece(const lb_matrix &m, const Piece &p, Desk &desk) {
   const lb_operand &o = m.packed;
   const lb_format &f = *o.format;
   const bool whole = f.kind == LB_KIND_FLOAT;
-  const int64_t block = whole ? SPAN : f.block;
-  for (int64_t col = p.first; col < p.last; col += block) {
-    const int64_t n = p.last - col < block ? p.last - col : block, number = p.row * o.scales + col / block;
-    for (int64_t i = 0; i < n; i += SPAN) {
-      const int part = (int)(n - i < SPAN ? n - i : SPAN);
-      const int64_t at = p.row * m.cols + col + i;
-      float *to = m.dtype == LB_FLOAT32 ? (float *)m.values + at : desk.out;
-      if (whole) {
-        widen(o.codes, f.dtype, at, part, to);
-      } else {
-        const uint8_t *row = (const uint8_t *)o.codes + p.row * o.row_bytes, *codes = desk.codes;
-        if (f.bits == 8) codes = row + col + i;
-        else if ((col + i) * f.bits % 8 == 0) unpack(row + (col + i) * f.bits / 8, f.bits, part, desk.codes);
-        else get_bits(row, f.bits, col + i, part, desk.codes);
-        const void *extra = !o.extra                     ? nullptr
-                            : f.kind == LB_KIND_AFFINE ? (const void *)((const uint8_t *)o.extra + number)
-                                                       : (const void *)((const float *)o.extra + number);
-        decode(f, codes, part, o.scale[number], extra, to);
-      }
-      if (m.dtype != LB_FLOAT32) narrow(to, m.dtype, part, nullptr, (uint16_t *)m.values + at);
-    }
+  const bool many = (f.kind == LB_KIND_INTEGER || f.kind == LB_KIND_CODEBOOK) && !f.square;
+  for (int64_t col = p.first; col < p.last;) {
+    const int64_t end = whole || many ? p.last : col - col % f.block + f.block;
+    const int n = part_of((end < p.last ? end : p.last) - col);
+    const int64_t at = p.row * m.cols + col;
+    float *to = m.out_dtype == LB_FLOAT32 ? (float *)m.out + at : desk.out;
+    if (whole) widen(o.codes, f.dtype, p.row * m.cols + col, n, to);
+    else decode_part(m, p.row, col, n, to, desk);
+    if (m.out_dtype != LB_FLOAT32) put(to, m.out_dtype, n, place(m.out, m.out_dtype, at));
+    col += n;
   }
 }
 

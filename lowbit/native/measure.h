@@ -12,7 +12,13 @@ static void look_ahead(const Run &run, const Span &s, int wanted, Feed &feed) {
   const lb_job &job = *run.job;
   const int of_parameter = job.param_dtype == LB_FLOAT32 ? 4 : 2, of_gradient = job.grad_dtype == LB_FLOAT32 ? 4 : 2;
   feed.count = 0;
-  if (wanted & 1) feed.add((const char *)job.param + s.at * of_parameter, s.n * of_parameter);
+  if (wanted & 1 && job.weight.format) {
+    const int bits = job.weight.format->bits;
+    feed.add((const char *)job.weight.codes + s.row * job.weight.row_bytes + s.col * bits / 8, s.n * bits / 8);
+    if (job.rest) feed.add(job.rest + s.at, s.n);
+  } else if (wanted & 1) {
+    feed.add((const char *)job.param + s.at * of_parameter, s.n * of_parameter);
+  }
   feed.add((const char *)job.grad + s.at * of_gradient, s.n * of_gradient);
   for (int k = 0; k < job.program->moments; ++k) {
     if (!(wanted >> (2 + k) & 1)) continue;

@@ -26,6 +26,7 @@ static Cut cut(const lb_job &job) {
     const lb_format &f = *job.moments[k].format;
     dense &= f.kind == LB_KIND_FLOAT || job.cols * f.bits % 8 == 0;
   }
+  if (job.weight.format) dense &= job.cols * job.weight.format->bits % 8 == 0;
   const int64_t each = SPAN / c.width;
   c.across = dense ? 0 : (c.per_row + each - 1) / each;
   c.spans = dense ? (job.rows * c.per_row + each - 1) / each : job.rows * c.across;
@@ -104,7 +105,7 @@ constexpr int PIECE = LB_BLOCK / 2, PIECES = SPAN / PIECE;
 struct Feed {
   struct {
     const char *at, *end;
-  } range[LB_MOMENTS + 2];
+  } range[LB_MOMENTS + 3];
   int count = 0;
   void add(const void *from, int64_t bytes) { range[count++] = {(const char *)from, (const char *)from + bytes}; }
   void some() {
@@ -128,6 +129,7 @@ struct Room {
   Draws draws;
   Feed feed;
   alignas(64) float scale[LB_MOMENTS][SPAN], inverse[LB_MOMENTS][SPAN], base[LB_MOMENTS][SPAN];
+  alignas(64) int8_t rest[SPAN];
   float companion[SPAN];
   uint32_t peaks[LB_ARRAYS][PIECES];  // of what updates wrote to each slot, per piece
   uint32_t value_peaks[PIECES];       // of what was measured
@@ -135,6 +137,11 @@ struct Room {
   uint32_t work[LB_BLOCK];
   const float *at[LB_ARRAYS];         // where each slot's values are now
 };
+
+static int block_shift(const lb_format &f) { return __builtin_ctz((unsigned)f.block); }  // blocks divide 256
+
+// Values that share a scale inside a span.
+static int sub_block(const lb_format &f, const Cut &c) { return f.block < c.width ? f.block : c.width; }
 
 static void clear_tail(float *values, int n) {
   if (n % 16) memset(values + n, 0, 4 * (16 - n % 16));

@@ -13,6 +13,7 @@ from ..formats import Format
 from . import abi
 
 INFINITE = math.inf
+ALL = 2**31 - 1  # values of a row: one block
 
 
 @lru_cache(maxsize=256)
@@ -24,7 +25,7 @@ def table(fmt: Format) -> abi.Format:
         is_signed=fmt.signed,
         square=fmt.square,
         sign_magnitude=fmt.sign_magnitude,
-        block=min(fmt.block[1], 2**31 - 1),
+        block=min(fmt.block[1], ALL) or ALL,
         limit=fmt.limit,
     )
     if fmt.dtype is not None:
@@ -34,6 +35,7 @@ def table(fmt: Format) -> abi.Format:
     if fmt.kind in ("integer", "codebook"):
         made.has_zero = fmt.zero_code is not None
         made.least = next(code for value, code in fmt.ladder if value > 0)
+        made.values[: len(fmt.values)] = fmt.values
     if fmt.kind == "codebook":
         _codebook(made, fmt)
     return made
@@ -42,20 +44,28 @@ def table(fmt: Format) -> abi.Format:
 def _codebook(made: abi.Format, fmt: Format) -> None:
     ladder, codes = zip(*fmt.ladder, strict=True)
     made.rungs, made.same = len(ladder), codes == tuple(range(len(codes)))
-    made.values[: len(fmt.values)] = fmt.values
     made.ladder[:] = (*ladder, *[INFINITE] * (256 - len(ladder)))
     made.thresholds[:] = (*fmt.thresholds, *[INFINITE] * (256 - len(fmt.thresholds)))
     made.codes[: len(codes)] = codes
     if len(ladder) <= 16:
-        # Step k looks at every (16 >> k)-th threshold, from the (8 >> k)-th on, by minus the rung found so far.
-        for level in range(4):
-            step = 16 >> level
-            for rung, threshold in enumerate(made.thresholds[step // 2 - 1 : 15 : step]):
-                made.tree[8 * level + -rung % 8] = threshold
+        made.tree[:] = _tree(made.thresholds[:15])
+        rungs = [_rounded(value) for value in ladder]
+        made.below[:] = _tree([*rungs[1:-1], *[INFINITE] * (17 - len(rungs))])
+        made.gaps[: len(rungs) - 1] = [_rounded(high - low) for low, high in pairwise(rungs)]
         if made.same and not fmt.sign_magnitude:
             _bins(made, fmt)
     else:
         _cells(made, fmt.thresholds)
+
+
+def _tree(numbers: list[float]) -> list[float]:
+    """15 numbers to search: step k looks at every (16 >> k)-th, from the (8 >> k)-th on, by minus the rung so far."""
+    tree = [0.0] * 32
+    for level in range(4):
+        step = 16 >> level
+        for rung, number in enumerate(numbers[step // 2 - 1 :: step]):
+            tree[8 * level + -rung % 8] = number
+    return tree
 
 
 def _rounded(x: float) -> float:

@@ -20,12 +20,14 @@ struct Crew {
   double *spaces;
 };
 
-struct Hand {  // one task of a matrix
-  int64_t next;
-  bool failed;
+enum Task { ENCODE, DECODE, MEASURE };
+
+struct Hand {  // a matrix, and what is to be done with it
   const lb_matrix *matrix;
-  float *fake;
-  bool decoding;
+  Task task;
+  Asked asked;
+  bool failed;
+  int64_t next;
 };
 
 static void one_of_crew(Crew &crew, int thread) {
@@ -34,16 +36,23 @@ static void one_of_crew(Crew &crew, int thread) {
 
 static void one_hand(Hand &hand) {
   Desk desk;
-  const Pieces pieces(*hand.matrix);
-  const int64_t each = 1 + WIDE / (pieces.each > 0 ? pieces.each : 1);
-  for (;;) {
+  const lb_matrix &m = *hand.matrix;
+  const Pieces pieces(m, hand.task == MEASURE || !m.inverse);
+  const int64_t each = 1 + WIDE / pieces.values(), pairs = pieces.each / LB_BLOCK + 1;
+  double *work = nullptr;  // and behind it, the room for a piece
+  bool fine = !posix_memalign((void **)&work, 64, sizeof(double) * (pairs + pieces.values() / 2 + 1));
+  float *room = (float *)(work + pairs);
+  while (fine) {
     const int64_t first = __atomic_fetch_add(&hand.next, each, __ATOMIC_RELAXED);
-    if (first >= pieces.count) return;
-    for (int64_t k = first; k < first + each && k < pieces.count; ++k) {
-      if (hand.decoding) decode_piece(*hand.matrix, pieces[k], desk);
-      else if (!encode_piece(*hand.matrix, pieces[k], hand.fake, desk)) hand.failed = true;
+    if (first >= pieces.count) break;
+    for (int64_t k = first; fine && k < first + each && k < pieces.count; ++k) {
+      if (hand.task == DECODE) decode_piece(m, pieces[k], desk);
+      else if (hand.task == MEASURE) fine = measure_piece(m, pieces[k], hand.asked, room, work, desk);
+      else fine = encode_piece(m, pieces[k], room, desk);
     }
   }
+  if (!fine) hand.failed = true;
+  free(work);
 }
 
 #ifdef _OPENMP
@@ -89,5 +98,11 @@ template <class Task> static void run_started(Task &task, int threads, void *(*b
 static void run_threads(Crew &crew, int threads) { run_started(crew, threads, start_crew); }
 static void run_threads(Hand &hand, int threads) { run_started(hand, threads, start_hand); }
 #endif
+
+static bool run_matrix(const lb_matrix &matrix, Task task, Asked asked, int threads) {
+  Hand hand = {&matrix, task, asked, false, 0};
+  run_threads(hand, worthwhile(threads, matrix.rows * matrix.cols));
+  return hand.failed;
+}
 
 }  // namespace LB_SPACE

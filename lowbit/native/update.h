@@ -1,16 +1,9 @@
 // The updating sweep: new values are checked, encoded and stored, block by block, or not at all.
 #pragma once
 #include "measure.h"
+#include "weight.h"
 
 namespace LB_SPACE {
-
-// The largest magnitude of a part of a span: from the peaks of its pieces, or looked for.
-static uint32_t peak_of(const uint32_t *peaks, int piece, const float *x, int start, int n) {
-  if (!piece) return peak(x + start, n);
-  uint32_t most = 0;
-  for (int k = start / piece; k * piece < start + n; ++k) most = peaks[k] > most ? peaks[k] : most;
-  return most;
-}
 
 // A moment kept in 16 bits.
 static void narrow_moment(const lb_operand &o, const float *x, int n, const uint16_t *draws, uint16_t *to) {
@@ -90,7 +83,7 @@ static void store_moment(const Run &run, const Span &s, int k, const bool *good,
   const bool direct = f.bits == 8 && all;
   uint8_t *codes = direct ? target : room.codes;
   const int each = sub_block(f, run.cut);
-  int64_t scale = s.row * o.scales + s.col / f.block;
+  int64_t scale = s.row * o.scales + (s.col >> block_shift(f));
   for (int i = 0, number = 0; i < s.n; i += each, ++number, ++scale) {
     const int n = s.n - i < each ? s.n - i : each;
     const bool bounded = run.job->program->guarded && all;
@@ -115,6 +108,7 @@ static void store_moment(const Run &run, const Span &s, int k, const bool *good,
 // The parameter as it will be stored, and whether it stays finite where it was.
 static bool prepare_parameter(const Run &run, const Span &s, int piece, bool *good, Room &room) {
   const lb_job &job = *run.job;
+  if (job.weight.format) return check_weight(run, s, run.written & 1 ? piece : 0, good, room);
   const float *p = room.at[0];
   const int dtype = job.param_dtype;
   bool fine;
@@ -181,6 +175,7 @@ static void store_companion(const Run &run, int64_t at, int from, int n, Room &r
 
 static void store_parameter(const Run &run, const Span &s, const bool *good, bool all, Room &room) {
   const lb_job &job = *run.job;
+  if (job.weight.format) return store_weight(run, s, good, all, room);
   const int size = job.param_dtype == LB_FLOAT32 ? 4 : 2;
   const char *from = size == 4 ? (const char *)room.at[0] : (const char *)room.parameter;
   char *to = (char *)job.param + s.at * size;

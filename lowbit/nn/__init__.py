@@ -1,8 +1,30 @@
 """Layers whose matmuls run on low-bit operands: recipes, the layer, and the conversion of a model."""
 
 from .convert import quantize_, to_dense_
+from .dense import high_precision_
+from .embedding import QuantEmbedding
 from .linear import QuantLinear
-from .recipe import Operand, Recipe, recipes
+from .materialize import materialize_
+from .operand import Operand
+from .presets import recipes
+from .recipe import Recipe
 from .report import Report
+from .stored import StoredWeight
+from .stored_flat import StoredFlat  # which also tells `stored_ops` what to do with lists
+from .stored_state import rescale_
 
-__all__ = ["Operand", "QuantLinear", "Recipe", "Report", "quantize_", "recipes", "to_dense_"]
+__all__ = [
+    "Operand",
+    "QuantEmbedding",
+    "QuantLinear",
+    "Recipe",
+    "Report",
+    "StoredFlat",
+    "StoredWeight",
+    "high_precision_",
+    "materialize_",
+    "quantize_",
+    "recipes",
+    "rescale_",
+    "to_dense_",
+]

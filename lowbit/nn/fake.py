@@ -1,27 +1,115 @@
-"""Quantize and dequantize at once: the values a 4-bit operand would have, in fp32, without making the codes.
+"""An operand of a matmul: the values that its codes stand for, and the codes where they are kept.
 
-What the values are is said by `codec` (and `stablespam`); how they are made is a backend's business. Outliers are taken
-out before and put back after.
+What the values are is said by `codec` (and `stablespam`, `eden`); how they are made is a backend's business. A rotation
+comes first; outliers are taken out before and put back after.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backends
 from ..backends.reference import blocks, joined
-from .recipe import Operand
+from ..rotation import Rotation
+from . import eden
+from .operand import Operand
 from .stablespam import RELEASED
 
+Noise = tuple[int, int]  # the key of an operand's random bits
 
-def fake_quantize(x: Tensor, operand: Operand | None, noise: tuple[int, int] | None = None) -> Tensor:
+
+def fake_quantize(
+    x: Tensor, operand: Operand | None, noise: Noise | None = None, rotation: Rotation | None = None
+) -> Tensor:
     """The matrix `x` as the operand's format would hold it, blocks along its rows, in fp32 (`x` itself if None).
 
-    `noise` is the key of the random bits, needed where the operand rounds stochastically.
+    Args:
+        x: a matrix of any float dtype.
+        operand: its own `hadamard` is not looked at.
+        noise: the key of the random bits, needed where the operand does not round to nearest.
+        rotation: of the rows, before they are rounded.
     """
     if operand is None or x.numel() == 0:
-        return x
+        return turned(x, rotation)
+    if operand.rounding == "eden":
+        return decode(encode(x, operand, noise, rotation), operand, padded(x.shape[1], rotation))
+    if operand.outliers or operand.flat or operand.spec is None:
+        return _with_outliers(turned(x, rotation), operand, noise)
+    x, noise = _prescaled(_zeros_appended(x, rotation), operand), noise if operand.rounding == "stochastic" else None
+    return _unscaled(backends.fake(operand.spec, x, noise, rotation=rotation), operand)
+
+
+def encode(
+    x: Tensor, operand: Operand, noise: Noise | None = None, rotation: Rotation | None = None
+) -> dict[str, Tensor]:
+    """The parts of `x` in the operand's format, which `decode` gives the values of `fake_quantize` for, bit for bit.
+
+    Empty where no codes hold them: outliers stay exact, flat groups cross rows, an empty matrix has no blocks.
+    """
+    if operand.codes is None or x.numel() == 0:
+        return {}
+    if operand.rounding == "eden":
+        assert noise is not None
+        return eden.encode(operand.codes, _prescaled(turned(x, rotation), operand).float(), operand.hadamard, noise)
+    return quantized(x, operand, noise, rotation)[1]
+
+
+def quantized(
+    x: Tensor, operand: Operand, noise: Noise | None = None, rotation: Rotation | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(`fake_quantize`, `encode`) in one pass."""
+    if operand.codes is None or x.numel() == 0 or operand.rounding == "eden":
+        parts = encode(x, operand, noise, rotation)
+        values = decode(parts, operand, padded(x.shape[1], rotation)) if parts else None
+        return fake_quantize(x, operand, noise, rotation) if values is None else values, parts
+    x, noise = _prescaled(_zeros_appended(x, rotation), operand), noise if operand.rounding == "stochastic" else None
+    values, parts = backends.quantized(operand.codes, x, noise, rotation=rotation)
+    return _unscaled(values, operand), parts
+
+
+def decode(parts: dict[str, Tensor], operand: Operand, cols: int) -> Tensor:
+    """fp32 [rows, cols]: the inverse of `encode`."""
+    codes = parts["codes"]
+    assert operand.codes is not None
+    traced = torch.compiler.is_compiling() or codes.is_meta or type(codes) is not Tensor
+    return _unscaled((backends.reference if traced else backends).decode(operand.codes, parts, cols), operand)
+
+
+def turned(x: Tensor, rotation: Rotation | None) -> Tensor:
+    """A matrix rotated along its rows, in fp32 (`x` itself if None), with zeros appended up to a multiple of the size.
+
+    Zeros in both operands add nothing to their product, and a rotation of both changes none.
+    """
+    return x if rotation is None else backends.rotate(_zeros_appended(x, rotation), rotation)
+
+
+def turned_back(x: Tensor, rotation: Rotation | None, cols: int) -> Tensor:
+    """The inverse of `turned` of a matrix of `cols` columns, up to rounding."""
+    return x if rotation is None else backends.rotate(x, rotation, back=True)[:, :cols]
+
+
+def padded(cols: int, rotation: Rotation | None) -> int:
+    """How many columns `turned` makes of so many."""
+    return cols if rotation is None else -(-cols // rotation.size) * rotation.size
+
+
+def _zeros_appended(x: Tensor, rotation: Rotation | None) -> Tensor:
+    more = padded(x.shape[1], rotation) - x.shape[1]
+    return F.pad(x.detach(), (0, more)) if more else x
+
+
+def _prescaled(x: Tensor, operand: Operand) -> Tensor:
+    return x if operand.prescale == 1 else x.detach().float() * operand.prescale
+
+
+def _unscaled(values: Tensor, operand: Operand) -> Tensor:
+    return values if operand.prescale == 1 else values * (1 / operand.prescale)
+
+
+def _with_outliers(x: Tensor, operand: Operand, noise: Noise | None) -> Tensor:
+    """Operands that no codes hold: largest magnitudes stay as they are, blocks of the flat tensor cross rows."""
     rows = x.reshape(1, -1) if operand.flat else x
     taken: list[tuple[Tensor, Tensor]] = []
     if operand.outliers:
@@ -32,17 +120,18 @@ def fake_quantize(x: Tensor, operand: Operand | None, noise: tuple[int, int] | N
             block.scatter_(-1, where, 0.0)
     if operand.spec is None:  # the formulas of the Stable-SPAM release are its own: no backend knows them
         values = RELEASED[str(operand.format)].values
-        quantized = joined([values(block) for block in _blocks(rows.float().contiguous(), operand)])
+        result = joined([values(block) for block in _blocks(rows.float().contiguous(), operand)])
     else:
-        quantized = backends.fake(operand.spec, rows, None if operand.rounding == "nearest" else noise)
+        rows, noise = _prescaled(rows, operand), noise if operand.rounding == "stochastic" else None
+        result = _unscaled(backends.fake(operand.spec, rows, noise), operand)
     if taken:
-        for block, (where, exact) in zip(_blocks(quantized, operand), taken, strict=True):
+        for block, (where, exact) in zip(_blocks(result, operand), taken, strict=True):
             block.scatter_(-1, where, exact)
-    return quantized.reshape(x.shape)
+    return result.reshape(x.shape)
 
 
 def _blocks(rows: Tensor, operand: Operand) -> list[Tensor]:
-    assert operand.block is not None
+    assert isinstance(operand.block, int)
     return blocks(rows, operand.block)
 
 

@@ -6,9 +6,8 @@
 
 Each of the six is an `Operand` or None (not quantized). In the backward matmuls the weight or activation may also be
 `"forward"`: the very values that the forward pass used. That is the default, the straight-through estimator of the
-quantization-aware training literature, and it costs nothing, since those values are saved anyway. An `Operand` in its
-place quantizes the float original afresh, in blocks along that matmul's own contraction (output features for dgrad,
-tokens for wgrad), which is what a 4-bit matrix unit would need.
+quantization-aware training literature. An `Operand` in its place quantizes afresh, in blocks along that matmul's own
+contraction (output features for dgrad, tokens for wgrad), which is what a 4-bit matrix unit needs.
 
 Choice: a recipe is a value. Everything that decides what a layer computes is in it, so it prints on one line, compares,
 pickles and goes into a result file. Its price: whatever no field expresses cannot be asked for.
@@ -16,102 +15,14 @@ pickles and goes into a result file. Its price: whatever no field expresses cann
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from functools import cache
-from types import MappingProxyType
+from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from ..formats import Format, formats, nearest
-from ..formats import format as find_format
-from .stablespam import GROUP, RELEASED
+from ..formats import Format
+from ..stored import find_store
+from .operand import Operand
 
 FORWARD: Literal["forward"] = "forward"
-
-
-@dataclass(frozen=True)
-class Operand:
-    """How one operand of a matmul is quantized.
-
-    Args:
-        format: a signed format's name (`lowbit.formats()`; `"int4:16"` names the block too) or a `Format`, or one of
-            the quantizers of the Stable-SPAM release (`lowbit.nn.stablespam`).
-        block: values that share one scale, along the matmul's contraction; the format's own if None. The last block of
-            a row may be shorter.
-        rounding: "nearest", or "stochastic" (unbiased; backward matmuls only).
-        outliers: how many of the largest magnitudes of each block are kept exact.
-        flat: blocks run over the flattened tensor and may cross rows, as in the Stable-SPAM release.
-
-    >>> print(Operand("int4", block=16, rounding="stochastic"))
-    int4:16 stochastic
-    """
-
-    format: str | Format
-    block: int | None = None
-    rounding: Literal["nearest", "stochastic"] = "nearest"
-    outliers: int | None = None
-    flat: bool | None = None
-    spec: Format | None = field(init=False, repr=False, compare=False)  # with this block; None for released quantizers
-
-    def __post_init__(self) -> None:
-        released = RELEASED.get(self.format) if isinstance(self.format, str) else None
-        block = self._released_block() if released else self._format_block()
-        defaults = {"block": block, "outliers": released.outliers if released else 0, "flat": released is not None}
-        for name, value in defaults.items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
-        object.__setattr__(self, "spec", None if released else self._spec())
-        if self.rounding not in ("nearest", "stochastic"):
-            raise ValueError(f"rounding must be 'nearest' or 'stochastic', not {self.rounding!r}")
-        if not isinstance(self.outliers, int) or self.outliers < 0:
-            raise ValueError(f"outliers must be a whole number, 0 or more, not {self.outliers!r}")
-        if released and self.rounding == "stochastic":
-            raise ValueError(f"{self.format!r} rounds to nearest, as released; for stochastic rounding use a format")
-
-    def _released_block(self) -> int:
-        block = GROUP if self.block is None else self.block
-        if block < 1:
-            raise ValueError(f"block must be at least 1, not {block}")
-        return block
-
-    def _format_block(self) -> int | None:
-        """Check the format, move a block named in it ("int4:16") to `block`, and say which block it has."""
-        if isinstance(self.format, str) and self.format.partition(":")[0] not in formats():
-            known = (*formats(), *RELEASED)
-            hint = nearest(self.format.partition(":")[0], known)
-            raise ValueError(f"unknown format {self.format!r}{hint}; known: {', '.join(known)}")
-        fmt = find_format(self.format)
-        if not fmt.signed:
-            raise ValueError(f"format {fmt.name!r} is unsigned and cannot hold weights, activations or gradients")
-        if not fmt.compressed:
-            if self.block is not None or self.outliers:
-                raise ValueError(f"format {fmt.name!r} has no blocks, so block= and outliers= mean nothing")
-            return None
-        if isinstance(self.format, str) and ":" in self.format:
-            if self.block not in (None, fmt.block[1]):
-                raise ValueError(f"format {self.format!r} names a block, and block={self.block} another")
-            object.__setattr__(self, "format", fmt.name.partition(":")[0])
-        return fmt.with_block(fmt.block[1] if self.block is None else self.block).block[1]
-
-    def _spec(self) -> Format:
-        fmt = find_format(self.format)
-        return fmt if self.block in (None, fmt.block[1]) else fmt.with_block(self.block)
-
-    @property
-    def bits(self) -> int:
-        """The width of a code."""
-        return 4 if self.spec is None else self.spec.bits
-
-    def __str__(self) -> str:
-        name = str(self.format) if self.block is None else f"{str(self.format).partition(':')[0]}:{self.block}"
-        released = self.spec is None
-        extras = [
-            f"+{self.outliers} outliers" if self.outliers else "",
-            "flat" if self.flat and not released else "",
-            "stochastic" if self.rounding == "stochastic" else "",
-        ]
-        return " ".join([name, *filter(None, extras)])
-
 
 Spec: TypeAlias = "str | Format | Operand | None"
 Slot: TypeAlias = "Operand | None"
@@ -120,7 +31,7 @@ Reused: TypeAlias = 'Operand | Literal["forward"] | None'
 
 @dataclass(frozen=True, init=False)
 class Recipe:
-    """What a quantized linear layer does in its three matmuls, and how its weight is stored.
+    """What a quantized linear layer does in its three matmuls, how its weight is stored, and which blocks stay dense.
 
     Args:
         forward: (activation, weight), each a format name, an `Operand` or None.
@@ -129,9 +40,17 @@ class Recipe:
         weight: short for the weight in every matmul: quantized once, in the forward pass.
         activation: short for the activation in every matmul, in the same way.
         gradient: short for the gradient in dgrad and wgrad, quantized along each one's own contraction.
-        store: how the weight is kept between steps. So far only "master": the float parameter stays as it is.
-        seed: of stochastic rounding.
+        store: how the weight is kept between steps: "master", the float parameter stays as it is; or as codes and
+            scales with no float copy, by the name of a store (`lowbit.nn.stored`: "int8", "int4", "split" …). Where the
+            forward weight is None, or has the format of the store, the stored values are what it multiplies with.
+        embedding: the name of a store for the tables of `nn.Embedding`, or None: they stay dense.
+        dense: how many of a model's first and last blocks `quantize_` leaves alone: whole numbers, or below 1 a part
+            of all blocks, rounded up.
+        seed: of stochastic rounding and of the signs of rotations.
         name: what `str` and reports call it.
+
+    Raises:
+        ValueError: the operands of a matmul do not fit each other, or one does something that its place forbids.
 
     >>> print(Recipe(weight="int4:32", activation="int8"))
     forward int8:256 × int4:32, dgrad float × forward, wgrad float × forward, store master
@@ -141,8 +60,10 @@ class Recipe:
     dgrad: tuple[Slot, Reused]
     wgrad: tuple[Slot, Reused]
     store: str
+    embedding: str | None
+    dense: tuple[float, float]
     seed: int
-    name: str = field(compare=False)
+    name: str
 
     def __init__(
         self,
@@ -154,33 +75,61 @@ class Recipe:
         activation: Spec = None,
         gradient: Spec = None,
         store: str = "master",
+        embedding: str | None = None,
+        dense: tuple[float, float] = (0, 0),
         seed: int = 0,
         name: str = "",
     ) -> None:
         _exclusive("forward", forward, weight=weight, activation=activation)
         _exclusive("dgrad", dgrad, gradient=gradient)
         _exclusive("wgrad", wgrad, gradient=gradient)
-        if store != "master":
-            raise ValueError(f"store={store!r}: only store='master', a float parameter, exists so far")
         if not isinstance(seed, int):
             raise ValueError(f"seed must be a whole number, not {seed!r}")
         values = {
             "forward": _pair("forward", (activation, weight) if forward is None else forward),
             "dgrad": _pair("dgrad", (gradient, FORWARD) if dgrad is None else dgrad),
             "wgrad": _pair("wgrad", (gradient, FORWARD) if wgrad is None else wgrad),
-            "store": store,
+            "store": store if store == "master" else find_store(store).name,
+            "embedding": None if embedding is None else find_store(embedding).name,
+            "dense": _dense(dense),
             "seed": seed,
             "name": name,
         }
         for key, value in values.items():
             object.__setattr__(self, key, value)
-        if not self.operands:
-            raise ValueError("this recipe quantizes nothing: give weight=, activation=, gradient= or the matmuls")
-        if any(operand is not None and operand.rounding == "stochastic" for operand in self.forward):
+        if not self.operands and not self.stores:
             raise ValueError(
-                "forward: stochastic rounding is for backward matmuls; a forward pass rounds to nearest, so that "
-                "evaluation is deterministic and recomputing it for gradient checkpointing gives the same values"
+                "this recipe quantizes nothing: give weight=, activation=, gradient= or the matmuls, or store="
             )
+        self._check()
+
+    def _check(self) -> None:
+        for operand in self.forward:
+            if operand is not None and operand.rounding != "nearest":
+                raise ValueError(
+                    f"forward: {operand.rounding} rounding is for backward matmuls; a forward pass rounds to nearest, "
+                    "so that evaluation is deterministic and recomputing it for gradient checkpointing gives the same "
+                    "values"
+                )
+            if operand is not None and operand.of == "forward":
+                raise ValueError("forward: of='forward' is for the weight or activation of a backward matmul")
+        for matmul, pair in (("dgrad", self.dgrad), ("wgrad", self.wgrad)):
+            gradient, other = pair
+            if gradient is not None and gradient.of == "forward":
+                raise ValueError(f"{matmul}: of='forward' is for its second operand; the forward pass has no gradient")
+            for operand in (gradient, other):
+                if isinstance(operand, Operand) and operand.estimator != "ste":
+                    raise ValueError(
+                        f"{matmul}: estimator={operand.estimator!r} is for an operand of the forward matmul: "
+                        "nothing is differentiated through a backward one"
+                    )
+        for matmul, pair in (("forward", self.forward), ("dgrad", self.dgrad), ("wgrad", self.wgrad)):
+            first, second = (_rotation(operand) for operand in pair)
+            if first != second:
+                raise ValueError(
+                    f"{matmul}: both operands of a matmul must be rotated alike, or the rotations do not cancel; "
+                    f"here the first has {_said(first)} and the second {_said(second)}"
+                )
 
     @property
     def operands(self) -> tuple[Operand, ...]:
@@ -188,9 +137,14 @@ class Recipe:
         return tuple(o for pair in (self.forward, self.dgrad, self.wgrad) for o in pair if isinstance(o, Operand))
 
     @property
+    def stores(self) -> bool:
+        """Whether weights are kept as codes, with no float master."""
+        return self.store != "master" or self.embedding is not None
+
+    @property
     def stochastic(self) -> bool:
-        """Whether any operand is rounded stochastically."""
-        return any(operand.rounding == "stochastic" for operand in self.operands)
+        """Whether gradients differ from call to call: stochastic rounding, or rotations drawn anew."""
+        return any(o.random for pair in (self.dgrad, self.wgrad) for o in pair if isinstance(o, Operand))
 
     @property
     def bits(self) -> int | None:
@@ -205,7 +159,10 @@ class Recipe:
         return ", ".join(f"{k} {a or 'float'} × {b or 'float'}" for k, (a, b) in pairs.items())
 
     def __str__(self) -> str:
-        return f"{self.name + ': ' if self.name else ''}{self.matmuls}, store {self.store}"
+        first, last = self.dense
+        dense = f", dense first {first:g} and last {last:g}" if first or last else ""
+        tables = f", embeddings {self.embedding}" if self.embedding else ""
+        return f"{self.name + ': ' if self.name else ''}{self.matmuls}, store {self.store}{tables}{dense}"
 
 
 def _exclusive(name: str, given: object, **shorthands: object) -> None:
@@ -232,45 +189,19 @@ def _operand(name: str, spec: Spec) -> Slot:
         raise ValueError(f"{name}: {error}") from None
 
 
-@cache
-def presets() -> Mapping[str, Recipe]:
-    """The recipes that have names. Built at first use.
-
-    `int4` (symmetric) and `fp4` (E2M1) quantize weights and activations in blocks of 16 along the contraction. Shorter
-    blocks cost more scales and lose less: against float, a nano LLaMA trained with Muon loses .039 nats a byte with
-    int4:16, .056 with int4:32 and .081 with int4:64; .048 with e2m1:16 and .056 with e2m1:32 (4 paired seeds; 16
-    against 32 is -.018 [-.030, -.005] for int4 and -.008 [-.022, +.007], not significant, for E2M1, which follows so
-    that the two differ in the grid alone). See benchmarks/recipe_blocks.py and its results. No outliers are kept: none
-    were needed. Blocks of 16 with 16-bit scales are 5 bits a value; nothing is packed yet, so no memory was at stake.
-
-    `stablespam-int4` and `stablespam-fp4` are the paper's, as released (`lowbit.nn.stablespam`), to compare with.
-    """
-    made = {
-        "int4": Recipe(name="int4", weight="int4:16", activation="int4:16"),
-        "fp4": Recipe(name="fp4", weight="e2m1:16", activation="e2m1:16"),
-        "stablespam-int4": Recipe(
-            name="stablespam-int4", weight="stablespam-int4-weight", activation="stablespam-int4-activation"
-        ),
-        "stablespam-fp4": Recipe(name="stablespam-fp4", weight="stablespam-fp4", activation="stablespam-fp4"),
-    }
-    return MappingProxyType(made)
+def _dense(dense: tuple[float, float]) -> tuple[float, float]:
+    if not isinstance(dense, tuple | list) or len(dense) != 2:
+        raise ValueError(f"dense must be a pair, (first, last), not {dense!r}")
+    for count in dense:
+        if not isinstance(count, int | float) or count < 0 or (count >= 1 and count != int(count)):
+            raise ValueError(f"dense: a number of blocks is whole, or a part below 1 of all blocks, not {count!r}")
+    return dense[0], dense[1]
 
 
-def recipes() -> tuple[str, ...]:
-    """The names of the recipes `quantize_` knows.
-
-    >>> "int4" in recipes()
-    True
-    """
-    return tuple(presets())
+def _rotation(operand: Reused) -> tuple[int, str]:
+    return (operand.hadamard, operand.signs) if isinstance(operand, Operand) and operand.hadamard else (0, "")
 
 
-def find_recipe(recipe: str | Recipe) -> Recipe:
-    """A recipe by name, or the recipe itself; `ValueError` with the nearest match for an unknown name."""
-    if isinstance(recipe, Recipe):
-        return recipe
-    if not isinstance(recipe, str):
-        raise TypeError(f"recipe must be a name or a Recipe, not {type(recipe).__name__}")
-    if recipe not in presets():
-        raise ValueError(f"unknown recipe {recipe!r}{nearest(recipe, recipes())}; known: {', '.join(recipes())}")
-    return presets()[recipe]
+def _said(rotation: tuple[int, str]) -> str:
+    size, signs = rotation
+    return f"hadamard={size}, signs={signs!r}" if size else "none"

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from types import ModuleType
-from typing import Any, ClassVar, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict
 
 import torch
 from torch import Tensor
@@ -34,6 +34,9 @@ from .hyper import check_common, check_names, check_types
 from .matrices import Chain, carried
 from .roster import Roster, Turns
 from .slot import FLOATS, Slot, asked_of
+
+if TYPE_CHECKING:
+    from .in_backward import InBackward
 
 ROUNDINGS = ("auto", "nearest", "stochastic")
 
@@ -125,6 +128,7 @@ class Rule(torch.optim.Optimizer, Part):
     host: ClassVar[dict[str, float]] = {}  # numbers per tensor that matrix stages keep on the host
     guarded: bool = True
     apart: ClassVar[bool] = False  # whether its states mean something else than those of the class it derives from
+    in_backward: InBackward | None = None  # what steps each parameter in backward
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Show the common options in a subclass's signature in place of its `**options`."""
@@ -359,6 +363,9 @@ class Rule(torch.optim.Optimizer, Part):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self.in_backward is not None:
+            self.in_backward.end()
+            return loss
         with torch.no_grad():
             if replay.capturing(self):
                 self._capture()
@@ -521,7 +528,7 @@ class Rule(torch.optim.Optimizer, Part):
         parts = [part.constants(group, t) for part in self.stabilize]
         return {k: v for constants in (*parts, self.kind_constants(group, t, kind)) for k, v in constants.items()}
 
-    def _reset(self, when: str) -> None:
+    def _reset(self, when: str, only: Tensor | None = None) -> None:
         """Momentum reset: zero scales and codes, written directly; what debiases a moment restarts with it.
 
         Of every tensor in the group, also of those that have no gradient in this step. A late reset, as released, is
@@ -530,13 +537,14 @@ class Rule(torch.optim.Optimizer, Part):
         for group in self.param_groups:
             if any(part.resets(group) == when for part in (*self.stabilize, self)):
                 for p in group["params"]:
-                    if self.state.get(p) and (when == "before" or p.grad is not None):
+                    meant = only is None or p is only
+                    if meant and self.state.get(p) and (when == "before" or p.grad is not None):
                         self._slots[p].zero_moments(self.state[p], keep=when == "after")
                         if self._slots[p].kept:
                             self._slots[p].draw(self.state[p], group["seed"], group["steps"])
 
     def _warn_resolution(self, work: Work) -> None:
-        """Once: a 16-bit parameter rounded to nearest does not move when an update is below half its ulp.
+        """Once: a parameter that is rounded to nearest does not move when an update is below half its resolution.
 
         Looked at in the first step (by the scheduler's peak rate, so that a warm-up is no reason) and every 100 after.
         """
@@ -548,14 +556,14 @@ class Rule(torch.optim.Optimizer, Part):
             lr = max(float(group["lr"]), float(group.get("initial_lr", 0.0)) if first else 0.0)
             for slot, _ in tensors:
                 p = slot.param
-                if p.dtype == torch.float32 or not slot.numel or self._warned:
+                if (p.dtype == torch.float32 and slot.stored is None) or not slot.numel or self._warned:
                     continue
-                half_ulp = float(p.detach().float().square().mean().sqrt()) * torch.finfo(p.dtype).eps / 2
-                if 0 < lr < half_ulp:
+                half, what, way_out = slot.resolution()
+                if 0 < lr < half:
                     self._warned = True
                     warnings.warn(
-                        f"lr={lr:.2g} is below the resolution of {slot.label} ({p.dtype}, half an ulp is "
-                        f'about {half_ulp:.2g}): most updates will round away. Use rounding="stochastic" or a master.',
+                        f"lr={lr:.2g} is below the resolution of {slot.label} ({what} is about {half:.2g}): "
+                        f'most updates will round away. Use rounding="stochastic" or {way_out}.',
                         stacklevel=6,
                     )
 
@@ -577,6 +585,10 @@ class Rule(torch.optim.Optimizer, Part):
 
     # ---- what it tells
 
+    @property
+    def _step_supports_amp_scaling(self) -> bool:  # with it, a GradScaler calls `step`, which can refuse it
+        return self.in_backward is not None
+
     def explain(self) -> Explanation:
         """Every tensor with its role, formats, the rule that chose them and its bytes; `str()` is a table."""
         self.init_state()
@@ -596,7 +608,7 @@ class Rule(torch.optim.Optimizer, Part):
 
     def __getstate__(self) -> dict[str, Any]:
         # Also what a subclass keeps; not hooks (as in torch), and not what is built again.
-        built = ("_programs", "_slots", "_roster", "devices", "step")
+        built = ("_programs", "_slots", "_roster", "devices", "step", "in_backward")
         own = {k: v for k, v in vars(self).items() if k not in built and not k.startswith("_optimizer_")}
         return {**own, **super().__getstate__()}
 

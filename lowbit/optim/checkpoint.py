@@ -189,7 +189,7 @@ def convert_stale(rule: Rule) -> None:
 def _by_tag() -> dict[int, Format]:
     """Every format a state can be stored in, by the number that checkpoints hold."""
     blocks = [1 << k for k in range(9)]
-    stored = [f for f in catalogue().values() if f.compressed]
+    stored = [f for f in catalogue().values() if f.compressed and f.plain]
     return {v.tag: v for f in stored for v in (f, *(f.with_block(b) for b in blocks if b != f.block[1]))}
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..tables import width
 from .matrices import temporary_bytes, together
+from .slot import tensors_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -21,7 +22,7 @@ NARROW = 150  # columns in which a table has no room for all of a tensor on one 
 
 @dataclass(frozen=True)
 class Row:
-    """One parameter."""
+    """One parameter; `dtype` names its store, if it is codes and scales."""
 
     name: str
     shape: tuple[int, ...]
@@ -32,6 +33,7 @@ class Row:
     why: str
     state_bytes: int
     temporary_bytes: int = 0
+    weight_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,11 @@ class Explanation:
         return sum(each) if self.together else max(each, default=0)
 
     @property
+    def weight_bytes(self) -> int:
+        """Bytes of all parameters, as they are stored."""
+        return sum(row.weight_bytes for row in self.rows)
+
+    @property
     def parameters(self) -> int:
         """How many values the parameters have."""
         total = 0
@@ -74,7 +81,8 @@ class Explanation:
         console.print(self._table(narrow=console.width < NARROW))
         per = self.state_bytes / max(1, self.parameters)
         console.print(
-            f"{self.parameters:,} parameters, {self.state_bytes:,} bytes of state ({per:.3f} per parameter). "
+            f"{self.parameters:,} parameters in {self.weight_bytes:,} bytes, "
+            f"{self.state_bytes:,} bytes of state ({per:.3f} per parameter). "
             f"A step reads the gradient {self.sweeps} time{'s' if self.sweeps > 1 else ''}: "
             + " or, for other tensors, ".join(self.stages)
         )
@@ -120,13 +128,14 @@ def explain(rule: Rule) -> Explanation:
                 Row(
                     name=label,
                     shape=tuple(p.shape),
-                    dtype=str(p.dtype).removeprefix("torch."),
+                    dtype=str(slot.store or p.dtype).removeprefix("torch."),
                     role=slot.role,
                     kind=slot.kind,
                     formats={moments[letter].name: fmt.name for letter, fmt in slot.formats.items()} if state else {},
                     why=why if state else "frozen",
                     state_bytes=sum(v.nbytes for v in state.values() if isinstance(v, Tensor)),
                     temporary_bytes=temporary_bytes(slot) if state else 0,
+                    weight_bytes=sum(x.nbytes for x in tensors_of(p)),
                 )
             )
     programs = list({id(slot.program): slot.program for slot in rule._slots.values()}.values())

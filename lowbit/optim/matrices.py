@@ -160,6 +160,7 @@ class Chain:
             vectors=vectors,
             group_rows=slot.group_rows,
             gathered=gradient,
+            stored=slot.stored if own_p else None,
         )
 
     # ---- matrix stages

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .. import backends
 from ..stages import Batch, Job, Kept, Turn
-from .slot import Slot, asked_of
+from .slot import Slot, asked_of, format_of, tensors_of
 
 if TYPE_CHECKING:
     from .base import Rule
@@ -97,7 +97,8 @@ class Roster:
         self.idle = [p for p in self.every if id(p) not in states]
         self.stateless = [p for p in self.every if not rule.state.get(p)]
         grads: list[Tensor] = [p.grad for p in self.params]  # type: ignore[misc]
-        self.guards, self.addresses = _guards([*self.params, *grads]), self._addresses()
+        self.formats = [format_of(p) for p in self.params]
+        self.guards, self.addresses = _guards([*self._own(), *grads]), self._addresses()
         self.grads: list[Tensor] = []  # of the step that begins
 
     @staticmethod
@@ -109,10 +110,18 @@ class Roster:
             for slot, state in tensors
         )
 
+    def _own(self) -> list[Tensor]:
+        """Of every tensor that is stepped, the plain ones that it is made of."""
+        if not any(self.formats):
+            return self.params
+        if not _same([format_of(p) for p in self.params], self.formats):
+            raise TypeError("a parameter is stored otherwise")
+        return [*chain.from_iterable(map(tensors_of, self.params))]
+
     def _addresses(self) -> list[int]:
         """Of every tensor that is stepped, and of its state's."""
         states = chain.from_iterable([slot.of_state(state) for slot, state in self.its])
-        return [*map(Tensor.data_ptr, self.params), *map(Tensor.data_ptr, states)]
+        return [*map(Tensor.data_ptr, self._own()), *map(Tensor.data_ptr, states)]
 
     def lasts(self, rule: Rule) -> bool:
         """Whether a step now would make what the last one made; `grads` are its gradients then."""
@@ -130,7 +139,7 @@ class Roster:
             return False
         try:
             grads: list[Tensor] = [p.grad for p in self.params]  # type: ignore[misc]
-            if self._addresses() != self.addresses or not self.guards.check(*self.params, *grads):
+            if self._addresses() != self.addresses or not self.guards.check(*self._own(), *grads):
                 return False
         except (
             AttributeError,

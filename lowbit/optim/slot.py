@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from .. import layout, masters, rows
+from ..formats import Format
 from ..formats import format as find_format
 from ..policy import Decision
 from ..roles import role_of
 from ..stages import Job, Program, Turn
+from ..stored import Store, name_of, resolution
 from . import sparse
 from .matrices import Chain, over
 
@@ -31,7 +33,7 @@ class Slot:
         self.role = role_of(name, tuple(p.shape), rule.roles)
         self.rows, self.cols = layout.rows_of(p.shape)
         self.shape = tuple(p.shape)  # of a moment that has one number per value
-        self.made_for = (p.dtype, p.device, p.shape)
+        self.made_for = (p.dtype, p.device, p.shape, format_of(p))
         self.numel = p.numel()
         self.id = number
         self.fixed, self.asked = tuple(rule.fixed(group)), asked_of(rule, group)
@@ -60,6 +62,7 @@ class Slot:
             if isinstance(part, Program):
                 over(self, part)  # raises for matrices that do not fit together
         self.master = group["master"]
+        self.store = self._store()
         self.tensors = self._tensors()
         self.of_state = itemgetter("step", *self.tensors)  # two at least, so always a tuple
         self._passed: Any = None  # what the last check saw
@@ -69,7 +72,7 @@ class Slot:
     def check(self, asked: tuple[str, ...], grad: Tensor) -> None:
         """Raise before a step changes anything; `asked` is `asked_of` the group. What passed once passes again."""
         p = self.param
-        now = (p.dtype, p.device, p.shape, grad.layout, grad.dtype, grad.device, grad.shape, asked)
+        now = (p.dtype, p.device, p.shape, format_of(p), grad.layout, grad.dtype, grad.device, grad.shape, asked)
         if now != self._passed:
             self._check(asked, grad)
             self._passed = now
@@ -82,11 +85,15 @@ class Slot:
                 f"(from {self.asked} to {asked}); build "
                 "a new optimizer with them and load this one's state_dict, which is converted"
             )
-        if (p.dtype, p.device, p.shape) != self.made_for:
-            was, now = (f"{d}, {dev}, {tuple(s)}" for d, dev, s in (self.made_for, (p.dtype, p.device, p.shape)))
+        present = (p.dtype, p.device, p.shape, format_of(p))
+        if present != self.made_for:
+            was, now = (
+                ", ".join([f"{d}, {dev}, {tuple(s)}", *([f"stored as {fmt}"] if fmt else [])])
+                for d, dev, s, fmt in (self.made_for, present)
+            )
             raise RuntimeError(
                 f"{self.label}: was {was} when the optimizer was built and is {now} now; "
-                "change the model's dtype, device or shape first and build the optimizer after"
+                "change the model's dtype, device, shape or store first and build the optimizer after"
             )
         if grad.layout != torch.strided:
             raise TypeError(f"{self.label}: sparse gradients are not supported; use nn.Embedding(sparse=False)")
@@ -97,6 +104,24 @@ class Slot:
                 f"{self.label}: the gradient is {tuple(grad.shape)} on {grad.device}, "
                 f"the parameter {tuple(p.shape)} on {p.device}"
             )
+
+    def _store(self) -> Store | None:
+        """How the parameter is stored, if it is codes and scales; raises where that cannot be stepped."""
+        fmt = format_of(self.param)
+        if fmt is None:
+            return None
+        if self.master != "none":
+            raise ValueError(
+                f"{self.label}: master={self.master!r} keeps the low bits of a 16-bit parameter, and this is stored "
+                f'as {fmt.name}: give it a group with master="none"; store="split" keeps what codes alone lose'
+            )
+        parts = parts_of(self.param)
+        store = Store(name_of(fmt, "rest" in parts), fmt, "rest" in parts)
+        shapes = store.part_shapes(tuple(self.param.shape))
+        if shapes.keys() != parts.keys():
+            raise ValueError(f"{self.label}: {fmt.name} has the parts {', '.join(shapes)}, not {', '.join(parts)}")
+        self._fit(parts, shapes, "its")
+        return store
 
     def _tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of every tensor of a state but `step`, by the state's keys."""
@@ -109,7 +134,7 @@ class Slot:
         tensors["skipped"] = (2,), torch.int64
         if self.kept:
             tensors["mask"] = sparse.mask_shape(self.rows, self.cols), torch.uint8
-        kept = masters.companion_dtype(self.master, self.param.dtype)
+        kept = None if self.store else masters.companion_dtype(self.master, self.param.dtype)
         if kept is not None:
             tensors["master"] = tuple(self.param.shape), kept
         return tensors
@@ -153,7 +178,7 @@ class Slot:
         The last one, unless a tensor was replaced or moved or the rounding changed since.
         """
         p = self.param
-        addresses = [p.data_ptr(), *map(Tensor.data_ptr, self.of_state(state))]
+        addresses = [*map(Tensor.data_ptr, (*tensors_of(p), *self.of_state(state)))]
         job, made_of = self._job, (addresses, p.is_contiguous(), group["rounding"], group["state_rounding"])
         if job is None or made_of != self._job_of:
             self.fit(state)
@@ -166,28 +191,31 @@ class Slot:
 
     def part(self, group: Mapping[str, Any], state: dict[str, Any], turn: Turn) -> sparse.Part:
         """Its job in this step, on copies of the values that have moments; `Part.put_back` ends it."""
-        part = sparse.Part(self.param, state["mask"], self.kept, state.get("master"))
         job = self._made(group, state)
-        job.param, job.gathered, job.companion, job.cols = part.param, part.grad, part.companion, self.kept
+        part = sparse.Part(self.param, state["mask"], self.kept, state.get("master"), job)
         job.turn = turn
-        part.job = job
         return part
 
     def fit(self, state: dict[str, Any]) -> None:
-        """Raise unless every tensor of a state is as it was made."""
-        for name, (shape, dtype) in self.tensors.items():  # a backend may go by addresses
+        """Raise unless every tensor of a state, and of a stored parameter, is as it was made."""
+        self._fit(state, self.tensors, "its state")
+        if self.store is not None:
+            self._fit(parts_of(self.param), self.store.part_shapes(tuple(self.param.shape)), "its")
+
+    def _fit(self, state: Mapping[str, Any], tensors: Mapping[str, Any], whose: str) -> None:
+        for name, (shape, dtype) in tensors.items():  # a backend may go by addresses
             x, device = state[name], self.param.device
             if (x.shape, x.dtype, x.device) != (shape, dtype, device) or not x.is_contiguous():
                 raise ValueError(
-                    f"{self.label}: its state {name!r} is {x.dtype}, {x.device}, {tuple(x.shape)}; it must be {dtype}, "
+                    f"{self.label}: {whose} {name!r} is {x.dtype}, {x.device}, {tuple(x.shape)}; it must be {dtype}, "
                     f"{device}, {shape} and contiguous"
                 )
 
     def noise(self, group: Mapping[str, Any], values: Iterable[str]) -> frozenset[str]:
         """Which operands round stochastically: p, and letters of moments."""
         noise = set(values) if group["state_rounding"] == "stochastic" else set()
-        half = self.param.dtype != torch.float32
-        if half and self.master == "none" and group["rounding"] != "nearest":
+        coarse = self.param.dtype != torch.float32 or self.store is not None
+        if coarse and self.master == "none" and group["rounding"] != "nearest":
             noise.add("p")
         return frozenset(noise)
 
@@ -213,7 +241,21 @@ class Slot:
             noise=self.noise(group, values),
             vectors={letter: state[m.name] for letter, m in moments.items() if m.over != "value"},
             group_rows=self.group_rows,
+            stored=self.stored,
         )
+
+    @property
+    def stored(self) -> tuple[Format, dict[str, Tensor]] | None:
+        """The parameter's format and parts, as a job takes them."""
+        return None if self.store is None else (self.store.format, dict(parts_of(self.param)))
+
+    def resolution(self) -> tuple[float, str, str]:
+        """What an update must be above to move the parameter if that rounds to nearest; its name; what has more."""
+        if self.stored is not None:
+            return resolution(*self.stored) / 2, f"{self.stored[0].name}, half a code", 'store="split"'
+        p = self.param.detach()
+        half = float(p.float().square().mean().sqrt()) * torch.finfo(p.dtype).eps / 2
+        return half, f"{p.dtype}, half an ulp", "a master"
 
     def zero_moments(self, state: dict[str, Any], keep: bool) -> None:
         """Zero every moment and what debiases it; `keep` spares maxima of moments, as released code does."""
@@ -224,6 +266,22 @@ class Slot:
                 state[state_key(moment.name, part)].zero_()
             if moment.weight:
                 state[moment.weight].zero_()
+
+
+def format_of(p: Tensor) -> Format | None:
+    """The format of a parameter that is codes and scales, such as `lowbit.nn.StoredWeight`; None for plain tensors."""
+    fmt = getattr(p, "format", None)
+    return fmt if isinstance(fmt, Format) else None
+
+
+def parts_of(p: Tensor) -> Mapping[str, Tensor]:
+    """The parts of a parameter that has a format."""
+    return p.parts  # type: ignore[attr-defined]
+
+
+def tensors_of(p: Tensor) -> tuple[Tensor, ...]:
+    """The plain tensors that a parameter is made of."""
+    return (p,) if format_of(p) is None else tuple(parts_of(p).values())
 
 
 def asked_of(rule: Rule, group: Mapping[str, Any]) -> tuple[str, ...]:

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from ..rounding import bits16, key
 from ..stages import Job
+from ..stored import load, store_
 
 OPERAND = 255  # of the random bits: no moment of a rule has this number
 
@@ -47,21 +49,30 @@ def columns(mask: Tensor, kept: int) -> Tensor:
 
 
 class Part:
-    """Copies of the chosen values of a parameter, its gradient and its companion, while a step works on them."""
+    """Copies of the chosen values of a parameter, its gradient and its companion, while a step works on them.
 
-    job: Job
+    Of a stored weight all values are loaded, and stored again when the step is done.
+    """
 
-    def __init__(self, param: Tensor, mask: Tensor, kept: int, companion: Tensor | None):
+    def __init__(self, param: Tensor, mask: Tensor, kept: int, companion: Tensor | None, job: Job):
         assert param.grad is not None
-        self.whole, self.rest, self.index = param, companion, columns(mask, kept)
-        self.param, self.grad = self._gather(param.detach()), self._gather(param.grad.detach())
-        self.companion = None if companion is None else self._gather(companion)
+        self.param, self.rest, self.index, self.job = param, companion, columns(mask, kept), job
+        self.stored, self.stochastic = job.stored, "p" in job.noise
+        self.whole = param.detach() if self.stored is None else load(*self.stored, job.cols)
+        job.param, job.gathered = self._gather(self.whole), self._gather(param.grad.detach())
+        job.companion = None if companion is None else self._gather(companion)
+        job.cols = kept
+        if self.stored is not None:
+            job.stored, job.noise = None, job.noise - {"p"}
 
     def _gather(self, x: Tensor) -> Tensor:
         return x.gather(1, self.index)
 
     def put_back(self) -> None:
         """Write what the step has made of the copies."""
-        self.whole.detach().scatter_(1, self.index, self.param)
-        if self.rest is not None and self.companion is not None:
-            self.rest.scatter_(1, self.index, self.companion)
+        self.whole.scatter_(1, self.index, self.job.param)
+        if self.rest is not None and self.job.companion is not None:
+            self.rest.scatter_(1, self.index, self.job.companion)
+        if self.stored is not None:
+            store_(*self.stored, self.whole, key(*self.job.stream, 0) if self.stochastic else None)
+            increment_version(self.param)
