@@ -58,8 +58,8 @@ def test_bytes_per_value_counts_every_part(fmt: Format):
 
 @pytest.mark.parametrize(
     ("name", "bits"),
-    [("mxfp4", 4.25), ("mxfp6-e2m3", 6.25), ("mxfp8", 8.25), ("nvfp4", 4.5), ("nvfp4-2d", 4 + 8 / 256), ("nvfp4-128", 4.75),
-     ("int8", 8.125),
+    [("mxfp4", 4.25), ("mxfp6-e2m3", 6.25), ("mxfp8", 8.25), ("nvfp4", 4.5), ("nvfp4-2d", 4 + 8 / 256),
+     ("nvfp4-128", 4.75), ("int8", 8.125),
      ("int4-bf16", 4.5), ("nf4", 4.5), ("nf4-dq", 4 + 8 / 64 + 32 / (64 * 256)), ("int8:row", 8), ("ternary", 2)],
 )  # fmt: skip
 def test_bits_per_value_as_published(name: str, bits: float):
