@@ -25,4 +25,5 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype, bias: Tensor | None = None
 
 @constant  # compilers before torch 2.13 do not trace the question
 def has_autocast(device: str) -> bool:
+    """Whether torch has autocast for a kind of device."""
     return torch.amp.is_autocast_available(device)

@@ -110,7 +110,7 @@ class Call:
 
     def keeps(self, needs: tuple[bool, bool], empty: bool) -> tuple[str, ...]:
         """The names of what `forward` keeps, of an input that has values or none."""
-        (activation, operand), other = self.recipe.forward, self.recipe.wgrad[1]
+        activation, operand = self.recipe.forward
         needs_x, needs_weight = needs
         coded = self._coded() is not None and needs_weight and not empty
         names = [f"x.{part}" for part in _part_names(self._coded())] if coded else []
