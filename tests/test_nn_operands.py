@@ -226,7 +226,7 @@ def test_estimators_hold_where_the_backward_matmul_uses_the_original() -> None:
 
 # --- Unbiased --------------------------------------------------------------------------------------------------------
 
-DRAWS = 600
+DRAWS = 400
 
 
 def draws(name: str | Recipe, x: Tensor, w: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:

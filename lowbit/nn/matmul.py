@@ -2,8 +2,8 @@
 
 `torch._int_mm` sums products of int8 codes exactly, `torch._scaled_mm` those of fp8 codes in fp32; the blocks' scales
 come after, so blocks must be whole rows or the whole tensor. Both give the product of the values up to the rounding of
-fp32 sums (tests hold them to 1e-5 of the largest result). Other formats are multiplied as values: matrix units for NVFP4
-and MXFP8 need scales in an order of their own, and a GPU to be tested on.
+fp32 sums (tests hold them to 1e-5 of the largest result). Other formats are multiplied as values: matrix units for
+NVFP4 and MXFP8 need scales in an order of their own, and a GPU to be tested on.
 
 On a CPU values are multiplied, always in fp32 (float64 for float64 models): matrix units for bf16 and int8 are rare
 there, and without them torch's bf16 matmul took 6 times and `torch._int_mm` 26 times as long as fp32 on an EPYC with
