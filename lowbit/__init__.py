@@ -6,7 +6,7 @@ Adam (`lowbit bench` on the command line).
 
 from . import nn, optim
 from .formats import Format, format, formats
-from .nn import Operand, Recipe, Report, high_precision_, quantize_, recipes, to_dense_
+from .nn import Operand, Recipe, Report, high_precision_, materialize_, quantize_, recipes, rescale_, to_dense_
 from .optim import load_optimizer, save_optimizer
 from .packed import Packed, quantize
 from .policy import Policy
@@ -24,11 +24,13 @@ __all__ = [
     "formats",
     "high_precision_",
     "load_optimizer",
+    "materialize_",
     "nn",
     "optim",
     "quantize",
     "quantize_",
     "recipes",
+    "rescale_",
     "roles",
     "save_optimizer",
     "to_dense_",

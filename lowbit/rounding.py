@@ -13,6 +13,8 @@ spends five wide multiplications on a 32-bit word where this spends two, and a s
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -21,20 +23,23 @@ _MASK = 0xFFFFFFFF
 
 def mix(x: int) -> int:
     """The 32-bit hash of one number, on the host."""
-    x &= _MASK
+    x = x & _MASK
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & _MASK
     x = ((x ^ (x >> 15)) * 0x846CA68B) & _MASK
     return x ^ (x >> 16)
 
 
-def key(seed: int, step: int, tensor: int, operand: int) -> tuple[int, int]:
-    """Two independent 32-bit keys of a stream of random bits, mixed on the host."""
-    words = [w & _MASK for w in (seed, seed >> 32, step, step >> 32, tensor, operand)]
+def key(seed: int, step: int | Tensor, tensor: int, operand: int) -> tuple[int, int]:
+    """Two independent 32-bit keys of a stream of random bits, mixed on the host.
+
+    Where only a device knows the step, an int64 tensor [], they are such tensors too: nobody waits for it.
+    """
+    words: list[Any] = [w & _MASK for w in (seed, seed >> 32, step, step >> 32, tensor, operand)]
     keys = []
     for start in (0, 0x5BF03635):
-        mixed = start
+        mixed: Any = start
         for word in words:
-            mixed = mix((mixed * 0x9E3779B9 + word + 1) & _MASK)
+            mixed = mix((mixed * 0x9E3779B9 & _MASK) + word + 1)
         keys.append(mixed)
     return keys[0], keys[1]
 

@@ -21,11 +21,15 @@ import torch
 from torch import Tensor, nn
 
 from ..roles import role_of
+from ..stored import find_store, frozen
 from .dense import dense_blocks
+from .embedding import QuantEmbedding
 from .linear import QuantLinear
 from .presets import find_recipe
 from .recipe import Recipe
 from .report import Entry, Report
+from .stored import StoredWeight
+from .stored_state import dense_parameter_
 
 
 def quantize_(
@@ -37,9 +41,11 @@ def quantize_(
 ) -> Report:
     """Make a model's linear layers compute with quantized operands, in place.
 
-    Only modules of the exact class `nn.Linear` are converted; embeddings, norms and everything else stay as they are.
-    Weights keep a float master: parameters, optimizer and state dict do not change. Modules of torch that read a
-    layer's weight without calling it are known and left alone; if one of yours does that, name its layers in `skip`.
+    Only modules of the exact class `nn.Linear` are converted, and those of `nn.Embedding` if the recipe has a store for
+    them; norms and everything else stay as they are. Weights keep a float master unless the recipe stores them:
+    parameters, optimizer and state dict do not change. A stored weight is the same object still, so optimizers, hooks
+    and ties hold; its state dict has the codes. Modules of torch that read a layer's weight without calling it are
+    known and left alone; if one of yours does that, name its layers in `skip`.
 
     Args:
         model: any module.
@@ -54,7 +60,8 @@ def quantize_(
         A `Report`: print it to see what became of each weight and why.
 
     Raises:
-        ValueError: the recipe is unknown, or a layer is quantized already. Nothing has been changed.
+        ValueError: the recipe is unknown, a layer is quantized already, or a weight would be trained that is to be
+            stored in a format for frozen ones. Nothing has been changed.
 
     >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
     >>> list(quantize_(model, "int4", skip=["2"]).converted)
@@ -65,17 +72,17 @@ def quantize_(
     found = find_recipe(recipe)
     patterns = [skip] if isinstance(skip, str) else list(skip)
     for name, module in model.named_modules():
-        if isinstance(module, QuantLinear):
+        if isinstance(module, QuantLinear | QuantEmbedding):
             raise ValueError(f"quantize_: {name or 'the model'} is quantized already; undo it with to_dense_ first")
 
     reasons = _outside_forward(model)
     blocks = dense_blocks(model, found)
-    chosen: dict[str, nn.Linear] = {}
+    chosen: dict[str, nn.Linear | nn.Embedding] = {}
     for name, module in model.named_modules():
         if name in reasons or not _weights(module):
             continue
         reason = (
-            _unfit(module)
+            _unfit(module, found)
             or _skipped(name, patterns)
             or _by_policy(module, name, patterns, blocks)
             or _filtered(module, name, filter_fn)
@@ -83,16 +90,21 @@ def quantize_(
         if reason:
             reasons[name] = reason
         else:
-            assert isinstance(module, nn.Linear)
+            assert isinstance(module, nn.Linear | nn.Embedding)
             chosen[name] = module
     for name, reason in _tied(model, chosen).items():
         del chosen[name]
         reasons[name] = reason
 
+    for name, module in chosen.items():
+        _check_trained(module, name, found.store if isinstance(module, nn.Linear) else found.embedding)
     report = _report(model, found, chosen, reasons, _unused(model, patterns))
     for name, module in chosen.items():
-        module.__class__ = QuantLinear
-        assert isinstance(module, QuantLinear)
+        if isinstance(module, nn.Linear):
+            module.__class__ = QuantLinear
+        else:
+            module.__class__ = QuantEmbedding
+        assert isinstance(module, QuantLinear | QuantEmbedding)
         module._adopt(found, name)
     if not chosen:
         warnings.warn(f"quantize_ converted nothing. {_why_nothing(reasons)}", UserWarning, stacklevel=2)
@@ -101,10 +113,11 @@ def quantize_(
 
 @torch.no_grad()
 def to_dense_(model: nn.Module, dtype: torch.dtype | None = torch.bfloat16) -> nn.Module:
-    """Make quantized layers plain nn.Linear again, holding the weights that their forward pass used, in place.
+    """Make quantized layers plain ones of torch again, holding the weights that their forward pass used, in place.
 
-    The float masters are replaced by the dequantized weights; activations are no longer quantized. Other layers are not
-    touched, so a model in another dtype than `dtype` needs `.to(dtype)` or autocast before it can run.
+    The float masters, or the stored weights, are replaced by the dequantized ones; activations are no longer quantized.
+    Other layers are not touched, so a model in another dtype than `dtype` needs `.to(dtype)` or autocast before it can
+    run.
 
     Args:
         model: a model after `quantize_`.
@@ -118,17 +131,18 @@ def to_dense_(model: nn.Module, dtype: torch.dtype | None = torch.bfloat16) -> n
     """
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"to_dense_: dtype must be a floating-point dtype or None, not {dtype}")
-    layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
+    layers = [module for module in model.modules() if isinstance(module, QuantLinear | QuantEmbedding)]
     if not layers:
         raise ValueError("to_dense_: no layer of this model is quantized")
     done: set[int] = set()  # a tied weight is dequantized once: doing it twice may change it
     for layer in layers:
-        if id(layer.weight) not in done:
-            _store(layer.weight, layer.weight if layer.high_precision else layer.quantized_weight(), dtype)
-        if layer.bias is not None and id(layer.bias) not in done:
-            _store(layer.bias, layer.bias, dtype)
-        done |= {id(layer.weight), id(layer.bias)}
-        layer.__class__ = nn.Linear  # pyright: ignore[reportAttributeAccessIssue]
+        linear = isinstance(layer, QuantLinear)
+        values = layer.weight if linear and layer.high_precision else layer.quantized_weight()
+        for parameter, dense in ((layer.weight, values), (layer.bias, layer.bias) if linear else (None, None)):
+            if parameter is not None and dense is not None and id(parameter) not in done:
+                _store(parameter, dense, dtype)
+                done.add(id(parameter))
+        layer.__class__ = nn.Linear if linear else nn.Embedding  # pyright: ignore[reportAttributeAccessIssue]
         for name in ("recipe", "_layer_id", "_calls", "high_precision"):
             layer.__dict__.pop(name, None)
     return model
@@ -136,9 +150,20 @@ def to_dense_(model: nn.Module, dtype: torch.dtype | None = torch.bfloat16) -> n
 
 def _store(parameter: Tensor, values: Tensor, dtype: torch.dtype | None) -> None:
     dtype = dtype or parameter.dtype
+    if isinstance(parameter, StoredWeight):
+        dense_parameter_(parameter, values.dequantize().to(dtype))
+        return
     if parameter.dtype != dtype:
         parameter.grad = None  # it must have the parameter's dtype
     parameter.data = values.to(dtype)
+
+
+def _check_trained(module: nn.Linear | nn.Embedding, name: str, store: str | None) -> None:
+    """Some formats are for frozen weights only."""
+    if store in (None, "master") or not module.weight.requires_grad:
+        return
+    if reason := frozen(find_store(store).format):
+        raise ValueError(f"quantize_: {name or 'the model'}.weight requires a gradient, and {reason}")
 
 
 def _weights(module: nn.Module) -> dict[str, list[nn.Parameter]]:
@@ -167,16 +192,17 @@ def _outside_forward(model: nn.Module) -> dict[str, str]:
     return found
 
 
-def _unfit(module: nn.Module) -> str | None:
+def _unfit(module: nn.Module, recipe: Recipe) -> str | None:
     """Why this module cannot be converted, whatever the user wants; None if it can."""
     kind = type(module).__name__
-    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+    table = type(module) is nn.Embedding and recipe.embedding is not None
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag) and not table:
         return "embeddings stay dense"
     if isinstance(module, nn.MultiheadAttention):
         return "nn.MultiheadAttention multiplies with it directly: there is no linear layer to convert"
     if kind == "Conv1D":  # Hugging Face's GPT-2 layer
         return "Conv1D keeps its weight transposed; replace it by nn.Linear to quantize it"
-    if type(module) is not nn.Linear:
+    if type(module) is not nn.Linear and not table:
         if isinstance(module, nn.Linear):
             return f"{kind} is a subclass of nn.Linear, which may compute something else"
         if any(p.dim() >= 3 for weights in _weights(module).values() for p in weights):
@@ -187,6 +213,8 @@ def _unfit(module: nn.Module) -> str | None:
         return "its weight is not a parameter (weight_norm, spectral_norm or pruning computes it)"
     if type(weight) is not nn.Parameter and type(weight).__name__ != "DTensor":
         return f"its weight is a {type(weight).__name__}, not a plain parameter"
+    if type(weight) is not nn.Parameter and recipe.stores:
+        return "its weight is sharded already; store it first"
     if not weight.is_floating_point():
         return f"its weight is {weight.dtype}, not floating point"
     if "forward" in module.__dict__:
@@ -228,7 +256,7 @@ def _unused(model: nn.Module, patterns: list[str]) -> list[str]:
     return [p for p in patterns if p != "lm_head" and not any(_matches(name, p) for name in names)]
 
 
-def _tied(model: nn.Module, chosen: dict[str, nn.Linear]) -> dict[str, str]:
+def _tied(model: nn.Module, chosen: dict[str, nn.Linear | nn.Embedding]) -> dict[str, str]:
     """Chosen layers whose weight another module uses and that is not chosen too, with the reason."""
     owners: dict[int, list[str]] = defaultdict(list)
     for name, module in model.named_modules():
@@ -244,18 +272,25 @@ def _tied(model: nn.Module, chosen: dict[str, nn.Linear]) -> dict[str, str]:
 
 
 def _report(
-    model: nn.Module, recipe: Recipe, chosen: dict[str, nn.Linear], reasons: dict[str, str], unused: list[str]
+    model: nn.Module,
+    recipe: Recipe,
+    chosen: dict[str, nn.Linear | nn.Embedding],
+    reasons: dict[str, str],
+    unused: list[str],
 ) -> Report:
     entries = []
-    seen: set[int] = set()
+    seen: dict[int, str] = {}  # how each weight is kept, which its first owner says
     for name, module in model.named_modules():
         for key, parameters in _weights(module).items():
             full = name if key == "weight" else f"{name}.{key}" if name else key
             linear = isinstance(module, nn.Linear)
             shape = (module.out_features, module.in_features) if linear else tuple(parameters[0].shape)
             count = sum(p.numel() for p in parameters if id(p) not in seen)
-            entries.append(Entry(full, shape, count, None if name in chosen else reasons[name]))
-            seen |= {id(p) for p in parameters}
+            reason = None if name in chosen else reasons[name]
+            store = "master" if reason else recipe.store if linear else recipe.embedding or "master"
+            seen = {id(p): store for p in parameters} | seen
+            store = next((seen[id(p)] for p in parameters), store)
+            entries.append(Entry(full, shape, count, reason, store, table=not linear))
     lazy = nn.parameter.UninitializedParameter
     rest = [p.numel() for p in model.parameters() if id(p) not in seen and not isinstance(p, lazy)]
     return Report(recipe, tuple(entries), len(rest), sum(rest), tuple(unused))

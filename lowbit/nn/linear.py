@@ -24,10 +24,11 @@ from .fake import turned_back
 from .matmul import has_autocast
 from .presets import find_recipe
 from .recipe import Recipe
+from .stored_state import StoredState, store_parameter_
 from .three import Call, ThreeMatmuls, forward_rotation, forward_weight
 
 
-class QuantLinear(nn.Linear):
+class QuantLinear(StoredState, nn.Linear):
     """An `nn.Linear` whose matmuls are quantized by a recipe.
 
     `quantize_` turns a model's layers into these; made by hand, it takes nn.Linear's arguments and a recipe.
@@ -64,6 +65,8 @@ class QuantLinear(nn.Linear):
         self.recipe = recipe
         self._layer_id = zlib.crc32(clean_name(name).encode())
         self._calls = Calls()
+        if recipe.store != "master":
+            store_parameter_(self.weight, recipe.store, self._layer_id)
 
     def forward(self, input: Tensor) -> Tensor:
         if not input.is_floating_point():

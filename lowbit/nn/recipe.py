@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from ..formats import Format
+from ..stored import find_store
 from .operand import Operand
 
 FORWARD: Literal["forward"] = "forward"
@@ -39,7 +40,10 @@ class Recipe:
         weight: short for the weight in every matmul: quantized once, in the forward pass.
         activation: short for the activation in every matmul, in the same way.
         gradient: short for the gradient in dgrad and wgrad, quantized along each one's own contraction.
-        store: how the weight is kept between steps. So far only "master": the float parameter stays as it is.
+        store: how the weight is kept between steps: "master", the float parameter stays as it is; or as codes and
+            scales with no float copy, by the name of a store (`lowbit.nn.stored`: "int8", "int4", "split" …). Where the
+            forward weight is None, or has the format of the store, the stored values are what it multiplies with.
+        embedding: the name of a store for the tables of `nn.Embedding`, or None: they stay dense.
         dense: how many of a model's first and last blocks `quantize_` leaves alone: whole numbers, or below 1 a part
             of all blocks, rounded up.
         seed: of stochastic rounding and of the signs of rotations.
@@ -56,6 +60,7 @@ class Recipe:
     dgrad: tuple[Slot, Reused]
     wgrad: tuple[Slot, Reused]
     store: str
+    embedding: str | None
     dense: tuple[float, float]
     seed: int
     name: str
@@ -70,6 +75,7 @@ class Recipe:
         activation: Spec = None,
         gradient: Spec = None,
         store: str = "master",
+        embedding: str | None = None,
         dense: tuple[float, float] = (0, 0),
         seed: int = 0,
         name: str = "",
@@ -77,23 +83,24 @@ class Recipe:
         _exclusive("forward", forward, weight=weight, activation=activation)
         _exclusive("dgrad", dgrad, gradient=gradient)
         _exclusive("wgrad", wgrad, gradient=gradient)
-        if store != "master":
-            raise ValueError(f"store={store!r}: only store='master', a float parameter, exists so far")
         if not isinstance(seed, int):
             raise ValueError(f"seed must be a whole number, not {seed!r}")
         values = {
             "forward": _pair("forward", (activation, weight) if forward is None else forward),
             "dgrad": _pair("dgrad", (gradient, FORWARD) if dgrad is None else dgrad),
             "wgrad": _pair("wgrad", (gradient, FORWARD) if wgrad is None else wgrad),
-            "store": store,
+            "store": store if store == "master" else find_store(store).name,
+            "embedding": None if embedding is None else find_store(embedding).name,
             "dense": _dense(dense),
             "seed": seed,
             "name": name,
         }
         for key, value in values.items():
             object.__setattr__(self, key, value)
-        if not self.operands:
-            raise ValueError("this recipe quantizes nothing: give weight=, activation=, gradient= or the matmuls")
+        if not self.operands and not self.stores:
+            raise ValueError(
+                "this recipe quantizes nothing: give weight=, activation=, gradient= or the matmuls, or store="
+            )
         self._check()
 
     def _check(self) -> None:
@@ -130,6 +137,11 @@ class Recipe:
         return tuple(o for pair in (self.forward, self.dgrad, self.wgrad) for o in pair if isinstance(o, Operand))
 
     @property
+    def stores(self) -> bool:
+        """Whether weights are kept as codes, with no float master."""
+        return self.store != "master" or self.embedding is not None
+
+    @property
     def stochastic(self) -> bool:
         """Whether gradients differ from call to call: stochastic rounding, or rotations drawn anew."""
         return any(o.random for pair in (self.dgrad, self.wgrad) for o in pair if isinstance(o, Operand))
@@ -149,7 +161,8 @@ class Recipe:
     def __str__(self) -> str:
         first, last = self.dense
         dense = f", dense first {first:g} and last {last:g}" if first or last else ""
-        return f"{self.name + ': ' if self.name else ''}{self.matmuls}, store {self.store}{dense}"
+        tables = f", embeddings {self.embedding}" if self.embedding else ""
+        return f"{self.name + ': ' if self.name else ''}{self.matmuls}, store {self.store}{tables}{dense}"
 
 
 def _exclusive(name: str, given: object, **shorthands: object) -> None:

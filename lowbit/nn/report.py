@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from ..stored import find_store
 from .recipe import Recipe
 
 
@@ -15,6 +17,17 @@ class Entry(NamedTuple):
     shape: tuple[int, ...]
     parameters: int  # 0 for a weight that an earlier entry shares
     reason: str | None
+    store: str = "master"
+    table: bool = False  # of an embedding: no matmul
+
+    @property
+    def nbytes(self) -> int:
+        """What a stored weight takes; 0 for one that an earlier entry shares, and for masters."""
+        if self.store == "master" or not self.parameters:
+            return 0
+        shapes = find_store(self.store).part_shapes(self.shape).values()
+        layers = self.parameters // math.prod(self.shape)
+        return layers * sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes)
 
 
 @dataclass(frozen=True)
@@ -53,7 +66,17 @@ class Report:
     @property
     def quantized_parameters(self) -> int:
         """Those in quantized matmuls."""
-        return sum(e.parameters for e in self.entries if e.reason is None)
+        return sum(e.parameters for e in self.entries if e.reason is None and not e.table)
+
+    @property
+    def stored_parameters(self) -> int:
+        """Those that are codes and scales, with no float master."""
+        return sum(e.parameters for e in self.entries if e.store != "master")
+
+    @property
+    def stored_bytes(self) -> int:
+        """What the stored ones take, scales and all."""
+        return sum(e.nbytes for e in self.entries)
 
     @property
     def share(self) -> float:
@@ -67,6 +90,8 @@ class Report:
             "parameters": self.parameters,
             "quantized_parameters": self.quantized_parameters,
             "share": self.share,
+            "stored_parameters": self.stored_parameters,
+            "stored_bytes": self.stored_bytes,
             "converted": {name: list(shape) for name, shape in self.converted.items()},
             "skipped": self.skipped,
             "other_tensors": self.other_tensors,
@@ -76,14 +101,25 @@ class Report:
 
     def __str__(self) -> str:
         bits = f"{self.recipe.bits}-bit" if self.recipe.bits else "quantized"
+        layers = sum(e.reason is None and not e.table for e in self.entries)
         lines = [
-            f"{len(self.converted)} of {len(self.entries)} weights, {100 * self.share:.1f} % of "
+            f"{layers} of {len(self.entries)} weights, {100 * self.share:.1f} % of "
             f"{self.parameters:,} parameters, are in {bits} matmuls now",
+            *self._stored(),
             str(self.recipe),
             *_table([("weight", "shape", "parameters", "now"), *map(_cells, _grouped(self.entries)), *self._rest()]),
         ]
         lines += [f"note: skip={pattern!r} matched nothing" for pattern in self.unused_skips]
         return "\n".join(lines)
+
+    def _stored(self) -> list[str]:
+        if not self.stored_parameters:
+            return []
+        bits = 8 * self.stored_bytes / self.stored_parameters
+        return [
+            f"{self.stored_parameters:,} parameters are kept as codes, with no float copy: "
+            f"{self.stored_bytes:,} bytes, {bits:.2f} bits each"
+        ]
 
     def _rest(self) -> list[tuple[str, str, str, str]]:
         if not self.other_tensors:
@@ -97,20 +133,27 @@ def _pattern(name: str) -> str:
 
 def _grouped(entries: tuple[Entry, ...]) -> list[tuple[int, Entry]]:
     """Layers that differ in numbers only ("layers.3.mlp.up_proj"), with how many there are."""
-    order: dict[tuple[str, tuple[int, ...], str | None], list[Entry]] = {}
+    order: dict[tuple[object, ...], list[Entry]] = {}
     for entry in entries:
-        order.setdefault((_pattern(entry.name), entry.shape, entry.reason), []).append(entry)
+        order.setdefault((_pattern(entry.name), *entry[1:2], *entry[3:]), []).append(entry)
     groups = []
-    for (pattern, shape, reason), same in order.items():
-        name = pattern if len(same) > 1 else same[0].name
-        groups.append((len(same), Entry(name, shape, sum(e.parameters for e in same), reason)))
+    for same in order.values():
+        name = _pattern(same[0].name) if len(same) > 1 else same[0].name
+        groups.append((len(same), same[0]._replace(name=name, parameters=sum(e.parameters for e in same))))
     return groups
 
 
 def _cells(group: tuple[int, Entry]) -> tuple[str, str, str, str]:
     count, entry = group
     name = f"{entry.name or 'the model'}{f'  ×{count}' if count > 1 else ''}"
-    return name, " × ".join(map(str, entry.shape)), f"{entry.parameters:,}", entry.reason or "quantized"
+    return name, " × ".join(map(str, entry.shape)), f"{entry.parameters:,}", entry.reason or _now(entry)
+
+
+def _now(entry: Entry) -> str:
+    if entry.store == "master":
+        return "quantized"
+    bits = f", {8 * entry.nbytes / entry.parameters:.2f} bits" if entry.parameters else ""
+    return f"{'stored' if entry.table else 'quantized, stored'} as {entry.store}{bits}"
 
 
 def _table(rows: list[tuple[str, str, str, str]]) -> list[str]:

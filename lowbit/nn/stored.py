@@ -11,9 +11,9 @@ of it; what is done to it decides what comes back:
     embedding, index_select of rows          dense; only the rows asked for are decoded
     zeros_like, w + 1, w @ x, w.float() @ x  dense, of what the forward pass sees (a split store's codes alone)
     mul_, add_, addcdiv_, copy_, w[0] = x    decoded to fp32, computed, written with stochastic rounding
-    normal_, uniform_, zero_, fill_ …        the same with new scales: nothing of the old values is left
+    normal_, uniform_, zero_, fill_ …        stored anew: new scales, rounded to nearest
     copy_ of a weight stored alike           its parts are copied, no rounding
-    p.data = dense                           stored anew: new scales, rounded to nearest
+    p.data = dense                           stored anew
 
 Writing is what lets `torch.optim` train it. Each write has random bits of its own, by a counter that lies beside the
 codes, is saved with them, and is never read back from a device. `lowbit.optim` reads and writes the parts itself, once
@@ -33,6 +33,7 @@ from ..backends import reference
 from ..formats import Format
 from ..layout import rows_of
 from ..rounding import key
+from .operand import Operand
 from .stored_ops import Opened, Step, StoredTensor
 
 _OPERAND = 0x57 << 16  # of the random bits; far from the operands of optimizers
@@ -51,6 +52,7 @@ class StoredWeight(StoredTensor):
     """
 
     owns_codes = True
+    partial = False  # some rows of a weight, which share a scale of the tensor with the others
     format: Format
     parts: dict[str, Tensor]
     stream: int
@@ -68,10 +70,20 @@ class StoredWeight(StoredTensor):
         writes: Tensor | None = None,
     ) -> StoredWeight:
         device = parts["codes"].device
-        self = torch.Tensor._make_wrapper_subclass(cls, torch.Size(shape), dtype=dtype, device=device)
+        return torch.Tensor._make_wrapper_subclass(cls, torch.Size(shape), dtype=dtype, device=device)
+
+    def __init__(
+        self,
+        format: Format,
+        parts: Mapping[str, Tensor],
+        shape: Iterable[int],
+        dtype: torch.dtype = torch.float32,
+        *,
+        stream: int = 0,
+        writes: Tensor | None = None,
+    ) -> None:
         self.format, self.parts, self.stream = format, dict(parts), stream
-        self.writes = torch.zeros((), dtype=torch.int64, device=device) if writes is None else writes
-        return self
+        self.writes = torch.zeros((), dtype=torch.int64, device=self.device) if writes is None else writes
 
     @classmethod
     def of(cls, value: Tensor, store: str, *, stream: int = 0) -> StoredWeight:
@@ -91,7 +103,7 @@ class StoredWeight(StoredTensor):
         return made
 
     @property
-    def nbytes(self) -> int:
+    def nbytes(self) -> int:  # pyright: ignore
         """Bytes of all parts together."""
         return sum(part.nbytes for part in self.parts.values())
 
@@ -104,15 +116,15 @@ class StoredWeight(StoredTensor):
         """The fp32 values that an optimizer sees; of a split store, 8 bits more than the forward pass."""
         return stored.load(self.format, self.parts, self._cols).view(self.shape)
 
-    def dense(self) -> Tensor:
+    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         seen = {part: tensor for part, tensor in self.parts.items() if part != "rest"}
         plain = type(seen["codes"]) is Tensor and not (seen["codes"].is_meta or torch.compiler.is_compiling())
         decode = backends.decode if plain else reference.decode  # fake tensors have no memory to point to
-        return decode(self.format, seen, self._cols).view(self.shape).to(self.dtype)
+        return decode(self.format, seen, self._cols).view(self.shape).to(dtype or self.dtype)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense tensor that the forward pass sees, in the outer dtype unless told otherwise; no gradient."""
-        return self.dense().to(dtype or self.dtype)
+        return self.dense(dtype)
 
     def opened(self) -> Opened:
         values = self.load()
@@ -120,23 +132,27 @@ class StoredWeight(StoredTensor):
 
     @torch.no_grad()
     def write_(self, values: Tensor, *, fresh: bool = False) -> None:
-        """Store values [shape], rounded stochastically. `fresh`: with new scales, as if it had been zero."""
+        """Store values [shape], rounded stochastically. `fresh`: nothing of the old ones is left in them."""
         if fresh:
-            self.parts["scale"].zero_()
+            self.assign_(values)
+            return
         count: Any = self.writes
         if type(count) is Tensor and count.device.type == "cpu":  # on the host it costs nothing to know the number
             count = int(count)
         noise = key(0, count, self.stream, _OPERAND)
         stored.store_(self.format, self.parts, values.reshape(rows_of(self.shape)), noise)
-        self.writes += 1
+        self.writes.add_(1)
 
     @torch.no_grad()
     def assign_(self, values: Tensor) -> None:
         """Store other values [shape]: new scales, rounded to nearest."""
         if self.is_meta:
             return
-        self.parts["scale"].zero_()
-        stored.store_(self.format, self.parts, values.detach().reshape(rows_of(self.shape)), None)
+        if self.partial:  # the scale of the tensor is not its own
+            self.parts["scale"].zero_()
+            stored.store_(self.format, self.parts, values.detach().reshape(rows_of(self.shape)), None)
+            return
+        stored.assign_(self.format, self.parts, values.detach().reshape(rows_of(self.shape)))
 
     def rescale_(self) -> None:
         """Derive every scale anew (they only grow otherwise) and round the codes to nearest."""
@@ -147,6 +163,11 @@ class StoredWeight(StoredTensor):
         return rows_of(self.shape)[1]
 
     # ---- what the rules of `stored_ops` use
+
+    @property
+    def owns_rows(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether a row's parts are its own. Scales that are quantized together are not."""
+        return not stored.frozen(self.format)
 
     def alias(self) -> StoredWeight:
         """The same codes. The very dictionary of parts: what is replaced in one is replaced in all."""
@@ -162,10 +183,12 @@ class StoredWeight(StoredTensor):
         )
 
     def mapped_rows(self, f: Callable[[Tensor], Tensor]) -> StoredWeight:
-        """With f of every part, which takes rows out of it."""
-        parts = {part: f(tensor) for part, tensor in self.parts.items()}
+        """With f of every part, which takes rows out of it, but for those of the whole tensor."""
+        parts = {part: tensor if part in stored.WHOLE else f(tensor) for part, tensor in self.parts.items()}
         shape = (len(parts["codes"]), *self.shape[1:])
-        return StoredWeight(self.format, parts, shape, self.dtype, stream=self.stream, writes=self.writes)
+        made = StoredWeight(self.format, parts, shape, self.dtype, stream=self.stream, writes=self.writes)
+        made.partial = not parts.keys().isdisjoint(stored.WHOLE)
+        return made
 
     def rows_at(self, index: Tensor) -> StoredWeight:
         """The rows with these numbers, in codes of their own."""
@@ -178,9 +201,10 @@ class StoredWeight(StoredTensor):
 
     @torch.no_grad()
     def take_(self, other: StoredWeight) -> None:
-        """Copy the parts of a weight that is `alike`."""
+        """Copy the parts of a weight that is `alike`; the counter never goes back, so no random bits come twice."""
         for part, tensor in self.parts.items():
             tensor.copy_(other.parts[part])
+        self.writes.copy_(torch.maximum(self.writes, other.writes))
 
     def viewed(self, step: Step) -> StoredView:
         return StoredView(self, (step,))
@@ -200,7 +224,7 @@ class StoredWeight(StoredTensor):
                 f"not {value.dtype} {tuple(value.shape)} on {value.device}"
             )
         if self.alike(value):
-            self.parts.update(value.parts)
+            self.parts.update(value.parts)  # pyright: ignore[reportAttributeAccessIssue]
         else:
             self.assign_(value.load() if isinstance(value, StoredWeight) else value)
 
@@ -216,7 +240,7 @@ class StoredWeight(StoredTensor):
         if not self.is_leaf:
             raise RuntimeError("only a stored weight that is a leaf of the graph can be copied deeply; detach it first")
         if id(self) not in memo:
-            copy = self.detach().clone()
+            copy = self.mapped(lambda part: part.detach().clone())
             memo[id(self)] = _finish(copy, self.requires_grad, isinstance(self, torch.nn.Parameter))
             if self.grad is not None:
                 copy.grad = self.grad.clone()
@@ -255,11 +279,16 @@ class StoredView(StoredTensor):
     @staticmethod
     def __new__(cls, weight: StoredWeight, steps: tuple[Step, ...]) -> StoredView:
         shape = _replay(torch.empty(weight.shape, dtype=weight.dtype, device="meta"), steps)
-        self = torch.Tensor._make_wrapper_subclass(
+        return torch.Tensor._make_wrapper_subclass(
             cls, shape.shape, shape.stride(), shape.storage_offset(), dtype=shape.dtype, device=weight.device
         )
+
+    def __init__(self, weight: StoredWeight, steps: tuple[Step, ...]) -> None:
         self.weight, self.steps = weight, steps
-        return self
+
+    @property
+    def whole(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return all(step.func._schema.name in ("aten::view", "aten::detach", "aten::alias") for step in self.steps)
 
     def dense(self) -> Tensor:
         return _replay(self.weight.dense(), self.steps)
@@ -271,8 +300,18 @@ class StoredView(StoredTensor):
     def viewed(self, step: Step) -> StoredView:
         return StoredView(self.weight, (*self.steps, step))
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.dense().__reduce_ex__(protocol)
+
+def decoded(weight: Tensor) -> Tensor:
+    """A weight's dense values, as the forward pass sees them: fp32 if it is stored, or the weight itself."""
+    # An operation of torch, and no method: what compiles a layer need not look into the tensor.
+    return torch.dequantize(weight) if isinstance(weight, StoredWeight) else weight
+
+
+def is_stored(weight: Tensor, operand: Operand | None) -> bool:
+    """Whether a stored weight is what a forward operand asks for: nothing more, or the store's own grid and blocks."""
+    if not isinstance(weight, StoredWeight):
+        return False
+    return operand is None or (operand.codes is not None and stored.same_grid(operand.codes, weight.format))
 
 
 def _replay(x: Tensor, steps: Iterable[Step]) -> Tensor:

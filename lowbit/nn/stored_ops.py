@@ -21,8 +21,11 @@ Rule = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 class StoredTensor(Tensor):
     """A tensor with no memory of its own: what `StoredWeight` and its views share."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
     owns_codes = False
+    owns_rows = False
+    whole = False  # whether its elements are those of `weight`, in order
+    weight: Any
 
     def dense(self) -> Tensor:
         """The values that a forward pass sees, as a plain tensor of this dtype and shape."""
@@ -32,13 +35,22 @@ class StoredTensor(Tensor):
         """Its values, to be written to."""
         raise TypeError(f"{type(self).__name__} has no values")
 
-    def viewed(self, step: Step) -> StoredTensor:
+    def viewed(self, step: Step) -> Tensor:
         """The view of it that `step` makes."""
         raise TypeError(f"{type(self).__name__} has no views")
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return dispatch(func, args, kwargs or {})
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.dense().__reduce_ex__(protocol)
+
+    def numpy(self, *, force: bool = False) -> Any:
+        return self.dense().numpy(force=force)
+
+    def tolist(self) -> Any:
+        return self.dense().tolist()
 
     def __setitem__(self, index: Any, value: Any) -> None:
         opened = self.opened()
@@ -61,8 +73,8 @@ class Opened(NamedTuple):
     part: Tensor
 
     def close(self, *, fresh: bool = False) -> None:
-        """Write the values back."""
-        self.weight.write_(self.values, fresh=fresh)
+        """Write the values back. `fresh`: this part of them has nothing of the old ones left."""
+        self.weight.write_(self.values, fresh=fresh and self.part is self.values)
 
 
 class Step(NamedTuple):
@@ -83,6 +95,8 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     name = func._schema.name
     if name in RULES and isinstance(args[0], StoredTensor) and args[0].owns_codes:
         return RULES[name](func, args, kwargs)
+    if name in LIST_RULES:
+        return LIST_RULES[name](func, args, kwargs)
     if func.namespace.lstrip("_").startswith("c10d"):
         raise TypeError(
             f"{name} moves the values of a stored weight between processes, and they have no memory of their own: "
@@ -152,6 +166,10 @@ def _alias(func: Any, args: Any, kwargs: Any) -> Any:
     return args[0].alias()
 
 
+def _dequantize(func: Any, args: Any, kwargs: Any) -> Any:
+    return args[0].dense(torch.float32)
+
+
 def _clone(func: Any, args: Any, kwargs: Any) -> Any:
     return args[0].mapped(torch.clone)
 
@@ -175,6 +193,8 @@ def _empty_like(func: Any, args: Any, kwargs: Any) -> Any:
 
 def _copy(func: Any, args: Any, kwargs: Any) -> Any:
     to, source = args[:2]
+    if isinstance(source, StoredTensor) and source.whole and source.shape == to.shape:
+        source = source.weight
     if not to.alike(source):
         return _writing(func, args, kwargs)
     to.take_(source)
@@ -183,24 +203,30 @@ def _copy(func: Any, args: Any, kwargs: Any) -> Any:
 
 def _embedding(func: Any, args: Any, kwargs: Any) -> Any:
     weight, index = args[:2]
+    if not weight.owns_rows:
+        return func(weight.dense(), *args[1:], **kwargs)
     return weight.rows_at(index.reshape(-1)).dense().reshape(*index.shape, weight.shape[1])
 
 
 def _index_select(func: Any, args: Any, kwargs: Any) -> Any:
     weight, dim, index = args
-    return weight.rows_at(index).dense() if dim in (0, -weight.dim()) else func(weight.dense(), dim, index)
+    return (
+        weight.rows_at(index).dense()
+        if dim in (0, -weight.dim()) and weight.owns_rows
+        else func(weight.dense(), dim, index)
+    )
 
 
 def _slice(func: Any, args: Any, kwargs: Any) -> Any:
     dim, start, end, step = (*args[1:], *(0, None, None, 1)[len(args) - 1 :])
-    if dim not in (0, -args[0].dim()) or step != 1:
+    if dim not in (0, -args[0].dim()) or step != 1 or not args[0].owns_rows:
         return _view(func, args, kwargs)
     return args[0].mapped_rows(lambda x: func(x, 0, start, end))
 
 
 def _split(func: Any, args: Any, kwargs: Any) -> Any:
     weight, sizes, dim = (*args, *((kwargs.get("dim", 0),) if len(args) < 3 else ()))
-    if dim not in (0, -weight.dim()):
+    if dim not in (0, -weight.dim()) or not weight.owns_rows:
         return _view(func, args, kwargs)
     count = len(func(weight.parts["codes"], sizes))
     return [weight.mapped_rows(lambda x, i=i: func(x, sizes)[i]) for i in range(count)]
@@ -211,6 +237,7 @@ RULES: dict[str, Rule] = {
     "aten::alias": _alias,
     "aten::lift_fresh": _alias,
     "aten::clone": _clone,
+    "aten::dequantize": _dequantize,
     "aten::_to_copy": _to_copy,
     "aten::empty_like": _empty_like,
     "aten::copy_": _copy,
@@ -220,6 +247,9 @@ RULES: dict[str, Rule] = {
     "aten::split": _split,
     "aten::split_with_sizes": _split,
 }
+
+# For what takes a list of tensors, stored and other ones; `stored_flat` fills it.
+LIST_RULES: dict[str, Rule] = {}
 
 # What overwrites a tensor without reading it, from nothing but numbers: an initialization, with scales of its own.
 _NEW_VALUES = "normal_ uniform_ zero_ fill_ bernoulli_ exponential_ log_normal_ cauchy_ geometric_ random_"

@@ -32,6 +32,7 @@ from .fake import decode, encode, fake_quantize, padded, quantized, turned, turn
 from .matmul import product
 from .operand import Operand
 from .recipe import FORWARD, Recipe, Reused
+from .stored import decoded, is_stored
 
 # Numbers in the key of the random bits: dgrad's and wgrad's two operands, and their rotations.
 _DGRAD, _WGRAD, _ROTATIONS = (1, 2), (3, 4), {"dgrad": 5, "wgrad": 6}
@@ -47,7 +48,10 @@ def forward_rotation(recipe: Recipe) -> Rotation | None:
 
 def forward_weight(weight: Tensor, recipe: Recipe) -> Tensor:
     """The weight as the forward matmul multiplies with it, turned, in fp32 (or the weight itself, if not quantized)."""
-    return fake_quantize(weight, recipe.forward[1], rotation=forward_rotation(recipe))
+    operand, rotation = recipe.forward[1], forward_rotation(recipe)
+    if is_stored(weight, operand) and rotation is None:  # rounding it once more could only move it
+        return decoded(weight)
+    return fake_quantize(decoded(weight), operand, rotation=rotation)
 
 
 def as_matrix(x: Tensor) -> Tensor:
@@ -142,7 +146,8 @@ class Call:
         """gx = Q(gy) Q(W), contracted over output features: [tokens, cols]."""
         gradient, other = self.recipe.dgrad
         rotation = self.rotation("dgrad")
-        weight = (forward_weight(kept["weight"], self.recipe) if _of_forward(other) else kept["weight"]).t()
+        weight = kept["weight"]
+        weight = (forward_weight(weight, self.recipe) if _of_forward(other) else decoded(weight)).t()
         if isinstance(other, Operand):
             weight = fake_quantize(weight, other, self.noise(_DGRAD[1]), rotation)
         g = fake_quantize(gy, gradient, self.noise(_DGRAD[0]), rotation)
@@ -183,7 +188,7 @@ class Call:
             if name == "x" and "mask" in kept:
                 factor = estimators.unmasked(kept["mask"], g.shape[1])
             else:
-                factor = estimators.factor(turned(kept[name].detach(), rotation), operand)
+                factor = estimators.factor(turned(decoded(kept[name]).detach(), rotation), operand)
             g, is_turned = g * factor.to(g.dtype), True
         return turned_back(g, rotation, cols) if is_turned else g
 
