@@ -262,8 +262,13 @@ def _e8m0(fmt: Format, statistic: Tensor, rounding: Rounding) -> Tensor:
         # Of subnormal numbers only those above 2**-127 need the next power.
         rest = bits & 0x7FFFFF
         code = code + (rest > torch.where(bits >> 23 == 0, 1 << 22, 0)).int()
-    code = code.clamp(0, 127 + math.frexp(fmt.max_scale)[1] - 1).to(torch.uint8)
+    code = code.clamp(0, last_power(fmt)).to(torch.uint8)
     return torch.where(torch.isfinite(statistic), code, E8M0_NAN)
+
+
+def last_power(fmt: Format) -> int:
+    """The largest code of an e8m0 scale with which the largest value does not overflow."""
+    return 126 + math.frexp(fmt.max_scale)[1]
 
 
 @cache

@@ -28,9 +28,8 @@ from ..native.library import Library, load
 from ..native.tables import table
 from ..rotation import Rotation
 from ..rows import part_shapes
-from ..scales import Scales, best, block_of, multiplier
+from ..scales import Scales, best, block_of, last_power, multiplier
 from ..stages import Job, Program
-from . import reference
 
 EXTRA = {"affine": "zero", "log": "base"}
 
@@ -117,8 +116,6 @@ def unsupported(program: Program) -> str:
 @torch.no_grad()
 def step(jobs: list[Job]) -> None:
     """Step every job, those of a program in a row: parameters, moments, scalars and skip counts, in place."""
-    if any(job.stored is not None and job.stored[0].scaling != PLAIN for job in jobs):
-        return reference.step(jobs)  # the library finds fp32 scales only
     structs: list[bytearray] = []
     kept: list[Tensor] = []  # contiguous copies, for as long as the library works on them
     back: list[tuple[Tensor, Tensor]] = []
@@ -164,8 +161,7 @@ class _Struct:
             target.param, target.param_dtype = job.param.data_ptr(), DTYPES[job.param.dtype]
         else:
             fmt, parts = job.stored
-            fill_operand(target.weight, fmt, parts, job.cols)
-            target.rest = parts["rest"].data_ptr() if "rest" in parts else None
+            _fill_weight(target, fmt, parts, job.cols)
         if job.companion is not None:
             target.master, target.companion = abi.MASTER[job.master], job.companion.data_ptr()
         for k, letter in enumerate(program.moments):
@@ -193,6 +189,15 @@ class _Struct:
 
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def _fill_weight(target: abi.Job, fmt: Format, parts: dict[str, Tensor], cols: int) -> None:
+    fill_operand(target.weight, fmt, parts, cols)
+    way = fmt.scaling
+    target.scaled, target.last = abi.SCALED[way.stored], last_power(fmt)
+    target.least_scale = way.least
+    for part in ("rest", "tensor_scale"):
+        setattr(target, part, parts[part].data_ptr() if part in parts else None)
 
 
 def fill_operand(target: abi.Operand, fmt: Format, parts: dict[str, Tensor], cols: int) -> None:
