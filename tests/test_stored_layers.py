@@ -24,9 +24,9 @@ TRAINED = ["int8", "int4", "nf4", "mxfp4", "nvfp4", "split", "split8"]
 class Tied(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.embed = nn.Embedding(40, 64)
+        self.embed = nn.Embedding(80, 64)
         self.up, self.down = nn.Linear(64, 128), nn.Linear(128, 64, bias=False)
-        self.norm, self.lm_head = nn.LayerNorm(64), nn.Linear(64, 40, bias=False)
+        self.norm, self.lm_head = nn.LayerNorm(64), nn.Linear(64, 80, bias=False)
         self.lm_head.weight = self.embed.weight
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -83,12 +83,13 @@ def test_a_weight_that_has_the_stores_own_grid_is_not_rounded_again():
 
 def test_the_forward_pass_of_a_split_store_sees_the_codes_alone():
     layer, x = linear(Recipe(store="split")), torch.eye(96)
+    torch.nn.init.zeros_(layer.bias)
     with torch.no_grad():
         layer.weight.add_(1e-3)
     parts = layer.weight.parts
     seen = lowbit.stored.load(layer.weight.format, {k: v for k, v in parts.items() if k != "rest"}, 96)
     assert torch.equal(layer.quantized_weight(), seen)
-    assert torch.equal(layer(x) - layer.bias, seen.t())
+    assert torch.equal(layer(x), seen.t())
     assert (layer.weight.load() - seen).abs().max() > 0
     assert len(seen[0, :32].unique()) <= 15
 
@@ -122,23 +123,24 @@ def test_autocast_computes_in_bf16_and_gives_gradients_in_the_outer_dtype(store:
     assert y.dtype == z.dtype == torch.bfloat16
     (y.float().sum() + z.float().sum()).backward()
     assert layer.weight.grad.dtype == plain.weight.grad.dtype == torch.float32
-    assert torch.allclose(layer.weight.grad, plain.weight.grad, rtol=1e-2)
+    assert torch.allclose(layer.weight.grad, plain.weight.grad, rtol=2e-2, atol=0.02)
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's compiler does it
 @pytest.mark.parametrize("store", ["int8", "int4", "split"])
 def test_a_model_of_stored_weights_compiles_in_one_graph_and_stays_compiled(store: str):
     model = tied(Recipe(store=store, embedding="int8"))
     eager = copy.deepcopy(model)
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    counter = torch._dynamo.testing.CompileCounter()
     for m, run in ((eager, eager), (model, compiled)):
         opt = lowbit.optim.AdamW(m.named_parameters(), lr=1e-2, states="fp32")
         for _ in range(2):
             run(TOKENS).square().mean().backward()
             opt.step()
             opt.zero_grad()
-    assert counter.frame_count == 0
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1  # new codes are no reason to compile again
     for p, q in zip(model.parameters(), eager.parameters(), strict=True):
         assert torch.allclose(p + 0, q + 0, atol=2e-2)
     torch._dynamo.reset()
@@ -171,7 +173,7 @@ def test_quantize_stores_weights_in_place_and_keeps_every_object():
     assert seen == [StoredWeight] and not torch.equal(model.up.weight.dequantize(), before)
     text = str(report)
     assert "stored as int8, 8.50 bits" in text and "stored as int4, 4.50 bits" in text
-    assert report.stored_parameters == 40 * 64 + 2 * 64 * 128
+    assert report.stored_parameters == 80 * 64 + 2 * 64 * 128
     assert report.stored_bytes == sum(p.nbytes for p in model.parameters() if type(p) is StoredWeight)
     assert report.to_dict()["stored_bytes"] == report.stored_bytes
     with pytest.raises(ValueError, match="quantized already"):
@@ -179,6 +181,8 @@ def test_quantize_stores_weights_in_place_and_keeps_every_object():
 
 
 def test_there_is_no_dense_copy_of_a_model_after_a_step():
+    gc.collect()
+    others = {id(t) for t in gc.get_objects()}
     model = tied(Recipe(store="int4", embedding="int8"))
     opt = lowbit.optim.AdamW(model.named_parameters(), lr=1e-3, states="8bit")
     for _ in range(2):
@@ -188,6 +192,7 @@ def test_there_is_no_dense_copy_of_a_model_after_a_step():
     gc.collect()
     shapes = {tuple(p.shape) for p in model.parameters() if isinstance(p, StoredWeight)}
     found = [t for t in gc.get_objects() if issubclass(type(t), Tensor) and tuple(t.shape) in shapes]
+    found = [t for t in found if id(t) not in others]
     assert [t for t in found if not isinstance(t, StoredWeight) and t.is_floating_point()] == []
 
 
@@ -253,7 +258,7 @@ def test_a_recipe_says_how_weights_are_stored():
 
 def test_frozen_formats_are_for_frozen_weights():
     model = Tied()
-    before = {name: p.clone() for name, p in model.named_parameters()}
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
     with pytest.raises(ValueError, match=r"up.weight requires a gradient.*frozen"):
         quantize_(model, Recipe(store="nf4-dq"))
     assert all(torch.equal(p, before[name]) and type(p) is nn.Parameter for name, p in model.named_parameters())
@@ -372,3 +377,12 @@ def test_two_ranks_of_stored_weights_equal_one_process_bit_for_bit(tmp_path: Pat
     alone, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("1-0", "2-0", "2-1"))
     for name in alone:
         assert torch.equal(alone[name], first[name]) and torch.equal(first[name], second[name]), name
+
+
+def test_a_weight_that_something_else_holds_is_refused_before_anything_changes() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    graph = model[1](torch.randn(2, 64))  # noqa: F841  # alive
+    model[1].requires_grad_(False)
+    with pytest.raises(RuntimeError, match=r"quantize_: 1.weight cannot become another tensor"):
+        quantize_(model, Recipe(store="int4"))
+    assert type(model[0]) is nn.Linear and type(model[0].weight) is nn.Parameter
