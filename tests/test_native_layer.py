@@ -104,7 +104,9 @@ def test_rotations(isa: str, size: int):
         for view in (x, x.t()[:size].contiguous().t(), x.t()[:size].t()):
             with using("native", isa):
                 assert same(native.rotate(view, rotation, dtype=dtype), rotate(view, rotation).to(dtype))
-                assert same(native.rotate(view, rotation, back=True, dtype=dtype), rotate_back(view, rotation).to(dtype))
+                assert same(
+                    native.rotate(view, rotation, back=True, dtype=dtype), rotate_back(view, rotation).to(dtype)
+                )
 
 
 @pytest.mark.parametrize("size", SIZES)
