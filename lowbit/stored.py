@@ -267,14 +267,14 @@ def resolution(fmt: Format, parts: Mapping[str, Tensor]) -> float:
 def _integers(fmt: Format, x: Tensor, found: scales.Scales, u: Tensor | None, steps: int) -> Tensor:
     """x / scale in units of 1 / steps, rounded: int32, -limit to limit.
 
-    q is the nearest, and r = (x - decode(q)) / scale what is missing, in [-1/2, 1/2]: next to go up when r >= 1 - U,
-    down when r < -U. Where x is the decoded value of a code, r is 0 and neither can happen.
+    q is the nearest, and r = (x - decode(q)) / scale what is missing, in [-1/2, 1/2]: up when r + U >= 1, down when
+    r + U < 0. Where x is the decoded value of a code, r is 0 and neither can happen, since 0 < U < 1.
     """
     inverse, scale = found.inverse.unsqueeze(-1), found.multiplier.unsqueeze(-1)
     q = ((x * inverse) * steps).nan_to_num(0.0).round()
     if u is not None:
         r = ((x - (q / steps) * scale) * inverse) * steps
-        q = q + (r >= 1 - u).float() - (r < -u).float()
+        q = q + (r + u).floor()
     limit = fmt.limit * steps + (_MOST if steps > 1 else 0)
     return q.clamp(-limit, limit).to(torch.int32)
 

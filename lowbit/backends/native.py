@@ -30,6 +30,7 @@ from ..rotation import Rotation
 from ..rows import part_shapes
 from ..scales import Scales, best, block_of, multiplier
 from ..stages import Job, Program
+from . import reference
 
 EXTRA = {"affine": "zero", "log": "base"}
 
@@ -116,6 +117,8 @@ def unsupported(program: Program) -> str:
 @torch.no_grad()
 def step(jobs: list[Job]) -> None:
     """Step every job, those of a program in a row: parameters, moments, scalars and skip counts, in place."""
+    if any(job.stored is not None and job.stored[0].scaling != PLAIN for job in jobs):
+        return reference.step(jobs)  # the library finds fp32 scales only
     structs: list[bytearray] = []
     kept: list[Tensor] = []  # contiguous copies, for as long as the library works on them
     back: list[tuple[Tensor, Tensor]] = []

@@ -223,7 +223,6 @@ static void store_block(Drafts &drafts, const Draft &d, Room &room) {
   const Span s = span_of(drafts, d);
   call.to[drafts.weight] = drafts.nowhere;
   room.at[0] = d.values[drafts.weight];
-  prepare_weight(run, s, 0, &good, room);
   store_weight(run, s, &good, true, room);
 }
 
@@ -239,7 +238,7 @@ static bool judge(const Drafts &drafts, const uint32_t *peaks, Draft &d) {
     absmax[2 * w] = drafts.whole[w] ? most : a;
     absmax[2 * w + 1] = drafts.whole[w] ? most : b;
   }
-  for (int k = 0; k < 16; ++k) {
+  LB_IVDEP for (int k = 0; k < 16; ++k) {
     d.scale[k] = derive_scale(float_of(absmax[k]), drafts.top[k], drafts.least[k], drafts.most[k]);
     d.inverse[k] = inverse(d.scale[k]);
   }

@@ -54,6 +54,9 @@ LB_FN Mask operator|(Mask a, Mask b) { return {(__mmask16)(a.m | b.m)}; }
 LB_FN Mask operator!(Mask a) { return {(__mmask16)~a.m}; }
 LB_FN Lanes where(Mask condition, Lanes a, Lanes b) { return _mm512_mask_blend_ps(condition.m, b.v, a.v); }
 LB_FN Lanes sqrt(Lanes a) { return _mm512_sqrt_ps(a.v); }
+LB_FN Lanes nearest_whole(Lanes a) { return _mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+LB_FN Lanes whole_below(Lanes a) { return _mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
+LB_FN Lanes held(Lanes a, Lanes low, Lanes high) { return _mm512_max_ps(_mm512_min_ps(a.v, high.v), low.v); }  // no NaN
 LB_FN Lanes and_bits(Lanes a, uint32_t bits) {
   return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(a.v), _mm512_set1_epi32((int)bits)));
 }
@@ -198,6 +201,9 @@ LB_FN Mask operator|(Mask a, Mask b) { return {_mm256_or_ps(a.m, b.m)}; }
 LB_FN Mask operator!(Mask a) { return {_mm256_xor_ps(a.m, _mm256_castsi256_ps(_mm256_set1_epi32(-1)))}; }
 LB_FN Lanes where(Mask condition, Lanes a, Lanes b) { return _mm256_blendv_ps(b.v, a.v, condition.m); }
 LB_FN Lanes sqrt(Lanes a) { return _mm256_sqrt_ps(a.v); }
+LB_FN Lanes nearest_whole(Lanes a) { return _mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+LB_FN Lanes whole_below(Lanes a) { return _mm256_round_ps(a.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
+LB_FN Lanes held(Lanes a, Lanes low, Lanes high) { return _mm256_max_ps(_mm256_min_ps(a.v, high.v), low.v); }  // no NaN
 LB_FN Lanes and_bits(Lanes a, uint32_t bits) {
   return _mm256_and_ps(a.v, _mm256_castsi256_ps(_mm256_set1_epi32((int)bits)));
 }
@@ -348,7 +354,6 @@ LB_FN Lanes abs(Lanes a) { return LB_SPACE::and_bits(a, 0x7FFFFFFFu); }
 LB_FN Lanes sign(Lanes a) { return where(a > 0.0f, 1.0f, where(a < 0.0f, -1.0f, a)); }
 LB_FN Lanes maximum(Lanes a, Lanes b) { return where(b > a, b, a); }
 LB_FN Lanes minimum(Lanes a, Lanes b) { return where(b < a, b, a); }
-LB_FN Lanes rint(Lanes a) { return a + 12582912.0f - 12582912.0f; }
 LB_FN Lanes clip(Lanes a, Lanes low, Lanes high) { return minimum(maximum(a, low), high); }
 }  // namespace lb
 #endif

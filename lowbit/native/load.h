@@ -22,7 +22,7 @@ static const float *read_operand(const Run &run, const Span &s, const lb_operand
     unpack(codes, f.bits, s.n, room.codes);
     codes = room.codes;
   }
-  int64_t scale = s.row * o.scales + s.col / f.block;
+  int64_t scale = s.row * o.scales + (s.col >> block_shift(f));
   for (int i = 0; i < s.n; i += each, ++scale) {
     const int n = s.n - i < each ? s.n - i : each;
     room.feed.some();
@@ -47,7 +47,7 @@ static void load_weight(const Run &run, const Span &s, float *to, Room &room) {
   const int each = sub_block(f, run.cut), sign = 1 << (f.bits - 1);
   unpack(codes, f.bits, s.n, room.codes);
   const uint8_t *code = room.codes;
-  int64_t number = s.row * o.scales + s.col / f.block;
+  int64_t number = s.row * o.scales + (s.col >> block_shift(f));
   for (int i = 0; i < s.n; i += each, ++number) {
     const int end = s.n - i < each ? s.n : i + each;
     const float scale = o.scale[number];

@@ -128,8 +128,7 @@ struct Room {
   alignas(64) uint8_t codes[SPAN];
   Draws draws;
   Feed feed;
-  // Of moments, and last of a stored weight.
-  alignas(64) float scale[LB_MOMENTS + 1][SPAN], inverse[LB_MOMENTS + 1][SPAN], base[LB_MOMENTS + 1][SPAN];
+  alignas(64) float scale[LB_MOMENTS][SPAN], inverse[LB_MOMENTS][SPAN], base[LB_MOMENTS][SPAN];
   alignas(64) int8_t rest[SPAN];
   float companion[SPAN];
   uint32_t peaks[LB_ARRAYS][PIECES];  // of what updates wrote to each slot, per piece
@@ -138,6 +137,8 @@ struct Room {
   uint32_t work[LB_BLOCK];
   const float *at[LB_ARRAYS];         // where each slot's values are now
 };
+
+static int block_shift(const lb_format &f) { return __builtin_ctz((unsigned)f.block); }  // blocks divide 256
 
 // Values that share a scale inside a span.
 static int sub_block(const lb_format &f, const Cut &c) { return f.block < c.width ? f.block : c.width; }

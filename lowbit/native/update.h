@@ -83,7 +83,7 @@ static void store_moment(const Run &run, const Span &s, int k, const bool *good,
   const bool direct = f.bits == 8 && all;
   uint8_t *codes = direct ? target : room.codes;
   const int each = sub_block(f, run.cut);
-  int64_t scale = s.row * o.scales + s.col / f.block;
+  int64_t scale = s.row * o.scales + (s.col >> block_shift(f));
   for (int i = 0, number = 0; i < s.n; i += each, ++number, ++scale) {
     const int n = s.n - i < each ? s.n - i : each;
     const bool bounded = run.job->program->guarded && all;
@@ -108,7 +108,7 @@ static void store_moment(const Run &run, const Span &s, int k, const bool *good,
 // The parameter as it will be stored, and whether it stays finite where it was.
 static bool prepare_parameter(const Run &run, const Span &s, int piece, bool *good, Room &room) {
   const lb_job &job = *run.job;
-  if (job.weight.format) return prepare_weight(run, s, run.written & 1 ? piece : 0, good, room);
+  if (job.weight.format) return check_weight(run, s, run.written & 1 ? piece : 0, good, room);
   const float *p = room.at[0];
   const int dtype = job.param_dtype;
   bool fine;
@@ -200,8 +200,7 @@ static int piece_of(const Run &run) {
     if (each < PIECE) return 0;
     piece = each < piece ? each : piece;
   }
-  const lb_format *weight = run.job->weight.format;  // one with smaller blocks looks for its own peaks
-  return weight && weight->block >= PIECE && weight->block < piece ? weight->block : piece;
+  return piece;
 }
 
 // Which writes of each update are stored as roots: of square formats, by the last that writes and none reads after it.

@@ -4,40 +4,10 @@
 
 namespace LB_SPACE {
 
-constexpr int WEIGHT = LB_MOMENTS;  // its place among the scales in a room
-
-// A block keeps its scale, unless a value would clip. Runs over multiples of 16.
-static void renew_scales(const lb_format &f, float reach, const float *absmax, int n, float *scale, float *inverses) {
-  const float top = f.top, least = f.min_scale, most = f.max_scale;
-  n = (n + 15) / 16 * 16;
-  LB_IVDEP for (int i = 0; i < n; ++i) {
-    const float derived = derive_scale(absmax[i], top, least, most);
-    scale[i] = absmax[i] <= reach * scale[i] ? scale[i] : derived;
-    inverses[i] = inverse(scale[i]);
-  }
-}
-
-// The scales that it is going to have; whether each block stays finite where it was.
-static bool prepare_weight(const Run &run, const Span &s, int piece, bool *good, Room &room) {
-  const lb_job &job = *run.job;
-  const lb_operand &o = job.weight;
-  const lb_format &f = *o.format;
-  const float *p = room.at[0], reach = f.top + (job.rest ? 127.0f / 256.0f : 0.0f);
-  const int each = sub_block(f, run.cut);
-  float *absmax = room.base[WEIGHT], *scale = room.scale[WEIGHT];
-  const int64_t first = s.row * o.scales + s.col / f.block;
-  uint32_t worst = 0;
-  int count = 0;
-  for (int i = 0; i < s.n; i += each, ++count) {
-    const int n = s.n - i < each ? s.n - i : each;
-    const uint32_t most = each < piece ? peak(p + i, n) : peak_of(room.peaks[0], piece, p, i, n);
-    worst = most > worst ? most : worst;
-    absmax[count] = float_of(most);
-    scale[count] = o.scale[first + count];
-  }
-  for (int rest = count; rest % 16; ++rest) absmax[rest] = scale[rest] = 1.0f;
-  renew_scales(f, reach, absmax, count, scale, room.inverse[WEIGHT]);
-  if (finite_bits(worst) || !job.program->guarded) return true;
+// Whether each block stays finite where it was.
+static bool check_weight(const Run &run, const Span &s, int piece, bool *good, Room &room) {
+  const float *p = room.at[0];
+  if (finite_bits(peak_of(room.peaks[0], piece, p, 0, s.n)) || !run.job->program->guarded) return true;
   bool kept = true;
   load_weight(run, s, room.value, room);
   for (int i = 0; i < s.n; ++i) {  // a value that is broken already must not freeze its neighbours
@@ -48,6 +18,15 @@ static bool prepare_weight(const Run &run, const Span &s, int piece, bool *good,
   return kept;
 }
 
+// The scale of a block for new values: the one it has, unless one of them would clip.
+static float renewed_scale(const lb_format &f, float reach, const float *x, int n, float scale) {
+  const float limit = reach * scale;
+  const int32_t most = (int32_t)bits_of(limit);
+  int32_t over = !(limit >= 0.0f);
+  LB_IVDEP for (int i = 0; i < n; ++i) over |= (int32_t)magnitude_bits(x[i]) > most ? 1 : 0;
+  return over ? derive_scale(float_of(peak(x, n)), f.top, f.min_scale, f.max_scale) : scale;
+}
+
 // Values of one block as integers in steps of 1/256 of a code, or of a code: the nearest, and from there up or down by
 // what the nearest is short of the value, so that what a code stands for exactly stays. Codes come as signed bytes.
 template <int STEPS> struct Steps {
@@ -55,40 +34,39 @@ template <int STEPS> struct Steps {
   float scale, inverse, limit;
   Steps(const lb_format &f, float scale, float inverse)
       : scale(scale), inverse(inverse), limit((float)f.limit * MANY + (STEPS > 1 ? 127.0f : 0.0f)) {}
-  template <class F> LB_IN F nearest(F x) const {
-    const F u = x * F(inverse) * F(MANY);
-    return lb::rint(lb::where(u == u, u, F(0.0f)));
-  }
-  template <class F> LB_IN F drawn(F x, F q, F bits) const {
-    const F r = (x - q * F(ONE) * F(scale)) * F(inverse) * F(MANY), chance = (bits + F(0.5f)) * F(0x1p-16f);
-    return q + lb::where(r >= F(1.0f) - chance, F(1.0f), F(0.0f)) - lb::where(r < -chance, F(1.0f), F(0.0f));
-  }
-  template <class F> LB_IN F held(F q) const { return lb::clip(q, F(-limit), F(limit)); }
 
-  // From value `first` on, one after the other.
+  // From value `first` on, one after the other; NaN counts as 0.
   void each(const float *x, int first, int n, const uint16_t *draws, uint8_t *codes, int8_t *rest) const {
+    const float scale = this->scale, inverse = this->inverse, limit = this->limit;
     LB_IVDEP for (int i = first; i < n; ++i) {
-      float q = nearest(x[i]);
-      if (draws) q = drawn(x[i], q, (float)(int32_t)draws[i]);
-      const int32_t k = (int32_t)held(q), code = STEPS > 1 ? (k + 128) >> 8 : k;
+      const float u = x[i] * inverse * MANY;
+      float q = lb::rint(u == u ? u : 0.0f);
+      if (draws) q = q + lb::floor((x[i] - q * ONE * scale) * inverse * MANY + uniform(draws[i]));
+      q = q < limit ? q : limit;
+      q = q > -limit ? q : -limit;
+      const int32_t k = (int32_t)q, code = STEPS > 1 ? (k + 128) >> 8 : k;
       codes[i] = (uint8_t)code;
       if (STEPS > 1) rest[i] = (int8_t)(k - 256 * code);
     }
   }
 #ifdef LB_AVX2
-  // 32 at a time; returns how many were done.
+  // Numbers, 32 at a time; returns how many were done.
   int many(const float *x, int n, const uint16_t *draws, uint8_t *codes, int8_t *rest) const {
+    constexpr int GROUPS = 32 / Lanes::COUNT;
     int i = 0;
     for (; i + 32 <= n; i += 32) {
-      Lanes q[32 / Lanes::COUNT], code[32 / Lanes::COUNT];
-      for (int k = 0; k < 32 / Lanes::COUNT; ++k) {
+      Lanes q[GROUPS], code[GROUPS];
+      for (int k = 0; k < GROUPS; ++k) {
         const int at = i + k * Lanes::COUNT;
         const Lanes value = Lanes::load(x + at);
-        q[k] = nearest(value);
-        if (draws) q[k] = drawn(value, q[k], Lanes::whole(draws + at));
-        q[k] = held(q[k]);
+        q[k] = nearest_whole(value * inverse * MANY);
+        if (draws) {
+          const Lanes short_of = (value - q[k] * ONE * scale) * inverse * MANY;
+          q[k] = q[k] + whole_below(short_of + (Lanes::whole(draws + at) + 0.5f) * 0x1p-16f);
+        }
+        q[k] = held(q[k], -limit, limit);
         if (STEPS == 1) continue;
-        code[k] = lb::rint((q[k] + 0.5f) * 0x1p-8f);  // 256 * code - 128 to 256 * code + 127
+        code[k] = nearest_whole((q[k] + 0.5f) * 0x1p-8f);  // of 256 * code - 128 to 256 * code + 127
         q[k] = q[k] - code[k] * 256.0f;
       }
       store_bytes(codes + i, STEPS > 1 ? code : q, true);
@@ -97,12 +75,12 @@ template <int STEPS> struct Steps {
     return i;
   }
 #endif
-  void encode(const float *x, int n, const uint16_t *draws, uint8_t *codes, int8_t *rest) const {
+  void encode(const float *x, int n, bool finite, const uint16_t *draws, uint8_t *codes, int8_t *rest) const {
     int first = 0;
 #ifdef LB_AVX2
-    first = many(x, n, draws, codes, rest);
+    if (finite) first = draws ? many(x, n, draws, codes, rest) : many(x, n, nullptr, codes, rest);
 #endif
-    each(x, first, n, draws, codes, rest);
+    if (first < n) each(x, first, n, draws, codes, rest);
   }
 };
 
@@ -121,26 +99,26 @@ static void store_weight(const Run &run, const Span &s, const bool *good, bool a
   const lb_job &job = *run.job;
   const lb_operand &o = job.weight;
   const lb_format &f = *o.format;
-  const float *p = room.at[0];
+  const float *p = room.at[0], reach = f.top + (job.rest ? 127.0f / 256.0f : 0.0f);
   const uint16_t *draws = job.stochastic ? room.draws.fill(run.key[0], s.number, s.n) : nullptr;
   uint8_t *target = (uint8_t *)o.codes + s.row * o.row_bytes + s.col * f.bits / 8;
   int8_t *target_rest = job.rest ? job.rest + s.at : nullptr;
-  const bool direct = f.bits == 8 && all;
+  const bool direct = f.bits == 8 && all, bounded = all && job.program->guarded;
   uint8_t *codes = direct ? target : room.codes;
   int8_t *rest = all ? target_rest : room.rest;
   const int each = sub_block(f, run.cut), width = run.cut.width;
-  int64_t number = s.row * o.scales + s.col / f.block;
-  for (int i = 0, k = 0; i < s.n; i += each, ++k, ++number) {
+  int64_t number = s.row * o.scales + (s.col >> block_shift(f));
+  for (int i = 0; i < s.n; i += each, ++number) {
     const int n = s.n - i < each ? s.n - i : each;
-    const float scale = room.scale[WEIGHT][k], inverse = room.inverse[WEIGHT][k];
+    const float scale = renewed_scale(f, reach, p + i, n, o.scale[number]), inverse = lb::inverse(scale);
     const uint16_t *drawn = draws ? draws + i : nullptr;
     room.feed.some();
     if (f.kind == LB_KIND_INTEGER && job.rest) {
-      Steps<256>(f, scale, inverse).encode(p + i, n, drawn, codes + i, rest + i);
+      Steps<256>(f, scale, inverse).encode(p + i, n, bounded, drawn, codes + i, rest + i);
     } else if (f.kind == LB_KIND_INTEGER) {
-      Steps<1>(f, scale, inverse).encode(p + i, n, drawn, codes + i, nullptr);
+      Steps<1>(f, scale, inverse).encode(p + i, n, bounded, drawn, codes + i, nullptr);
     } else {
-      const Block b = {inverse, 0.0f, false, run.job->program->guarded && all};
+      const Block b = {inverse, 0.0f, false, bounded};
       encode(f, p + i, n, b, drawn, codes + i);
     }
     if (good[i >> run.cut.shift]) o.scale[number] = scale;
