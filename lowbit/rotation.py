@@ -45,6 +45,10 @@ class Rotation:
             raise ValueError("a rotation whose seed is None changes no sign, so it has no keys")
         return key(self.seed, 0, 0, _OPERAND)
 
+    def padded(self, cols: int) -> int:
+        """`cols`, or the next number of columns that can be rotated: zeros are appended to shorter rows."""
+        return -(-cols // self.size) * self.size
+
     def check(self, cols: int) -> None:
         """Raises `ValueError` if rows of `cols` values cannot be rotated."""
         if cols % self.size:

@@ -108,7 +108,8 @@ def encode(
         x: float32, bfloat16 or float16.
         noise: the key of stochastic rounding (`rounding.key`); None rounds to nearest.
         live: what is above 0 may not become 0.
-        rotation: rotate the rows first (see `rotation`); raises `ValueError` where they cannot be.
+        rotation: rotate the rows first (see `rotation`), with zeros appended up to a multiple of its size: then there
+            are `rotation.padded(cols)` columns.
     """
     return for_format(fmt, x.device, live).encode(fmt, x, noise, live=live, rotation=rotation)
 
@@ -128,7 +129,7 @@ def fake(
 ) -> Tensor:
     """decode(encode(x)) of a matrix of any float dtype, without making the codes; no gradient.
 
-    Arguments are those of `encode` and `decode`. For a transposed view the result may be one too.
+    Arguments are those of `encode` and `decode`.
 
     A compiler on a GPU takes the CUDA kernel as one operator: what it makes of the reference may round a value to the
     next code, and searches in tables, and hashes, it makes slow. On a CPU it traces the reference, to fuse it with what

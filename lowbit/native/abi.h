@@ -153,11 +153,12 @@ typedef struct lb_job {
 
 // A whole matrix to codes and back, or to the values that its codes stand for.
 typedef struct lb_matrix {
-  void *values;  // to encode: float32, bfloat16 or float16, [rows, cols]
-  void *out;     // what the codes stand for, [rows, cols] in the same order; null: codes are enough
-  int64_t rows, cols, stride;  // stride: of the numbering of elements, for random bits
-  int64_t step, out_step;      // values from a row to the next, or from a column to the next
-  int32_t columns;             // whether columns lie one after the other in memory, and not rows
+  void *values;  // to encode: float32, bfloat16 or float16, [rows, filled]; zeros follow them
+  void *out;     // [rows, cols], contiguous: what the codes stand for; or null
+  int64_t rows, cols, filled;
+  int64_t stride;   // of the numbering of elements, for random bits
+  int64_t step;     // values from a row to the next, or from a column to the next
+  int32_t columns;  // whether columns lie one after the other in memory, and not rows
   int32_t dtype, out_dtype;
   int32_t stochastic;
   int32_t rotation;  // runs of so many values are rotated before they are encoded; negative: rotated back

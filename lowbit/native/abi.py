@@ -100,7 +100,7 @@ class Matrix(Structure):
 
     _fields_ = (
         *((name, c_void_p) for name in ("values", "out")),
-        *((name, c_int64) for name in ("rows", "cols", "stride", "step", "out_step")),
+        *((name, c_int64) for name in ("rows", "cols", "filled", "stride", "step")),
         *((name, c_int32) for name in ("columns", "dtype", "out_dtype", "stochastic", "rotation", "flips", "tile")),
         ("key", c_uint32 * 2),
         ("signs", c_uint32 * 2),

@@ -38,11 +38,20 @@ static void load_weight(const Run &run, const Span &s, float *to, Room &room) {
   const lb_job &job = *run.job;
   const lb_operand &o = job.weight;
   const lb_format &f = *o.format;
+  const uint8_t *codes = (const uint8_t *)o.codes + s.row * o.row_bytes + s.col * f.bits / 8;
+#ifdef LB_AVX2
+  if (!job.rest && f.bits == 4 && s.n % 16 == 0 && sub_block(f, run.cut) % 16 == 0) {
+    const Table table(f.values);
+    const float *scales = o.scale + s.row * o.scales + (s.col >> block_shift(f));
+    const int shift = __builtin_ctz((unsigned)sub_block(f, run.cut));
+    for (int i = 0; i < s.n; i += Lanes::COUNT) (table.look_up(codes + i / 2) * scales[i >> shift]).store(to + i);
+    return;
+  }
+#endif
   if (!job.rest) {
     read_operand(run, s, o, to, room);
     return;
   }
-  const uint8_t *codes = (const uint8_t *)o.codes + s.row * o.row_bytes + s.col * f.bits / 8;
   const int8_t *rest = job.rest + s.at;
   const int each = sub_block(f, run.cut), sign = 1 << (f.bits - 1);
   unpack(codes, f.bits, s.n, room.codes);

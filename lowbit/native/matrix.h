@@ -214,22 +214,29 @@ static bool encode_line(const lb_matrix &m, const Line &line, Desk &desk) {
   return true;
 }
 
-// The values of a piece as lines that `work` is to do. `room` is for them where they do not lie in memory as they must.
+// A piece's values, those of each row `width` apart, in fp32 and with the zeros that follow them.
+static void copy_piece(const lb_matrix &m, const Piece &p, float *to, int64_t width) {
+  const int64_t last = p.last < m.filled ? p.last : m.filled, n = last > p.first ? last - p.first : 0;
+  if (m.columns) gather(m, p.row, p.lanes, p.first, n, to, width);
+  for (int64_t i = 0; !m.columns && i < n; i += SPAN) {
+    widen(m.values, m.dtype, p.row * m.step + p.first + i, part_of(n - i), to + i);
+  }
+  for (int l = 0; l < p.lanes; ++l) memset(to + l * width + n, 0, sizeof(float) * (p.last - p.first - n));
+}
+
+// The rows of a piece as lines that `work` is to do. `room` is for values that do not lie in memory as they must.
 template <class Work> static bool each_line(const lb_matrix &m, const Piece &p, float *room, Work work) {
   const int64_t n = p.last - p.first, width = n + ASIDE;
-  const bool own = m.columns || m.dtype != LB_FLOAT32 || m.rotation;  // values are copied into the room
-  const bool direct = m.out && !m.columns && m.out_dtype == LB_FLOAT32;
-  const int64_t at = p.row * m.step + p.first, out_at = p.row * m.out_step + p.first;
-  if (m.columns) gather(m, p.row, p.lanes, p.first, n, room, width);
-  for (int64_t i = 0; own && !m.columns && i < n; i += SPAN) widen(m.values, m.dtype, at + i, part_of(n - i), room + i);
+  const bool own = m.columns || m.dtype != LB_FLOAT32 || m.rotation;
+  if (own) copy_piece(m, p, room, width);
   for (int l = 0; l < p.lanes; ++l) {
-    float *copy = room + l * width;
+    const int64_t row = p.row + l, at = row * m.cols + p.first;
+    float *copy = room + l * width, *to = m.out_dtype == LB_FLOAT32 ? (float *)m.out + at : copy;
     if (m.rotation) rotate(m, copy, n, p.first);
-    const float *x = own ? copy : (const float *)m.values + at;
-    if (!work(Line{p.row + l, p.first, n, x, !m.out ? nullptr : direct ? (float *)m.out + out_at : copy})) return false;
-    if (m.out && !m.columns && !direct) put(copy, m.out_dtype, n, place(m.out, m.out_dtype, out_at));
+    const float *x = own ? copy : (const float *)m.values + row * m.step + p.first;
+    if (!work(Line{row, p.first, n, x, m.out ? to : nullptr})) return false;
+    if (m.out && to == copy) put(copy, m.out_dtype, n, place(m.out, m.out_dtype, at));
   }
-  if (m.out && m.columns) scatter(m, p.row, p.lanes, p.first, n, room, width);
   return true;
 }
 
@@ -267,7 +274,7 @@ static void decode_piece(const lb_matrix &m, const Piece &p, Desk &desk) {
   for (int64_t col = p.first; col < p.last;) {
     const int64_t end = whole || many ? p.last : col - col % f.block + f.block;
     const int n = part_of((end < p.last ? end : p.last) - col);
-    const int64_t at = p.row * m.out_step + col;
+    const int64_t at = p.row * m.cols + col;
     float *to = m.out_dtype == LB_FLOAT32 ? (float *)m.out + at : desk.out;
     if (whole) widen(o.codes, f.dtype, p.row * m.cols + col, n, to);
     else decode_part(m, p.row, col, n, to, desk);

@@ -1,4 +1,5 @@
-// What scales are made from: a number for each part of a row that lies in one block.
+// What scales are made from: a number for each part of a row that lies in one block. Where the matrix has an `out`, the
+// values themselves are written there, rotated: to be encoded in rows, once their scales are known.
 #pragma once
 #include "matrix.h"
 #include "trees.h"
@@ -47,6 +48,7 @@ static double sum_block(const lb_matrix &m, int what, const Line &block, double 
 static void measure_line(const lb_matrix &m, const Asked &asked, const Line &line, double *work, Desk &desk) {
   const lb_operand &o = m.packed;
   const int64_t block = o.format->block;
+  if (line.to && line.to != line.x) memcpy(line.to, line.x, sizeof(float) * line.n);
   for (int64_t i = 0; i < line.n; i += block) {
     const int64_t n = line.n - i < block ? line.n - i : block, number = line.row * o.scales + (line.col + i) / block;
     const Line part = {line.row, line.col + i, n, line.x + i, nullptr};

@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from ..rotation import Rotation
 from ..rounding import key
+from ..rows import part_shapes
 from . import estimators
 from .fake import decode, encode, fake_quantize, padded, quantized, turned, turned_back
 from .matmul import product
@@ -107,6 +108,40 @@ class Call:
         y = product(values, forward_weight(weight, self.recipe), self.dtype, bias)
         return y, kept
 
+    def keeps(self, needs: tuple[bool, bool], empty: bool) -> tuple[str, ...]:
+        """The names of what `forward` keeps, of an input that has values or none."""
+        (activation, operand), other = self.recipe.forward, self.recipe.wgrad[1]
+        needs_x, needs_weight = needs
+        coded = self._coded() is not None and needs_weight and not empty
+        names = [f"x.{part}" for part in _part_names(self._coded())] if coded else []
+        mask = needs_x and _estimated(activation) and activation.estimator != "dge"  # pyright: ignore
+        if (needs_weight and not coded) or (needs_x and _estimated(activation) and not mask):
+            names.append("x")
+        if needs_x or (needs_weight and _estimated(operand)):
+            names.append("weight")
+        return (*names, "mask") if mask else tuple(names)
+
+    def kept_shapes(
+        self, shape: tuple[int, int], needs: tuple[bool, bool]
+    ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shapes and dtypes of what `forward` makes to keep, of x of this shape."""
+        names, (tokens, cols) = self.keeps(needs, 0 in shape), shape
+        turned_cols = padded(cols, forward_rotation(self.recipe))
+        found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        if names and names[0].startswith("x."):
+            operand, other = self._coded(), self.recipe.wgrad[1]
+            assert operand is not None and operand.codes is not None
+            coded = (tokens, turned_cols)
+            if isinstance(other, Operand):
+                coded = (turned_cols if other.of == FORWARD else cols, padded(tokens, self.rotation("wgrad")))
+            found = {f"x.{part}": shape for part, shape in part_shapes(operand.codes, coded).items()}
+        return found | ({"mask": ((tokens, -(-turned_cols // 8)), torch.uint8)} if "mask" in names else {})
+
+    def _coded(self) -> Operand | None:
+        """The operand whose codes are kept of x, if there is one."""
+        operand = self.recipe.forward[0] if self.recipe.wgrad[1] == FORWARD else self.recipe.wgrad[1]
+        return operand if isinstance(operand, Operand) and operand.codes is not None else None
+
     def dgrad(self, gy: Tensor, kept: dict[str, Tensor], cols: int) -> Tensor:
         """gx = Q(gy) Q(W), contracted over output features: [tokens, cols]."""
         gradient, other = self.recipe.dgrad
@@ -156,6 +191,11 @@ class Call:
                 factor = estimators.factor(turned(decoded(kept[name]).detach(), rotation), operand)
             g, is_turned = g * factor.to(g.dtype), True
         return turned_back(g, rotation, cols) if is_turned else g
+
+
+def _part_names(operand: Reused) -> tuple[str, ...]:
+    assert isinstance(operand, Operand) and operand.codes is not None
+    return operand.codes.parts if operand.codes.compressed else ("codes",)
 
 
 def _of_forward(operand: Reused) -> bool:

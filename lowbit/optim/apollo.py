@@ -79,6 +79,7 @@ class APOLLO(GaLore):
     """
 
     scalars: ClassVar = {**GaLore.scalars, "limited_norm": 0.0}
+    apart: ClassVar = True
 
     def __init__(
         self,

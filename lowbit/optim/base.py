@@ -11,7 +11,6 @@ requires a gradient, so checkpoint engines never need a fake first step.
 from __future__ import annotations
 
 import inspect
-import math
 import warnings
 import zlib
 from collections import Counter
@@ -31,6 +30,7 @@ from ..roles import check_used, clean_name, role_map
 from ..stages import Job, Moment, Program, Stage
 from . import checkpoint, replay, sparse
 from .explain import Explanation, explain
+from .hyper import check_common, check_names, check_types
 from .matrices import Chain, carried
 from .roster import Roster, Turns
 from .slot import FLOATS, Slot, asked_of
@@ -127,6 +127,7 @@ class Rule(torch.optim.Optimizer, Part):
     by_role: ClassVar[bool] = False  # whether a tensor's kind depends on its role, and so on its name
     host: ClassVar[dict[str, float]] = {}  # numbers per tensor that matrix stages keep on the host
     guarded: bool = True
+    apart: ClassVar[bool] = False  # whether its states mean something else than those of the class it derives from
     in_backward: InBackward | None = None  # what steps each parameter in backward
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -258,6 +259,7 @@ class Rule(torch.optim.Optimizer, Part):
                 first = seen.get(id(p)) or taken[id(p)]
                 raise ValueError(f"{label}: given twice (first as {first}); give every parameter once")
             seen[id(p)] = label
+        check_names(type(self).__name__, param_group, list(self.defaults), len(self.param_groups))
         self._check(group)
         super().add_param_group({**param_group, "params": entries})
         group = self.param_groups[-1]
@@ -274,6 +276,9 @@ class Rule(torch.optim.Optimizer, Part):
             raise
 
     def _check(self, group: Mapping[str, Any]) -> None:
+        check_types(type(self), group)
+        for part in self.stabilize:
+            check_types(type(part), group)
         check_common(group)
         self.check_group(group)
         plans = [self.plan(group, kind) for kind in self.kinds]
@@ -624,6 +629,7 @@ class Rule(torch.optim.Optimizer, Part):
         state_dict = super().state_dict()
         for group in state_dict["param_groups"]:
             group["states"] = checkpoint.plain(group["states"])
+            group[checkpoint.OPTIMIZER] = type(self).__name__
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -648,25 +654,3 @@ def _as_list(params: Any) -> list[Any]:
     if isinstance(params, torch.nn.Module):
         raise TypeError("params must be parameters, not a module: pass model.named_parameters()")
     return list(params)
-
-
-def check_common(group: Mapping[str, Any]) -> None:
-    """Ranges of the hyper-parameters that carry the field's usual names."""
-    for name, value in group.items():
-        if isinstance(value, Tensor) and value.device.type != "cpu":
-            raise TypeError(
-                f"{name} is a tensor on {value.device}, and every step would wait for it: pass a float, or a tensor on "
-                "the CPU. In a CUDA graph, opt.prepare_replay() tells the device what it is in each step"
-            )
-    if isinstance(group["lr"], str | None):
-        raise TypeError(f"lr must be a number, not {group['lr']!r}")
-    lr = float(group["lr"])
-    if not (math.isfinite(lr) and lr >= 0):
-        raise ValueError(f"lr must be a finite number >= 0, not {lr}")
-    betas = group.get("betas", ())
-    if not isinstance(betas, (tuple, list)) or any(not 0 <= float(beta) < 1 for beta in betas):
-        raise ValueError(f"betas must be numbers in [0, 1), not {betas!r}")
-    for name in ("eps", "weight_decay"):
-        value = float(group.get(name, 0.0))
-        if not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"{name} must be a finite number >= 0, not {value}")

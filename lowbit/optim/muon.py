@@ -136,7 +136,9 @@ class Muon(Rule):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """See `Rule.add_param_group`; what `lr` is now is what the other learning rates follow it from."""
-        super().add_param_group({"base_lr": float(param_group.get("lr", self.defaults["lr"])), **param_group})
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        group.setdefault("base_lr", float(group["lr"]))
 
     def check_group(self, group: Mapping[str, Any]) -> None:
         """See `Rule.check_group`."""
