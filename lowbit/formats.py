@@ -10,6 +10,7 @@ it, every optimizer can store its state in it, and every recipe can use it.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import math
 import struct
@@ -212,6 +213,14 @@ class Format:
         """A number that names this format in a checkpoint (states may hold numbers, not strings)."""
         text = f"{self.name}/{self.bits}/{self.block}"
         return zlib.crc32((text if self.scaling == PLAIN else f"{text}/{self.scaling}").encode()) & 0x7FFFFFFF
+
+    def settled(self) -> Format:
+        """Itself, with all found that is otherwise found when it is asked for: some compilers cannot trace how."""
+        for name, value in vars(Format).items():
+            if isinstance(value, cached_property):
+                with contextlib.suppress(ValueError):
+                    getattr(self, name)
+        return self
 
     @property
     def compressed(self) -> bool:

@@ -30,7 +30,7 @@ def test_what_the_issue_asks_for_is_there():
 def test_a_format_describes_itself(fmt: Format):
     assert format(fmt.name) is format(fmt) is fmt and str(fmt) == fmt.name and fmt.about
     assert fmt.bits in ((2, 4, 6, 8) if fmt.compressed else (16, 32))
-    assert fmt.block in ((16, 16), (0, 0)) or (fmt.block[0] == 1 and 256 % fmt.block[1] == 0)
+    assert fmt.block in ((16, 16), (0, 0), (1, 0)) or (fmt.block[0] == 1 and 256 % fmt.block[1] == 0)
     assert fmt.parts[0] == "codes" and (not fmt.compressed or fmt.parts[1] == "scale")
     assert (fmt.dtype is None) == fmt.compressed
 
@@ -48,7 +48,11 @@ def test_an_unsigned_format_names_its_signed_partner(fmt: Format):
 def test_bytes_per_value_counts_every_part(fmt: Format):
     shape = (256, 4096)
     whole = sum(math.prod(size) * dtype.itemsize for size, dtype in part_shapes(fmt, shape).values())
-    once = 4 * len({"tensor_scale", "scale_offset"} & set(fmt.parts)) + 4 * (fmt.block == (0, 0))
+    once = (
+        4 * len({"tensor_scale", "scale_offset"} & set(fmt.parts))
+        + 4 * (fmt.block == (0, 0))
+        + 4 * 256 * (fmt.block == (1, 0))
+    )
     assert fmt.bytes_per_value * math.prod(shape) == whole - once
 
 

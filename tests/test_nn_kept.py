@@ -10,6 +10,15 @@ from lowbit.nn import Operand, QuantLinear, Recipe, recipes
 TOKENS, FEATURES, OUTPUTS = 256, 512, 384
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """These matmuls are too small for two: on a busy machine, waking the second takes most of the time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def kept(layer: nn.Module, dtype: torch.dtype = torch.float32) -> tuple[int, int]:
     """(bytes that autograd keeps, bytes of them that are no parameter)."""
     x = torch.randn(TOKENS, FEATURES, dtype=dtype, requires_grad=True)

@@ -18,9 +18,8 @@ from lowbit.formats import PLAIN, Format, Rounding, Scaling, format, formats
 from lowbit.rounding import uniform
 
 SCALED = [fmt for fmt in map(format, formats()) if fmt.compressed and fmt.scaling != PLAIN]
-BLOCKY = [
-    format(n) for n in ("int8:row", "int4:tensor", "e2m1:16x16", "int4-affine:16x16", "e2m3", "e3m2:3", "nf4:4x0")
-]
+NAMES = ("int8:row", "int4:tensor", "e2m1:16x16", "int4-affine:16x16", "e2m3", "e3m2:3", "nf4:4x0")
+BLOCKY = [format(name) for name in NAMES]
 every = pytest.mark.parametrize("fmt", [*SCALED, *BLOCKY], ids=str)
 every_scaled = pytest.mark.parametrize("fmt", SCALED, ids=str)
 INF, NAN = math.inf, math.nan

@@ -24,6 +24,7 @@ from ..rows import pack, unpack
 from .operand import Operand
 
 STEEPNESS, STEEPEST = 5, 3.0
+ROUNDED = 2.0**-20  # a block's largest value over its own scale may come out a few ulps above the top: not clipped
 
 
 def factor(x: Tensor, operand: Operand) -> Tensor:
@@ -34,7 +35,8 @@ def factor(x: Tensor, operand: Operand) -> Tensor:
     if operand.estimator == "dge":
         return _slope(fmt, u)
     last, before = fmt.ladder[-1][0], fmt.ladder[-2][0]
-    return (u.abs() <= (last if operand.estimator == "clip" else last + (last - before) / 2)).float()
+    edge = last if operand.estimator == "clip" else last + (last - before) / 2
+    return (u.abs() <= edge * (1 + ROUNDED)).float()
 
 
 def masked(x: Tensor, operand: Operand) -> Tensor:
