@@ -21,6 +21,8 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_examples_run(path: Path, capsys):
+    for needed in re.findall(r"^# needs: (\w+)$", path.read_text(), re.MULTILINE):
+        pytest.importorskip(needed, reason=f"{needed} is not installed")
     threads = torch.get_num_threads()
     runpy.run_path(str(path), run_name="__main__")
     torch.set_num_threads(threads)
