@@ -96,9 +96,7 @@ def measured(optimizer: str, model: str, store: str, embedding: str) -> dict[str
     sys.path.insert(0, str(ROOT))
     from lowbit.bench.plan import Choice, plan
 
-    planned = plan(
-        Choice(model, optimizer, "4bit", store=store, embedding=embedding, batch=1, seq=TOKENS)
-    )
+    planned = plan(Choice(model, optimizer, "4bit", store=store, embedding=embedding, batch=1, seq=TOKENS))
     return {**json.loads(done.stdout.splitlines()[-1]), "plan": asdict(planned)}
 
 
@@ -110,7 +108,9 @@ def table(results: dict[str, Any]) -> str:
     ]
     for name, run in results["runs"].items():
         goal = GOALS.get(name)
-        verdict = "–" if goal is None else f"≤ {goal / 1e9:.1f}: " + ("reached" if run["peak"] <= goal else "**missed**")
+        verdict = (
+            "–" if goal is None else f"≤ {goal / 1e9:.1f}: " + ("reached" if run["peak"] <= goal else "**missed**")
+        )
         said = run["plan"]["released"]
         sizes = " | ".join(f"{x / 1e9:.2f}" for x in (run["weights"], run["states"], run["peak"], said))
         lines.append(f"| {name} | {sizes} | {verdict} |")
