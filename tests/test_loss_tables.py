@@ -49,7 +49,7 @@ def test_every_optimizer_trains_with_states_in_few_bits(name: str, corpus: data.
 def test_losses_go_on_where_they_stopped(tmp_path: Path):
     """A second call runs nothing; after one that was killed while it wrote, only what is missing."""
     out = tmp_path / "losses.jsonl"
-    words = ["--only", "AdamW;Adafactor", "--states", "fp32,4bit", "--steps", "1", "--processes", "0"]
+    words = ["--only", "AdamW;Adafactor", "--states", "fp32,4bit", "--rates", "--steps", "1", "--processes", "0"]
     optimizer_losses.main([*words, "--out", str(out)])
     whole = out.read_text()
     optimizer_losses.main([*words, "--out", str(out)])

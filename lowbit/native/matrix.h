@@ -229,7 +229,7 @@ static bool encode_line(const lb_matrix &m, const Line &line, Desk &desk) {
     encode_many(m, line, desk);
     return true;
   }
-  if (o.codes && f.block * f.bits % 8) {  // blocks share bytes
+  if (o.codes && (int64_t)f.block * f.bits % 8) {  // blocks share bytes
     uint8_t *codes = (uint8_t *)o.codes + line.row * o.row_bytes;
     memset(codes + line.col * f.bits / 8, 0, (line.n * f.bits + 7) / 8);
   }

@@ -18,13 +18,12 @@ static bool check_weight(const Run &run, const Span &s, int piece, bool *good, R
   return kept;
 }
 
-// The scale of a block for new values: the one it has, unless one of them would clip.
-static float renewed_scale(const lb_format &f, float reach, const float *x, int n, float scale) {
-  const float limit = reach * scale;
+// Whether a value of a block would clip.
+static bool clips(const float *x, int n, float limit) {
   const int32_t most = (int32_t)bits_of(limit);
   int32_t over = !(limit >= 0.0f);
   LB_IVDEP for (int i = 0; i < n; ++i) over |= (int32_t)magnitude_bits(x[i]) > most ? 1 : 0;
-  return over ? derive_scale(float_of(peak(x, n)), f.top, f.min_scale, f.max_scale) : scale;
+  return over;
 }
 
 // Values of one block as integers in steps of 1/256 of a code, or of a code: the nearest, and from there up or down by
@@ -103,16 +102,23 @@ struct Book {
 template <class Encoder>
 static void encode_blocks(const Run &run, const Encoder &encoder, const Span &s, const bool *good, bool finite,
                           const uint16_t *draws, uint8_t *codes, int8_t *rest, Room &room) {
-  const lb_operand &o = run.job->weight;
+  const lb_job &job = *run.job;
+  const lb_operand &o = job.weight;
   const lb_format &f = *o.format;
-  const float *p = room.at[0], reach = f.top + (run.job->rest ? 127.0f / 256.0f : 0.0f);
+  const float *p = room.at[0], reach = f.top + (job.rest ? 127.0f / 256.0f : 0.0f);
   const int each = sub_block(f, run.cut);
-  float *scales = o.scale + s.row * o.scales + (s.col >> block_shift(f));
-  for (int i = 0, k = 0; i < s.n; i += each, ++k) {
+  int64_t number = s.row * o.scales + (s.col >> block_shift(f));
+  for (int i = 0; i < s.n; i += each, ++number) {
     const int n = s.n - i < each ? s.n - i : each;
-    const float scale = renewed_scale(f, reach, p + i, n, scales[k]);
-    encoder.encode(p + i, n, scale, lb::inverse(scale), finite, draws ? draws + i : nullptr, codes + i, rest + i);
-    if (good[i >> run.cut.shift]) scales[k] = scale;
+    uint32_t raw = stored_scale(job, number);
+    float scale = multiplier_of(job, raw);
+    if (clips(p + i, n, reach * scale)) {
+      raw = covering_scale(job, float_of(peak(p + i, n)));
+      scale = multiplier_of(job, raw);
+      if (good[i >> run.cut.shift]) store_scale(job, number, raw);
+    }
+    const float inverse = inverse_of(job, raw, scale);
+    encoder.encode(p + i, n, scale, inverse, finite, draws ? draws + i : nullptr, codes + i, rest + i);
     room.feed.some();
   }
 }

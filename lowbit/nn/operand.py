@@ -66,11 +66,11 @@ class Operand:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         object.__setattr__(self, "spec", None if released else self._spec())
+        if released:
+            self._check_released()
         self._check_choices()
         if not isinstance(self.outliers, int) or self.outliers < 0:
             raise ValueError(f"outliers must be a whole number, 0 or more, not {self.outliers!r}")
-        if released:
-            self._check_released()
 
     def _check_choices(self) -> None:
         for name, alias in (("rounding", Rounding), ("signs", Signs), ("estimator", Estimator), ("of", Source)):
