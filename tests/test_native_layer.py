@@ -89,15 +89,7 @@ def test_every_layout(setting):
 def test_long_rows_are_cut_among_threads(shape: tuple[int, int], layout: str):
     for k, name in enumerate(("int4:16", "int8:3", "e4m3:96", "nf4:20000", "fp16")):
         x = matrix(shape, DTYPES[k % 3], layout, k)
-        check(
-            lowbit.format(name),
-            x,
-            NOISE[k % 2],
-            Rotation(SIZES[k % 4], k),
-            DTYPES[k // 2],
-            1 + 6 * (k % 2),
-            list(libraries())[-1:],
-        )
+        check(lowbit.format(name), x, NOISE[k % 2], Rotation(SIZES[k % 4], k), DTYPES[k // 2], 1 + 6 * (k % 2), list(libraries())[-1:])
 
 
 @every_isa
