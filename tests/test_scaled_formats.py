@@ -125,7 +125,7 @@ def test_numbers_of_any_size_stay_finite(fmt: Format):
         x[0, 0] = size
         found = round_trip(fmt, x, noise)
         assert found.isfinite().all() and (found.abs() <= size * 2 + 1e-37).all()
-        if size > 1e-30 and fmt.scaling.statistic == "absmax":
+        if 1e-30 < size <= 1e38 and fmt.scaling.statistic == "absmax":  # headroom leaves less of the largest
             assert (found - x).abs().max() <= (0.3 if noise is None else 0.55) * size  # E2M1 has 4 and 6 at the top
 
 
