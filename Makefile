@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 ARGS   ?=
+JOBS   ?= 2
 FULL   ?= benchmarks/results/bench-full
 
 VENV := .venv
@@ -9,6 +10,8 @@ BIN  := $(VENV)/bin
 # `python -m` and not the scripts beside it: their first line breaks when the checkout is moved.
 PY   := $(BIN)/python
 PIP  := $(PY) -m pip --disable-pip-version-check
+# Each process begins with a run of neighbouring tests, which share what they have made, and takes from others when done.
+PARALLEL := -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # lint before tests, so that pytest's summary is the last output
@@ -17,7 +20,8 @@ PIP  := $(PY) -m pip --disable-pip-version-check
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo '  ARGS="-k name" is handed on to pytest or lowbit, PYTHON=python3.12 picks the interpreter'
+	@echo '  ARGS="-k name" is handed on to pytest or lowbit, JOBS=8 runs as many tests at once (0: in one process),'
+	@echo '  PYTHON=python3.12 picks the interpreter'
 
 install: $(VENV)/.dev ## make .venv with everything for development
 
@@ -31,10 +35,10 @@ format: $(VENV)/.dev ## format the code, mend what ruff can mend
 	$(PY) -m ruff format .
 
 test: lint ## what CI runs: lint, then all tests but the slow ones
-	$(PY) -m pytest -m "not slow" $(ARGS)
+	$(PY) -m pytest $(PARALLEL) -m "not slow" $(ARGS)
 
 test-all: $(VENV)/.dev ## all tests, the slow ones too
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest $(PARALLEL) $(ARGS)
 
 bench: $(VENV)/.bench ## a few minutes' demonstration of 4-bit training against BF16 Adam
 	$(BIN)/lowbit bench --demo $(ARGS)

@@ -4,10 +4,13 @@
 // A lane has V = 8 neighbouring values of a row, and the lanes that share a scale are neighbours: one pass over memory.
 // Bytes per value: 4, 2 or 2 of values, bits / 8 of codes, (4 or 8) / block of scales. Instructions per value, nearest:
 // 5 to 10 to encode, 3 to 5 to decode (an H100 has about 30 in the time that 3 bytes take).
-// Blocks that do not fit a warp, or are no power of two, take two passes: `scales`, then `encode` or `fake`.
+// Blocks that do not fit a warp, or are no power of two, take two passes: `scales`, then `encode` or `fake`. So do blocks
+// of several rows, and scales that are found or stored in another way than absmax / top in fp32: torch makes those
+// (lowbit/scales.py), and kernels are GIVEN what to multiply with.
 //
-// spec.h has the types Fmt (the codes) and Values (the matrix), and the constants STOCHASTIC, LIVE, and ROTATION: how
-// many values a random Hadamard rotation mixes before they are encoded (lowbit/rotation.py), 0 for none.
+// spec.h has the types Fmt (the codes), Values (the matrix) and Out (what `fake` writes), and the constants STOCHASTIC,
+// LIVE, GIVEN, and ROTATION: how many values a random Hadamard rotation mixes before they are encoded
+// (lowbit/rotation.py), 0 for none.
 #include "formats.h"
 #include "spec.h"
 
@@ -17,7 +20,7 @@ constexpr int V = 8, THREADS = 256;
 constexpr bool SCALED = Fmt::KIND != LB_KIND_FLOAT;
 constexpr bool LONE = SCALED && Fmt::BLOCK % V != 0;  // the values of a lane may differ in scale
 // Whether a warp finds its scales itself; LANES share one.
-constexpr bool AT_ONCE = !SCALED || (Fmt::BLOCK >= V && Fmt::BLOCK <= 32 * V && (Fmt::BLOCK & (Fmt::BLOCK - 1)) == 0);
+constexpr bool AT_ONCE = !SCALED || (!GIVEN && Fmt::BLOCK >= V && Fmt::BLOCK <= 32 * V && (Fmt::BLOCK & (Fmt::BLOCK - 1)) == 0);
 constexpr int LANES = SCALED && AT_ONCE ? Fmt::BLOCK / V : 1;
 constexpr uint32_t MASK = 0xFFFFFFFFu >> (32 - Fmt::BITS);  // of a code
 static_assert(ROTATION == 0 || AT_ONCE, "what is rotated on the way is encoded in one pass");
@@ -27,10 +30,12 @@ struct Matrix {
   void *values;  // of the dtype of Values; row after row
   void *codes;
   float *scale;
-  void *extra;  // zero points (uint8) or bases (float)
+  const float *inverse;  // GIVEN, with `scale`: what to multiply by, and back
+  void *extra;           // zero points (uint8) or bases (float)
   int64_t rows, cols, stride;  // stride: of the numbering of elements, for random bits
   int64_t row_bytes, scales;   // of a row's codes; scales of a row
   int64_t across;              // lanes of a row
+  int64_t tile, width;         // rows and columns of a block
   uint32_t key[2];             // of random bits
   uint32_t signs[2];           // of the hash that a rotation takes its signs from
 };
@@ -60,11 +65,11 @@ template <int N> LB_FN void read(const void *values, int64_t at, int count, floa
   Codec<Values>::template decode<N>(raw, 1.0f, 0.0f, {}, x);
 }
 
-template <class Type> LB_FN void write(void *values, int64_t at, int count, const float (&x)[V]) {
+template <class Type, int N> LB_FN void write(void *values, int64_t at, int count, const float (&x)[N]) {
   constexpr int SIZE = Type::BITS / 8;
-  const uint32_t draws[V] = {};
-  const auto raw = Codec<Type>::template encode<V, false, false, false>(x, x, 1.0f, 0.0f, draws, {});
-  store<V * SIZE>((char *)values + at * SIZE, raw, count * SIZE);
+  const uint32_t draws[N] = {};
+  const auto raw = Codec<Type>::template encode<N, false, false, false>(x, x, 1.0f, 0.0f, draws, {});
+  store<N * SIZE>((char *)values + at * SIZE, raw, count * SIZE);
 }
 
 // ---- what a block is stored with
@@ -109,10 +114,17 @@ LB_FN void keep(const Matrix &m, int64_t number, const Block &b) {
   if (Fmt::KIND == LB_KIND_LOG) ((float *)m.extra)[number] = b.base;
 }
 
+// The block of a value.
+LB_FN int64_t number_of(const Matrix &m, int64_t row, int64_t col) {
+  if constexpr (!GIVEN) return row * m.scales + col / Fmt::BLOCK;
+  const int64_t across = m.cols >> 32 ? col / m.width : (int64_t)((uint32_t)col / (uint32_t)m.width);
+  return (m.tile == 1 ? row : row / m.tile) * m.scales + across;
+}
+
 LB_FN Block kept(const Matrix &m, int64_t number) {
   Block b;
   b.scale = SCALED ? m.scale[number] : 1.0f;
-  b.inverse = inverse(b.scale);
+  b.inverse = !GIVEN ? inverse(b.scale) : m.inverse ? m.inverse[number] : 0.0f;
   b.base = Fmt::KIND == LB_KIND_AFFINE ? (float)((const uint8_t *)m.extra)[number]
            : Fmt::KIND == LB_KIND_LOG  ? ((const float *)m.extra)[number]
                                        : 0.0f;
@@ -170,7 +182,7 @@ LB_FN void store_codes(const Matrix &m, const Place &p, const Codes<Fmt, V> &cod
 
 // ---- kernels
 
-template <bool FAKE> LB_FN void run(const Matrix &m, float *to, Codec<Fmt>::Shared &shared) {
+template <bool FAKE> LB_FN void run(const Matrix &m, void *to, Codec<Fmt>::Shared &shared) {
   Codec<Fmt>::prepare(shared);
   __syncthreads();
   const Place p = Place::of(m);
@@ -179,12 +191,11 @@ template <bool FAKE> LB_FN void run(const Matrix &m, float *to, Codec<Fmt>::Shar
   if (ROTATION) rotate(m, p.col, x);
   uint32_t draws[V] = {};
   if (STOCHASTIC) draw(m, p, draws);
-  const int64_t first = p.row * m.scales;
   if constexpr (LONE) {
     Codes<Fmt, V> codes = {};
     LB_UNROLL for (int i = 0; i < V; ++i) {
       if (i >= p.count) break;
-      const Block b = kept(m, first + (p.col + i) / Fmt::BLOCK);
+      const Block b = kept(m, number_of(m, p.row, p.col + i));
       const float source[1] = {source_of(x[i])}, value[1] = {x[i]};
       const uint32_t bits[1] = {draws[i]};
       const auto code = Codec<Fmt>::encode<1, STOCHASTIC, LIVE, false>(value, source, b.inverse, b.base, bits, shared);
@@ -192,14 +203,14 @@ template <bool FAKE> LB_FN void run(const Matrix &m, float *to, Codec<Fmt>::Shar
       if (!FAKE) continue;
       float out[1];
       Codec<Fmt>::decode<1>(code, b.scale, b.base, shared, out);
-      to[p.row * m.cols + p.col + i] = out[0];
+      write<Out>(to, p.row * m.cols + p.col + i, 1, out);
     }
     if (!FAKE) store_codes(m, p, codes);
     return;
   }
   Block b;
   Codes<Fmt, V> codes;
-  const int64_t number = first + p.col / Fmt::BLOCK;
+  const int64_t number = number_of(m, p.row, p.col);
   if constexpr (SCALED && AT_ONCE) {
     Range range = {0u, 0u};
     LB_UNROLL for (int i = 0; i < V; ++i) range = Range::both(range, Range::of(source_of(x[i])));
@@ -217,9 +228,7 @@ template <bool FAKE> LB_FN void run(const Matrix &m, float *to, Codec<Fmt>::Shar
   if constexpr (FAKE) {
     float out[V];
     Codec<Fmt>::decode<V>(codes, b.scale, b.base, shared, out);
-    Words<V * 4> words;
-    LB_UNROLL for (int i = 0; i < V; ++i) words.word[i] = bits_of(out[i]);
-    store<V * 4>(to + p.row * m.cols + p.col, words, p.count * 4);
+    write<Out>(to, p.row * m.cols + p.col, p.count, out);
   } else {
     if constexpr (SCALED && Fmt::BITS < 8) {  // codes beyond the end of a row are 0
       LB_UNROLL for (int i = 0; i < V; ++i) {
@@ -236,7 +245,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 5) encode(const Matrix m) 
   run<false>(m, nullptr, shared);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) fake(const Matrix m, float *to) {
+extern "C" __global__ void __launch_bounds__(THREADS) fake(const Matrix m, void *to) {
   __shared__ Codec<Fmt>::Shared shared;
   run<true>(m, to, shared);
 }
@@ -249,19 +258,18 @@ extern "C" __global__ void __launch_bounds__(THREADS) decode(const Matrix m) {
   if (!p.count) return;
   const auto codes = load<V * Fmt::BITS / 8>((const char *)m.codes + p.row * m.row_bytes + p.col * Fmt::BITS / 8,
                                               (p.count * Fmt::BITS + 7) / 8);
-  const int64_t first = p.row * m.scales;
   float x[V] = {};
   if constexpr (LONE) {
     LB_UNROLL for (int i = 0; i < V; ++i) {
       if (i >= p.count) break;
-      const Block b = kept(m, first + (p.col + i) / Fmt::BLOCK);
+      const Block b = kept(m, number_of(m, p.row, p.col + i));
       const Codes<Fmt, 1> code = {{codes.word[i * Fmt::BITS / 32] >> i * Fmt::BITS % 32 & MASK}};
       float out[1];
       Codec<Fmt>::decode<1>(code, b.scale, b.base, shared, out);
       x[i] = out[0];
     }
   } else {
-    const Block b = kept(m, first + p.col / Fmt::BLOCK);
+    const Block b = kept(m, number_of(m, p.row, p.col));
     Codec<Fmt>::decode<V>(codes, b.scale, b.base, shared, x);
   }
   write<Values>(m.values, p.row * m.cols + p.col, p.count, x);

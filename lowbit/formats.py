@@ -10,6 +10,7 @@ it, every optimizer can store its state in it, and every recipe can use it.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import math
 import struct
@@ -38,10 +39,9 @@ class Scaling:
     The wanted scale is `gain * statistic / top`, where `top` is the format's largest value. It is stored rounded, and
     what decoding multiplies by is the stored one.
 
-    What belongs here is what decides the bits of one tensor on its own: it is the same whoever uses the format. What
-    looks at more than that is the recipe's: rotations, factors on an operand (such as the 3/4 before stochastic
-    rounding to MXFP4), masks, outliers, and MS-EDEN, which corrects stored scales by what rotation groups lost
-    (`scales.corrected`).
+    What belongs here is what decides a tensor's scales, and hence its bits, on its own: it is the same whoever uses the
+    format, and so a format stays one literal. What looks at more is the recipe's: rotations, masks, outliers, which
+    operands are rounded stochastically, and MS-EDEN, which corrects stored scales by what a rotated run has lost.
 
     Args:
         stored: fp32 or bf16; e8m0, a power of two in a byte (255: NaN); e4m3, a byte; double, 8-bit codes of the
@@ -51,7 +51,11 @@ class Scaling:
         rounding: of the stored scale. nearest (fp32 is exact); up, so that no value clips; and for e8m0 the rules of
             the OCP microscaling formats, which look at the statistic's own exponent: floor (the standard's), ceil, and
             even (the statistic is first rounded to the element's mantissa). NVIDIA's rceil is up.
-        gain: above 1 leaves headroom, below 1 clips.
+        gain: of the statistic, before its scale is rounded: above 1 leaves headroom, below 1 clips.
+        headroom: of an e8m0 scale, after it is rounded: codes times 2**k stand for 1/headroom of the values. With 4/3,
+            stochastic rounding to MXFP4 never clips: floor puts absmax at 4 to 8 of 6, and 3/4 of it at 3 to 6
+            (https://arxiv.org/abs/2502.20586, algorithm 2, where the product is multiplied by 16/9 instead). The same
+            factor on the values beforehand would move the scale, too, and help nothing.
         candidates: factors of the scale that are tried for each block; the least squared error wins, the first of
             equals. (1, 1.5) is Four Over Six (https://arxiv.org/abs/2512.02010).
         peak: the stored e4m3 scale of the tensor's largest block: `tensor_scale` is what makes it so. 0: there is none.
@@ -64,6 +68,7 @@ class Scaling:
     statistic: Statistic = "absmax"
     rounding: Rounding = "nearest"
     gain: float = 1.0
+    headroom: float = 1.0
     candidates: tuple[float, ...] = (1.0,)
     peak: float = 0.0
     least: float = 0.0
@@ -77,8 +82,10 @@ class Scaling:
             raise ValueError(f"Scaling: peak and least are for scales stored as e4m3, not {self.stored}")
         if self.outer and not self.peak:
             raise ValueError("Scaling: outer is what shares a tensor_scale, which needs a peak")
-        if not self.gain > 0 or not self.candidates or min(self.candidates) <= 0:
-            raise ValueError("Scaling: the gain must be above 0, and there must be candidates, all above 0")
+        if self.headroom != 1 and self.stored != "e8m0":
+            raise ValueError(f"Scaling: headroom is for scales stored as e8m0; with {self.stored} use gain")
+        if not min(self.gain, self.headroom) > 0 or not self.candidates or min(self.candidates) <= 0:
+            raise ValueError("Scaling: gain and headroom must be above 0, and there must be candidates, all above 0")
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -207,6 +214,14 @@ class Format:
         text = f"{self.name}/{self.bits}/{self.block}"
         return zlib.crc32((text if self.scaling == PLAIN else f"{text}/{self.scaling}").encode()) & 0x7FFFFFFF
 
+    def settled(self) -> Format:
+        """Itself, with all found that is otherwise found when it is asked for: some compilers cannot trace how."""
+        for name, value in vars(Format).items():
+            if isinstance(value, cached_property):
+                with contextlib.suppress(ValueError):
+                    getattr(self, name)
+        return self
+
     @property
     def compressed(self) -> bool:
         """Whether values are stored as uint8 codes with a scale, rather than as a torch dtype."""
@@ -225,8 +240,9 @@ class Format:
         if not self.compressed:
             return self.bits / 8
         scale = {"fp32": 4.0, "bf16": 2.0, "e8m0": 1.0, "e4m3": 1.0, "double": 1.0}[self.scaling.stored]
+        shared, outer = self.block[0] * self.block[1], self.scaling.outer
         sizes = {"scale": scale, "base": 4.0, "zero": 1.0, "scale_scale": 4 / DOUBLE_BLOCK}
-        shared = self.block[0] * self.block[1]
+        sizes["tensor_scale"] = 4 * shared / outer if outer else 0.0
         return self.bits / 8 + (sum(sizes.get(part, 0.0) for part in self.parts) / shared if shared else 0.0)
 
     def with_block(self, block: int | tuple[int, int]) -> Format:
@@ -375,6 +391,8 @@ def catalogue() -> dict[str, Format]:
           scaling=Scaling("e8m0", rounding="even")),
         f("mxfp4-rceil", 4, True, "MXFP4, absmax/6 rounded up (NVIDIA): never clips", block=mx, table=e2m1,
           scaling=Scaling("e8m0", rounding="up")),
+        f("mxfp4-sr", 4, True, "MXFP4 at 3/4 of its size: stochastic rounding never clips", block=mx, table=e2m1,
+          scaling=Scaling("e8m0", rounding="floor", headroom=4 / 3)),
         f("mxfp6-e2m3", 6, True, "OCP MXFP6 E2M3 (floor)", block=mx, table=e2m3,
           scaling=Scaling("e8m0", rounding="floor")),
         f("mxfp6-e3m2", 6, True, "OCP MXFP6 E3M2 (floor)", block=mx, table=e3m2,

@@ -21,6 +21,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
 from .formats import nearest
+from .tables import width
 
 # Every role there is. "expert": experts fused in one tensor; "mlp": another matrix of an MLP, as gate and up fused.
 ROLES = (
@@ -298,7 +299,7 @@ class Roles(Mapping[str, str]):
             name = f"{pattern}  ×{times}" if times > 1 else first[line]
             table.add_row(name, "×".join(map(str, shape)) or "scalar", role or "–", why)
         out = io.StringIO()
-        console = Console(file=out, width=160, markup=False, highlight=False)
+        console = Console(file=out, width=width(), markup=False, highlight=False)
         console.print(table)
         for name, others in self.tied.items():
             console.print(f"{name} is also {', '.join(others)}.", soft_wrap=True)

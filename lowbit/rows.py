@@ -91,6 +91,8 @@ def encode_rows(
     fmt: Format, x: Tensor, noise: tuple[int, int] | None = None, *, live: bool = False
 ) -> dict[str, Tensor]:
     """A float matrix [rows, cols] to packed parts; `noise` is the key of stochastic rounding."""
+    if x.is_meta:  # there are shapes, and nothing to compute
+        return {part: x.new_empty(shape, dtype=dtype) for part, (shape, dtype) in part_shapes(fmt, x.shape).items()}
     bits = None if noise is None else row_bits(noise, x)
     if not fmt.compressed:
         return codec.encode(fmt, x.to(torch.float32, copy=True).contiguous(), bits=bits, live=live)
@@ -110,6 +112,8 @@ def encode_rows(
 def decode_rows(fmt: Format, parts: dict[str, Tensor], cols: int) -> Tensor:
     """The inverse of `encode_rows`: fp32 [rows, cols]."""
     codes = parts["codes"]
+    if codes.is_meta:
+        return codes.new_empty((codes.shape[0], cols), dtype=torch.float32)
     if not fmt.compressed:
         return codes.to(torch.float32, copy=True).reshape(codes.numel() // cols if cols else codes.shape[0], cols)
     rows = codes.shape[0]

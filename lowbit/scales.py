@@ -22,6 +22,7 @@ from torch import Tensor
 
 from . import codec
 from .blocks import counts, halve, tiles, total
+from .compiler import constant
 from .formats import DOUBLE_BLOCK, TINY, Format, Rounding, Stored
 from .formats import format as find_format
 from .words import binade, reciprocal, sqrt
@@ -122,11 +123,10 @@ def statistic(fmt: Format, x: Measured) -> Tensor:
     count = counts(*x.shape, block_of(fmt, *x.shape), absmax.device)
     unit = torch.where(absmax > 0, binade(absmax), 1.0)
     inverse = reciprocal(unit)
-    root = sqrt((x.total("squares", inverse) / count).float()) * unit if kind != "absmean" else unit
-    mean = (x.total("magnitudes", inverse) / count).float() * unit if kind != "rms" else unit
-    clip = SAWB[0] * root - SAWB[1] * mean
-    found = {"rms": root, "absmean": mean, "sawb": clip.clamp(min=0.0)}[kind]
-    return torch.where(torch.isfinite(absmax), found, torch.nan)
+    root = sqrt((x.total("squares", inverse) / count).float()) if kind != "absmean" else unit
+    mean = (x.total("magnitudes", inverse) / count).float() if kind != "rms" else unit
+    found = {"rms": root, "absmean": mean, "sawb": (SAWB[0] * root - SAWB[1] * mean).clamp(min=0.0)}[kind]
+    return torch.where(torch.isfinite(absmax), (found * unit).clamp(max=HUGE), torch.nan)
 
 
 def best(fmt: Format, x: Measured) -> Scales:
@@ -165,13 +165,14 @@ def derive(
     """
     way = fmt.scaling
     rounding = rounding or way.rounding
-    wanted = statistic if way.gain == 1 else statistic * way.gain
-    if way.stored == "e8m0":
-        code = _e8m0(fmt, wanted if candidate == 1 else wanted * candidate, rounding)
-        return Scales(_power(254 - code.int()), _e8m0_value(code), {"scale": code})
+    wanted = _times(statistic, way.gain)
     if way.stored == "e4m3":
         return _e4m3(fmt, wanted, candidate, tensor_scale, rounding)
-    scale = codec.derive_scale(fmt, wanted if candidate == 1 else wanted * candidate)
+    wanted = _times(wanted, candidate)
+    if way.stored == "e8m0":
+        parts = {"scale": _e8m0(fmt, wanted, rounding)}
+        return Scales(inverse(fmt, parts), multiplier(fmt, parts), parts)
+    scale = codec.derive_scale(fmt, wanted)
     if way.stored == "double":
         parts = _double(scale)
         return Scales(codec.reciprocal(scale), multiplier(fmt, parts), parts)
@@ -198,7 +199,7 @@ def multiplier(fmt: Format, parts: dict[str, Tensor]) -> Tensor:
     if stored == "fp32":
         return scale
     if stored == "e8m0":
-        return _e8m0_value(scale)
+        return torch.where(scale == E8M0_NAN, torch.nan, _power(scale.int())) * fmt.scaling.headroom
     if stored == "bf16":
         held = scale.float()
     elif stored == "e4m3":
@@ -214,7 +215,7 @@ def multiplier(fmt: Format, parts: dict[str, Tensor]) -> Tensor:
 def inverse(fmt: Format, parts: dict[str, Tensor]) -> Tensor:
     """What encodes with scales that are already stored."""
     if fmt.scaling.stored == "e8m0":
-        return _power(254 - parts["scale"].int())
+        return _power(254 - parts["scale"].int()) * (1 / fmt.scaling.headroom)
     if fmt.scaling.stored == "e4m3" and fmt.scaling.peak:
         scale = parts["scale"]
         return _two_level_inverse(scale.view(torch.float8_e4m3fn).float(), _spread(fmt, parts["tensor_scale"], scale))
@@ -232,14 +233,14 @@ def covering(fmt: Format, absmax: Tensor, tensor_scale: Tensor | None = None) ->
     return derive(fmt, absmax, tensor_scale=tensor_scale, rounding=rounding)
 
 
+def _times(x: Tensor, factor: float) -> Tensor:
+    return x if factor == 1 else (x * factor).clamp(max=HUGE)
+
+
 def _power(field: Tensor) -> Tensor:
     """2**(field - 127) for int32 fields 0 .. 254, by the bits of fp32; 0 for what is below."""
     bits = torch.where(field > 0, field << 23, torch.where(field == 0, 1 << 22, 0))
     return bits.to(torch.int32).view(torch.float32)
-
-
-def _e8m0_value(code: Tensor) -> Tensor:
-    return torch.where(code == E8M0_NAN, torch.nan, _power(code.int()))
 
 
 def _e8m0(fmt: Format, statistic: Tensor, rounding: Rounding) -> Tensor:
@@ -261,8 +262,13 @@ def _e8m0(fmt: Format, statistic: Tensor, rounding: Rounding) -> Tensor:
         # Of subnormal numbers only those above 2**-127 need the next power.
         rest = bits & 0x7FFFFF
         code = code + (rest > torch.where(bits >> 23 == 0, 1 << 22, 0)).int()
-    code = code.clamp(0, 127 + math.frexp(fmt.max_scale)[1] - 1).to(torch.uint8)
+    code = code.clamp(0, last_power(fmt)).to(torch.uint8)
     return torch.where(torch.isfinite(statistic), code, E8M0_NAN)
+
+
+def last_power(fmt: Format) -> int:
+    """The largest code of an e8m0 scale with which the largest value does not overflow."""
+    return 126 + math.frexp(fmt.max_scale / fmt.scaling.headroom)[1]
 
 
 @cache
@@ -291,9 +297,7 @@ def _e4m3(fmt: Format, wanted: Tensor, candidate: float, tensor_scale: Tensor | 
         parts["tensor_scale"] = tensor_scale
         tensor_scale = _spread(fmt, tensor_scale, wanted)
         block = torch.where(tensor_scale > 0, block / tensor_scale, block)
-    if candidate != 1:
-        block = block * candidate
-    held = block.clamp(way.least, 448.0)
+    held = _times(block, candidate).clamp(way.least, 448.0)
     code = held.to(torch.float8_e4m3fn).view(torch.uint8)
     if rounding == "up":
         code = code + ((code.view(torch.float8_e4m3fn).float() < held) & (code < E4M3_NAN - 1)).to(torch.uint8)
@@ -333,9 +337,9 @@ def _narrowed(scale: Tensor, rounding: Rounding) -> Tensor:
     return near
 
 
-@cache
+@constant
 def _dyn8() -> Format:
-    return find_format("dyn8")
+    return find_format("dyn8").settled()
 
 
 def _double(scale: Tensor) -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ def run(script: str, *arguments: str) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.mark.parametrize("script", ["cpu_tables", "gpu_tables"])
+@pytest.mark.parametrize("script", ["cpu_tables", "gpu_tables", "one_billion", "optimizers", "recipes"])
 def test_tables_are_current(script: str):
     done = run(script, "--check")
     assert done.returncode == 0, done.stderr
@@ -82,6 +82,15 @@ def test_benchmarks_run(script: str, tmp_path: Path):
         goal for goal in cpu_tables.GOALS[script] if "bitsandbytes" not in goal.case and "torchao" not in goal.case
     ]
     assert goals and all("measured" not in goal.verdict(results, "1") for goal in goals)
+
+
+def test_the_benchmark_of_steps_runs(tmp_path: Path):
+    out = tmp_path / "results.json"
+    done = run("optimizer_steps", "--smoke", "--only", "Lion", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    results = json.loads(out.read_text())
+    assert set(results["groups"][0]["cases"]) == {"torch AdamW fused", "lowbit fp32", "lowbit 8bit", "lowbit 4bit"}
+    assert "| AdamW | not timed |" in done.stdout and "| Lion | not timed |" not in done.stdout
 
 
 # Products with packed weights have kernels for GPUs only.

@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+import math
 import pickle
 import warnings
 from pathlib import Path
@@ -33,6 +34,7 @@ from lowbit import Policy, backends, layout, masters
 from lowbit.optim import AdaGN, AdamW, GlobalClip, Rule, SpikeClip, Stabilizer, StableSPAM
 from lowbit.policy import PRESETS_VERSION
 
+INF, NAN = math.inf, math.nan
 SHAPES = [(64, 65), (33, 300), (50,), (0, 4)]
 
 
@@ -49,6 +51,10 @@ def through_safetensors(opt: Rule, fresh: Rule, tmp_path: Path) -> None:
 def twice(opt: Rule, fresh: Rule, tmp_path: Path) -> None:
     fresh.load_state_dict(opt.state_dict())
     fresh.load_state_dict(fresh.state_dict())
+
+
+def is_optimizer(value: object) -> bool:
+    return isinstance(value, type) and issubclass(value, Rule) and value is not Rule
 
 
 WAYS = [through_torch, through_safetensors, twice]
@@ -394,7 +400,7 @@ def without(key: str):
 
 def put(key: str, value) -> object:
     def change(d: dict) -> None:
-        old = d["state"][1][key]
+        old = d["state"][1].get(key)
         d["state"][1][key] = value(old) if callable(value) else value
 
     return change
@@ -435,6 +441,19 @@ DAMAGE = {
         "weight decay is coupled",
     ),
     "maximize": (lambda d: d["param_groups"][0].__setitem__("maximize", True), "maximize"),
+    "a scalar nan": (put("exp_avg_weight", torch.tensor(NAN)), "p1: the checkpoint's 'exp_avg_weight' is not finite"),
+    "a scale inf": (put("exp_avg_scale", lambda v: v + INF), "p1: the checkpoint's 'exp_avg_scale' is not finite"),
+    "step nan": (put("step", torch.tensor(NAN)), "p1: the checkpoint's 'step' must be a whole number >= 0"),
+    "step negative": (put("step", torch.tensor(-1.0)), "p1: the checkpoint's 'step' must be a whole number >= 0"),
+    "eps inf": (lambda d: d["param_groups"][0].__setitem__("eps", INF), "eps must be"),
+    "eta_min nan": (lambda d: d["param_groups"][0].__setitem__("eta_min", NAN), "eta_min must be"),
+    "a number nan": (
+        lambda d: d["param_groups"][0].__setitem__("initial_lr", NAN),
+        "the checkpoint's initial_lr is nan",
+    ),
+    "steps inf": (lambda d: d["param_groups"][0].__setitem__("steps", INF), "the checkpoint's steps is inf"),
+    "whose": (lambda d: d["param_groups"][0].__setitem__("optimizer", "Lion"), "saved by Lion, and this is AdamW"),
+    "another moment": (put("exp_max", torch.ones(33, 300)), "p1: the checkpoint has 'exp_max', which this optimizer"),
 }
 
 
@@ -452,6 +471,96 @@ def test_a_damaged_or_foreign_checkpoint_is_refused_and_changes_nothing(damage, 
     assert_same(everything(opt), before)
     train(opt, named, range(6, 7))
     opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+
+
+OPTIMIZERS = [c for c in (getattr(lowbit.optim, name) for name in lowbit.optim.__all__) if is_optimizer(c)]
+# Whose states mean the same, but for scalars that the other does not have.
+FAMILIES = [{"AdamW", "SPAM"}, {"AdamW", "StableSPAM"}, {"AdamW", "SlimAdam"}, {"APOLLO", "APOLLOMini"}]
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS, ids=lambda c: c.__name__)
+def test_the_checkpoint_of_another_optimizer_is_refused_and_changes_nothing(cls: type):
+    """Small matrices, of which GaLore and its like keep what Adam keeps: nothing but the name tells them apart."""
+    saved = {}
+    for other in OPTIMIZERS:
+        named = parameters([(8, 6), (5,)])
+        opt = other(named)
+        train(opt, named, range(1, 3))
+        saved[other.__name__] = opt.state_dict()
+    named = parameters([(8, 6), (5,)])
+    opt = cls(named)
+    train(opt, named, range(1, 3))
+    before = everything(opt)
+    taken = set()
+    for whose, state_dict in saved.items():
+        try:
+            opt.load_state_dict(state_dict)
+            taken.add(whose)
+            opt = cls(named)
+            train(opt, named, range(1, 3))
+            before = everything(opt)
+        except ValueError as error:
+            assert f"saved by {whose}, and this is {cls.__name__}" in str(error)
+            assert_same(everything(opt), before)
+    assert taken == {cls.__name__}.union(*(f for f in FAMILIES if cls.__name__ in f))
+
+
+TORCHS = {
+    torch.optim.AdamW: ("AdamW", "SPAM", "StableSPAM", "SlimAdam"),
+    torch.optim.Adam: ("AdamW", "SPAM", "StableSPAM", "SlimAdam"),
+    torch.optim.SGD: ("SGD",),
+    torch.optim.NAdam: (),
+    torch.optim.Adamax: (),
+    torch.optim.RMSprop: (),
+    torch.optim.Adagrad: (),
+}
+
+
+@pytest.mark.parametrize(
+    "theirs, stepped", [(c, True) for c in TORCHS] + [(torch.optim.AdamW, False), (torch.optim.SGD, False)]
+)
+def test_torchs_checkpoints_are_taken_by_their_namesakes_only(theirs, stepped: bool):
+    p = Parameter(torch.ones(8, 6))
+    ref = theirs([p], lr=0.25)
+    if stepped:
+        p.grad = torch.ones_like(p)
+        ref.step()
+    taken = []
+    for cls in OPTIMIZERS:
+        opt = cls(parameters([(8, 6)]), lr=0.5)
+        before = everything(opt)
+        try:
+            opt.load_state_dict(ref.state_dict())
+            taken.append(cls.__name__)
+            assert opt.param_groups[0]["lr"] == 0.25
+        except ValueError:
+            assert_same(everything(opt), before)
+    assert sorted(taken) == sorted(TORCHS[theirs])
+
+
+def test_a_class_of_ones_own_takes_the_checkpoints_of_its_base_and_gives_it_its_own():
+    class Mine(lowbit.optim.Lion):
+        pass
+
+    named = parameters([(8, 6)])
+    mine, lion, adams = Mine(named), lowbit.optim.Lion(clones(named)), lowbit.optim.AdamS(clones(named))
+    train(mine, named, range(1, 3))
+    lion.load_state_dict(mine.state_dict())
+    mine.load_state_dict(lion.state_dict())
+    with pytest.raises(ValueError, match="saved by Mine, and this is AdamS"):
+        adams.load_state_dict(mine.state_dict())
+
+
+def test_what_released_code_lets_through_can_be_resumed(tmp_path: Path):
+    """The official variants store what is not finite; resuming is as if never stopped for them too."""
+    named = parameters([(8, 6)])
+    opt = StableSPAM(named, variant="official", states="fp32")
+    named[0][1].grad = torch.full((8, 6), NAN)
+    opt.step()
+    assert not math.isfinite(float(opt.state[named[0][1]]["m_norm_t"]))
+    fresh = StableSPAM(clones(named), variant="official", states="fp32")
+    through_safetensors(opt, fresh, tmp_path)
+    assert not math.isfinite(float(fresh.state[fresh.param_groups[0]["params"][0]]["m_norm_t"]))
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from lowbit.__main__ import main
+from lowbit.bench import kernels
 from lowbit.bench.kernels import shipped
 from lowbit.gpu import CompileError, NoCompiler, inspect, nvrtc
 from lowbit.gpu.cost import ARCHITECTURES, Report, read, report, texts
@@ -357,9 +358,9 @@ def test_doctor_prints_what_kernels_cost(capsys: pytest.CaptureFixture):
     compiler("nvrtc13")
     needs_nvdisasm()
     assert main(["doctor", "--arch", "sm_90a", "--json"]) == 0
-    kernels = json.loads(capsys.readouterr().out)["kernels"]
-    assert {one["specialisation"] for one in kernels} == set(SHIPPED)
-    assert all(one["resources"]["registers"] > 0 for one in kernels)
+    found = json.loads(capsys.readouterr().out)["kernels"]
+    assert {one["specialisation"] for one in found} == set(SHIPPED)
+    assert all(one["resources"]["registers"] > 0 for one in found)
     assert main(["doctor", "--arch", "sm_90a"]) == 0
     assert "linear_few" in capsys.readouterr().out
 
@@ -376,8 +377,10 @@ def test_doctor_says_what_is_missing(capsys: pytest.CaptureFixture, monkeypatch:
     assert main(["doctor", "--arch", "sm_1"]) == 1
     assert "not compiled for sm_1:" in capsys.readouterr().out
     monkeypatch.setattr(inspect, "nvdisasm", lambda: None)
+    monkeypatch.setattr(kernels, "shipped", lambda: [SHIPPED["codec nf4"], SHIPPED["AdamW 8bit"]])
     assert main(["doctor", "--arch", "sm_90a", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
+    assert {one["specialisation"] for one in found["kernels"]} == {"codec nf4", "AdamW 8bit"}
     assert inspect.NO_NVDISASM in found["advice"]
     assert all(one["per_value"] is None and one["resources"]["registers"] for one in found["kernels"])
 

@@ -4,7 +4,6 @@ import math
 import sys
 from collections.abc import Sequence
 from ctypes import sizeof
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ import torch
 from lowbit import rows
 from lowbit.backends import cuda, reference
 from lowbit.formats import Format, format, formats
-from lowbit.gpu.formats import ENTRY, Bins, alive, bins, print_format
+from lowbit.gpu.formats import ENTRY, Bins, alive, bins
 from lowbit.rotation import SIZES, Rotation, rotate
 
 sys.path.insert(0, str(Path(__file__).parent / "emulator"))
@@ -95,6 +94,17 @@ def test_special_values(name):
     check(fmt, x)
     if fmt.kind != "log" and name not in BLOCKS:
         check(fmt, x.abs(), live=True)
+
+
+@pytest.mark.parametrize("name", ["nf4", "int4-affine:32", "int4:3", "solo2:300", "fp32"])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_what_comes_out_in_16_bits_is_rounded_once(name, dtype):
+    fmt = format(name)
+    x = values(fmt, (3, 300))
+    x[1, 7], x[2, 8] = 3e38 if fmt.signed else 1e30, math.inf
+    parts = reference.encode(fmt, x)
+    same(cuda.decode(fmt, parts, 300, dtype), reference.decode(fmt, parts, 300).to(dtype), name)
+    same(cuda.fake(fmt, x, NOISE, dtype=dtype), reference.fake(fmt, x, NOISE).to(dtype), name)
 
 
 @pytest.mark.parametrize("name", PLAIN)
@@ -202,9 +212,41 @@ def test_a_rotation_says_what_it_cannot_do():
         rotate(torch.zeros(2, 40), Rotation(16))
 
 
-def test_blocks_of_several_rows_are_refused():
-    with pytest.raises(ValueError, match="blocks of 2 rows"):
-        print_format(replace(format("int4"), block=(2, 64)), "Fmt")
+# Scales that torch makes and kernels are given: stored or found otherwise, or of blocks that are no run of a row.
+GIVEN = [name for name in formats() if not format(name).plain and cuda.takes(format(name))]
+TILES = ["int8:row", "int4:tensor", "e2m1:16x16", "nf4:3x5", "int8:32x32", "mxfp4:5"]
+
+
+@pytest.mark.parametrize("name", [*GIVEN, *TILES])
+def test_given_scales(name):
+    fmt = format(name)
+    x = values(fmt, (37, 301))
+    check(fmt, x)
+    check(fmt, x[:, :256])  # one long row, where no block has two
+    check(fmt, x[:1, :2], noises=[NOISE])
+    check(fmt, x[:0], noises=[NOISE])
+    x[0, :256], x[20, 7], x[3, 300], x[4, 5] = 0, math.inf, math.nan, 3e38
+    x[5] = torch.tensor(SPECIAL).repeat(26)[:301]
+    check(fmt, x)
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp8-even", "e2m1:16x16"])
+def test_codes_and_values_at_once(name):
+    fmt, rotation = format(name), Rotation(32, seed=5)
+    x = values(fmt, (9, 70)).bfloat16()
+    for noise in NOISES:
+        got, want = (
+            cuda.quantized(fmt, x, noise, rotation=rotation),
+            reference.quantized(fmt, x, noise, rotation=rotation),
+        )
+        same(got[0], want[0], name)
+        for part in want[1]:
+            same(got[1][part], want[1][part], (name, part))
+
+
+def test_what_kernels_do_not_take():
+    assert not cuda.takes(format("mxfp6-e2m3"))  # no whole number of codes in a byte
+    assert not cuda.takes(format("mxfp4"), live=True)
 
 
 def test_any_order_of_threads_and_blocks():

@@ -13,7 +13,7 @@ import pytest
 # The house, ground floor first. A room is a module or package directly under lowbit. It imports only from rooms on
 # lower floors, and freely from inside itself. A new module gets its place here.
 FLOORS = [
-    {"words", "formats", "rounding", "compiler"},
+    {"words", "formats", "rounding", "compiler", "tables"},
     {"codec", "layout", "stages", "masters", "roles", "rotation"},
     {"blocks"},
     {"scales"},
@@ -29,7 +29,9 @@ FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 ADVICE = "has no floor: give it a floor in tests/test_floors.py"
 
 ROOT = Path(__file__).parents[1] / "lowbit"
-OPTIONAL = ["matplotlib", "datasets", "transformers", "torchao", "bitsandbytes", "triton"]
+OPTIONAL = [
+    "matplotlib", "datasets", "transformers", "torchao", "bitsandbytes", "triton", "peft", "compressed_tensors",
+]  # fmt: skip
 
 
 def module_name(path: Path) -> str:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.backends.debugging import aot_eager as aot
 from torch.utils.checkpoint import checkpoint
 
 from lowbit.nn import Operand, QuantLinear, Recipe, quantize_, recipes
@@ -272,14 +273,26 @@ def test_copies_and_checkpoints() -> None:
 
 # torch 2.13's own tracing of autograd functions does what it warns of.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-def test_compiles_in_one_graph() -> None:
-    for name in ("fp4", "stablespam-int4"):  # between them, every operation of the presets
-        made, x = layer(name, 64, 16), randn(4, 64).requires_grad_()
-        compiled = torch.compile(made, backend="aot_eager", fullgraph=True)
-        y = compiled(x)
-        assert torch.equal(y, made(x))
-        y.sum().backward()
-        assert made.weight.grad is not None and made.weight.grad.abs().sum() > 0
+@pytest.mark.parametrize("name", [*recipes(), "noisy"])
+def test_compiles_in_one_graph(name: str) -> None:
+    """The bits of the layer without a compiler, call after call, with one recompilation for the numbers of calls."""
+    recipe = NOISY if name == "noisy" else name
+    made, plain = layer(recipe, 64, 16), layer(recipe, 64, 16)
+    graphs = 0
+    torch._dynamo.reset()  # other layers' graphs count too, up to a limit
+
+    def count(graph, inputs):
+        nonlocal graphs
+        graphs += 1
+        return aot(graph, inputs)
+
+    compiled = torch.compile(made, backend=count, fullgraph=True)
+    for step in range(5):
+        x, gy = randn(3, 4, 64, seed=step), randn(3, 4, 16, seed=50 + step)
+        assert all(map(torch.equal, gradients(made, x, gy, lambda x: compiled(x)), gradients(plain, x, gy)))
+    with torch.no_grad():
+        assert torch.equal(torch.compile(made.eval(), backend=aot, fullgraph=True)(x), plain(x))
+    assert graphs <= 2
 
 
 @pytest.mark.parametrize("name", [*recipes(), "noisy"])

@@ -7,10 +7,9 @@ compiler, no driver, a rule that cannot be printed), the reference does the work
 
 from __future__ import annotations
 
-import contextlib
 import os
 import warnings
-from functools import cache, cached_property
+from functools import cache
 from itertools import groupby
 from operator import attrgetter
 from types import ModuleType
@@ -108,7 +107,8 @@ def encode(
         x: float32, bfloat16 or float16.
         noise: the key of stochastic rounding (`rounding.key`); None rounds to nearest.
         live: what is above 0 may not become 0.
-        rotation: rotate the rows first (see `rotation`); raises `ValueError` where they cannot be.
+        rotation: rotate the rows first (see `rotation`), with zeros appended up to a multiple of its size: then there
+            are `rotation.padded(cols)` columns.
     """
     return for_format(fmt, x.device, live).encode(fmt, x, noise, live=live, rotation=rotation)
 
@@ -128,7 +128,7 @@ def fake(
 ) -> Tensor:
     """decode(encode(x)) of a matrix of any float dtype, without making the codes; no gradient.
 
-    Arguments are those of `encode` and `decode`. For a transposed view the result may be one too.
+    Arguments are those of `encode` and `decode`.
 
     A compiler on a GPU takes the CUDA kernel as one operator: what it makes of the reference may round a value to the
     next code, and searches in tables, and hashes, it makes slow. On a CPU it traces the reference, to fuse it with what
@@ -178,10 +178,7 @@ def _for_layers(x: Tensor, fmt: Format) -> ModuleType:
 @constant
 def _is_operator(fmt: Format, device: torch.device) -> bool:
     """Whether `fake` is an operator of torch that can be told of the format; then it is registered."""
-    for name, value in vars(Format).items():  # compilers before Python 3.12 cannot trace how these are found
-        if isinstance(value, cached_property):
-            with contextlib.suppress(ValueError):
-                getattr(fmt, name)
+    fmt.settled()
     if _NATIVE.get(device.type) is not cuda or for_format(fmt, device) is not cuda:
         return False
     from . import operators  # noqa: F401  # not before it is needed: importing the library registers nothing

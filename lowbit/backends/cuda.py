@@ -10,6 +10,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..formats import Format, format
 from ..gpu import Module, machine, sources
@@ -19,6 +20,7 @@ from ..native.abi import DTYPE
 from ..rotation import Rotation, rotate_back
 from ..rotation import rotate as turn
 from ..rows import part_shapes
+from ..scales import Scales, Tiles, best, block_of, multiplier
 from .cuda_step import capture as capture
 from .cuda_step import prepare as prepare
 from .cuda_step import step as step
@@ -41,7 +43,13 @@ def find(device: torch.device) -> None:
 
 def takes(fmt: Format, live: bool = False) -> bool:
     """Whether this backend codes and decodes a format; `live` as for `encode`."""
-    return fmt.plain
+    return fmt.plain or (_is_given(fmt) and not live)
+
+
+def _is_given(fmt: Format) -> bool:
+    """Whether kernels are given the scales of a format, which `scales` makes."""
+    fixed = fmt.kind in ("integer", "codebook") and fmt.signed and not fmt.square
+    return not fmt.plain and fixed and 8 % fmt.bits == 0
 
 
 class Matrix(Structure):
@@ -51,6 +59,7 @@ class Matrix(Structure):
         ("values", c_void_p),
         ("codes", c_void_p),
         ("scale", c_void_p),
+        ("inverse", c_void_p),
         ("extra", c_void_p),
         ("rows", c_int64),
         ("cols", c_int64),
@@ -58,18 +67,33 @@ class Matrix(Structure):
         ("row_bytes", c_int64),
         ("scales", c_int64),
         ("across", c_int64),
+        ("tile", c_int64),
+        ("width", c_int64),
         ("key", c_uint32 * 2),
         ("signs", c_uint32 * 2),
     ]
 
 
 @lru_cache(maxsize=1024)
-def print_spec(fmt: Format, dtype: torch.dtype, stochastic: bool = False, live: bool = False, rotation: int = 0) -> str:
+def print_spec(
+    fmt: Format,
+    dtype: torch.dtype,
+    stochastic: bool = False,
+    live: bool = False,
+    rotation: int = 0,
+    out: torch.dtype = torch.float32,
+) -> str:
     """The text of spec.h for cuda/codec.cu."""
-    constants = {"bool STOCHASTIC": stochastic, "bool LIVE": live, "int ROTATION": rotation}
+    constants = {
+        "bool STOCHASTIC": stochastic,
+        "bool LIVE": live,
+        "bool GIVEN": _is_given(fmt),
+        "int ROTATION": rotation,
+    }
     lines = [f"constexpr {name} = {str(value).lower()};\n" for name, value in constants.items()]
-    values = print_format(format(_NAMES[dtype]), "Values")
-    return f'#pragma once\n#include "arithmetic.h"\n{print_format(fmt, "Fmt")}{values}{"".join(lines)}'
+    types = (fmt, "Fmt"), (format(_NAMES[dtype]), "Values"), (format(_NAMES[out]), "Out")
+    printed = "".join(print_format(one, name) for one, name in types)
+    return f'#pragma once\n#include "arithmetic.h"\n{printed}{"".join(lines)}'
 
 
 @lru_cache(maxsize=1)
@@ -84,12 +108,12 @@ def _module(
     stochastic: bool = False,
     live: bool = False,
     rotation: int = 0,
+    out: torch.dtype = torch.float32,
 ) -> Module:
     texts = _texts()
     headers = {name: texts[name] for name in HEADERS}
-    return machine(device).module(
-        texts["codec.cu"], {**headers, "spec.h": print_spec(fmt, dtype, stochastic, live, rotation)}
-    )
+    spec = print_spec(fmt, dtype, stochastic, live, rotation, out)
+    return machine(device).module(texts["codec.cu"], {**headers, "spec.h": spec})
 
 
 HEADERS = ("stdint.h", "abi.h", "words.h", "arithmetic.h", "device.h", "formats.h")
@@ -98,7 +122,7 @@ HEADERS = ("stdint.h", "abi.h", "words.h", "arithmetic.h", "device.h", "formats.
 def _at_once(fmt: Format) -> bool:
     """Whether a warp finds a block's scale by itself."""
     block = fmt.block[1]
-    return not fmt.compressed or (VALUES <= block <= WARP and block & (block - 1) == 0)
+    return not fmt.compressed or (fmt.plain and VALUES <= block <= WARP and block & (block - 1) == 0)
 
 
 def _matrix(
@@ -108,25 +132,29 @@ def _matrix(
     noise: tuple[int, int] | None = None,
     rotation: Rotation | None = None,
 ) -> tuple[Matrix, int]:
-    """The argument of a kernel, and how many lanes there are."""
+    """The argument of a kernel, and how many lanes there are.
+
+    `parts` are codes, scales and their kin; of scales that are given, `inverse` and `multiplier` instead.
+    """
     rows, cols = values.shape
-    bits, block = fmt.bits, fmt.block[1] if fmt.compressed else VALUES
+    tile, block = block_of(fmt, rows, cols) if fmt.compressed else (1, VALUES)
     scales = -(-cols // block)
     # Lanes that share a scale, or rotate values together, are neighbours.
     run = max(block if _at_once(fmt) else VALUES, rotation.size if rotation else 0)
     stride = row_stride(cols)
-    if rows > 1 and cols % step_width(cols) == 0 and cols % run == 0 and cols % block == 0 and not rotation:
+    whole = cols % step_width(cols) == 0 and cols % run == 0 and cols % block == 0
+    if rows > 1 and tile == 1 and whole and not rotation:
         rows, cols, stride, scales = 1, rows * cols, rows * cols, rows * scales  # one long row: no division
     across = -(-cols // run) * run // VALUES
     matrix = Matrix(values=values.data_ptr(), rows=rows, cols=cols, stride=stride, scales=scales, across=across)
-    matrix.row_bytes = row_bytes(cols, bits)
+    matrix.row_bytes, matrix.tile, matrix.width = row_bytes(cols, fmt.bits), tile, block
     matrix.key[:], matrix.signs[:] = noise or (0, 0), rotation.keys if rotation else (0, 0)
-    if parts:
-        matrix.codes = parts["codes"].data_ptr()
-        if fmt.compressed:
-            matrix.scale = parts["scale"].data_ptr()
-        if fmt.kind in EXTRA:
-            matrix.extra = parts[EXTRA[fmt.kind]].data_ptr()
+    pointers = {"codes": "codes", "scale": "scale", "inverse": "inverse", EXTRA.get(fmt.kind, ""): "extra"}
+    if _is_given(fmt):
+        pointers = {"codes": "codes", "multiplier": "scale", "inverse": "inverse"}
+    for part, field in pointers.items():
+        if part in parts:
+            setattr(matrix, field, parts[part].data_ptr())
     return matrix, rows * across
 
 
@@ -147,28 +175,40 @@ def _encode(
     noise: tuple[int, int] | None,
     live: bool,
     rotation: Rotation | None,
-    *arguments: object,
+    out: Tensor | None = None,
 ) -> None:
-    module = _module(x.device, fmt, x.dtype, noise is not None, live, rotation.size if rotation else 0)
-    if not _at_once(fmt):
+    size, dtype = rotation.size if rotation else 0, torch.float32 if out is None else out.dtype
+    module = _module(x.device, fmt, x.dtype, noise is not None, live, size, dtype)
+    if not _at_once(fmt) and not _is_given(fmt):
         matrix, _ = _matrix(fmt, x, parts)
         blocks = matrix.rows * matrix.scales
         threads = THREADS if fmt.block[1] > WARP else 32
         module.machine.launch(module.function("scales"), blocks, threads, (matrix,))
     matrix, lanes = _matrix(fmt, x, parts, noise, rotation)
-    _launch(module, name, lanes, matrix, *arguments)
+    _launch(module, name, lanes, matrix, *(() if out is None else (c_void_p(out.data_ptr()),)))
 
 
 def _ready(fmt: Format, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, Rotation | None]:
     """Contiguous; and rotated already where a block takes two passes."""
     x = x.detach().resolve_neg().contiguous()
     if rotation is not None:
-        rotation.check(x.shape[1])
+        x = pad(x, (0, rotation.padded(x.shape[1]) - x.shape[1]))
         if rotation.seed is None:  # the kernels always change signs
             return turn(x, rotation), None
         if not _at_once(fmt):
             return fake(format("fp32"), x, rotation=rotation), None
     return x, rotation
+
+
+def _given(fmt: Format, x: Tensor) -> Scales:
+    """The scales that kernels are given: torch makes them, on the device."""
+    found = best(fmt, Tiles(fmt, x))
+    return Scales(found.inverse.contiguous(), found.multiplier.contiguous(), found.parts)
+
+
+def _pointed(found: Scales, codes: Tensor | None = None) -> dict[str, Tensor]:
+    parts = {} if codes is None else {"codes": codes}
+    return {**parts, "inverse": found.inverse, "multiplier": found.multiplier}
 
 
 def encode(
@@ -181,10 +221,19 @@ def encode(
 ) -> dict[str, Tensor]:
     """See `backends.encode`. With a rotation, of the matrix as `rotation.rotate` leaves it."""
     x, rotation = _ready(fmt, x, rotation)
+    if _is_given(fmt):
+        return _encode_given(fmt, x, _given(fmt, x), noise)
     parts = _empty(fmt, x)
     if x.numel():
         _encode("encode", fmt, x, parts, noise, live, rotation)
     return parts
+
+
+def _encode_given(fmt: Format, x: Tensor, found: Scales, noise: tuple[int, int] | None) -> dict[str, Tensor]:
+    codes = torch.empty(part_shapes(fmt, tuple(x.shape))["codes"][0], dtype=torch.uint8, device=x.device)
+    if x.numel():
+        _encode("encode", fmt, x, _pointed(found, codes), noise, False, None)
+    return {"codes": codes, **found.parts}
 
 
 def decode(fmt: Format, parts: dict[str, Tensor], cols: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -192,11 +241,17 @@ def decode(fmt: Format, parts: dict[str, Tensor], cols: int, dtype: torch.dtype 
     parts = {part: tensor.contiguous() for part, tensor in parts.items()}
     codes = parts["codes"]
     rows = codes.shape[0] if fmt.compressed or not cols else codes.numel() // cols
-    values = torch.empty(rows, cols, dtype=torch.float32, device=codes.device)
+    if _is_given(fmt) and rows * cols:
+        parts = {"codes": codes, "multiplier": multiplier(fmt, parts).contiguous()}
+    return _decode(fmt, parts, rows, cols, dtype)
+
+
+def _decode(fmt: Format, parts: dict[str, Tensor], rows: int, cols: int, dtype: torch.dtype) -> Tensor:
+    values = torch.empty(rows, cols, dtype=dtype, device=parts["codes"].device)
     if values.numel():
         matrix, lanes = _matrix(fmt, values, parts)
-        _launch(_module(codes.device, fmt, torch.float32), "decode", lanes, matrix)
-    return values.to(dtype)
+        _launch(_module(values.device, fmt, dtype), "decode", lanes, matrix)
+    return values
 
 
 def fake(
@@ -209,11 +264,11 @@ def fake(
 ) -> Tensor:
     """See `backends.fake`."""
     x, rotation = _ready(fmt, x, rotation)
-    values = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    values = torch.empty(x.shape, dtype=dtype, device=x.device)
     if x.numel():
-        parts = {} if _at_once(fmt) else _empty(fmt, x)
-        _encode("fake", fmt, x, parts, noise, False, rotation, c_void_p(values.data_ptr()))
-    return values.to(dtype)
+        parts = _pointed(_given(fmt, x)) if _is_given(fmt) else {} if _at_once(fmt) else _empty(fmt, x)
+        _encode("fake", fmt, x, parts, noise, False, rotation, values)
+    return values
 
 
 def quantized(
@@ -225,12 +280,18 @@ def quantized(
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """See `backends.quantized`: two launches, one for the codes and one for what they stand for."""
-    parts = encode(fmt, x, noise, rotation=rotation)
-    return decode(fmt, parts, x.shape[1], dtype), parts
+    rows, cols = x.shape[0], rotation.padded(x.shape[1]) if rotation else x.shape[1]
+    if not _is_given(fmt):
+        parts = encode(fmt, x, noise, rotation=rotation)
+        return decode(fmt, parts, cols, dtype), parts
+    x, _ = _ready(fmt, x, rotation)
+    found = _given(fmt, x)
+    parts = _encode_given(fmt, x, found, noise)
+    return _decode(fmt, _pointed(found, parts["codes"]), rows, cols, dtype), parts
 
 
 def rotate(x: Tensor, rotation: Rotation, *, back: bool = False, dtype: torch.dtype = torch.float32) -> Tensor:
     """See `backends.rotate`."""
     if back:
-        return rotate_back(x.detach(), rotation).to(dtype)
+        return rotate_back(pad(x.detach(), (0, rotation.padded(x.shape[1]) - x.shape[1])), rotation).to(dtype)
     return fake(format("fp32"), x, rotation=rotation, dtype=dtype)

@@ -25,12 +25,11 @@ from ..layout import row_bytes, row_stride
 from ..native import abi
 from ..native.build import BuildError
 from ..native.library import Library, load
-from ..native.tables import table
+from ..native.tables import ALL, table
 from ..rotation import Rotation
 from ..rows import part_shapes
-from ..scales import Scales, best, block_of, multiplier
+from ..scales import Scales, best, block_of, last_power, multiplier
 from ..stages import Job, Program
-from . import reference
 
 EXTRA = {"affine": "zero", "log": "base"}
 
@@ -117,8 +116,6 @@ def unsupported(program: Program) -> str:
 @torch.no_grad()
 def step(jobs: list[Job]) -> None:
     """Step every job, those of a program in a row: parameters, moments, scalars and skip counts, in place."""
-    if any(job.stored is not None and job.stored[0].scaling != PLAIN for job in jobs):
-        return reference.step(jobs)  # the library finds fp32 scales only
     structs: list[bytearray] = []
     kept: list[Tensor] = []  # contiguous copies, for as long as the library works on them
     back: list[tuple[Tensor, Tensor]] = []
@@ -164,8 +161,7 @@ class _Struct:
             target.param, target.param_dtype = job.param.data_ptr(), DTYPES[job.param.dtype]
         else:
             fmt, parts = job.stored
-            fill_operand(target.weight, fmt, parts, job.cols)
-            target.rest = parts["rest"].data_ptr() if "rest" in parts else None
+            _fill_weight(target, fmt, parts, job.cols)
         if job.companion is not None:
             target.master, target.companion = abi.MASTER[job.master], job.companion.data_ptr()
         for k, letter in enumerate(program.moments):
@@ -193,6 +189,15 @@ class _Struct:
 
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def _fill_weight(target: abi.Job, fmt: Format, parts: dict[str, Tensor], cols: int) -> None:
+    fill_operand(target.weight, fmt, parts, cols)
+    way = fmt.scaling
+    target.scaled, target.last = abi.SCALED[way.stored], last_power(fmt)
+    target.least_scale = way.least
+    for part in ("rest", "tensor_scale"):
+        setattr(target, part, parts[part].data_ptr() if part in parts else None)
 
 
 def fill_operand(target: abi.Operand, fmt: Format, parts: dict[str, Tensor], cols: int) -> None:
@@ -224,60 +229,55 @@ def _derives(fmt: Format) -> bool:
     return not fmt.compressed or (fmt.scaling == PLAIN and fmt.block[0] == 1)
 
 
-def _laid_out(x: Tensor) -> tuple[Tensor, int, bool]:
-    """A matrix whose rows or columns are contiguous; values from one to the next; whether they are columns."""
-    x = x.detach().resolve_neg()
-    if x.stride(1) != 1 and x.stride(0) != 1:
-        x = x.contiguous()
-    columns = x.stride(1) != 1
-    return x, x.stride(1 if columns else 0), columns
+def _across(cols: int, width: int) -> int:
+    """Blocks of a row."""
+    if cols > ALL:
+        raise ValueError(f"a row of {cols} values is too long for the native backend: LOWBIT_BACKEND=reference takes it")
+    return -(-cols // width)
 
 
 class _Matrix:
     """A matrix that is to be encoded, rotated first if that is asked: the library's struct, and what can be measured.
 
-    Values stay alive as long as this does.
+    A rotation appends zeros to rows, up to a multiple of its size.
     """
 
     def __init__(self, fmt: Format, x: Tensor, noise: tuple[int, int] | None = None, rotation: Rotation | None = None):
-        self.fmt, self.shape = fmt, (x.shape[0], x.shape[1])
-        self.x, step, self.columns = _laid_out(x)
-        rows, cols = self.shape
+        rows, filled = x.shape
+        cols = rotation.padded(filled) if rotation else filled
+        self.fmt, self.shape = fmt, (rows, cols)
         self.block = block_of(fmt, rows, cols) if fmt.compressed else (1, 1)
-        self.struct = m = abi.Matrix(values=self.x.data_ptr(), rows=rows, cols=cols, stride=row_stride(cols), step=step)
-        m.dtype, m.columns, m.stochastic, m.tile = DTYPES[x.dtype], self.columns, noise is not None, self.block[0]
-        m.key[:] = noise or (0, 0)
+        self.struct = m = abi.Matrix(rows=rows, cols=cols, filled=filled, stride=row_stride(cols), tile=self.block[0])
+        m.stochastic, m.key[:] = noise is not None, noise or (0, 0)
         if rotation is not None:
-            rotation.check(cols)
             m.rotation, m.flips = rotation.size, rotation.seed is not None
             m.signs[:] = (0, 0) if rotation.seed is None else rotation.keys
-        m.packed.format = addressof(table(fmt))
-        m.packed.scales = -(-cols // self.block[1])
+        m.packed.format, m.packed.scales = addressof(table(fmt)), _across(cols, self.block[1])
+        x = x.detach().resolve_neg()
+        self._point(x if 1 in x.stride() else x.contiguous())
+
+    def _point(self, x: Tensor) -> None:
+        self.x, m = x, self.struct  # alive for as long as this is
+        m.values, m.dtype, m.columns = x.data_ptr(), DTYPES[x.dtype], x.stride(1) != 1
+        m.step = x.stride(1 if m.columns else 0)
 
     def encode(self, dtype: torch.dtype | None, parts: dict[str, Tensor] | None, live: bool = False) -> Tensor | None:
         """Fill the parts, if there are any, and return what codes stand for, if it has a dtype."""
-        rows, cols = self.shape
-        m, values = self.struct, None
+        m, given = self.struct, self.x
         m.packed.live = live
-        if dtype is not None:
-            shape = (cols, rows) if self.columns else (rows, cols)
-            values = torch.empty(shape, dtype=dtype)
-            m.out, m.out_dtype, m.out_step = values.data_ptr(), DTYPES[dtype], shape[1]
-            values = values.t() if self.columns else values
+        found = None if _derives(self.fmt) else best(self.fmt, self)
         if parts is not None:
-            m.packed.codes, m.packed.row_bytes = parts["codes"].data_ptr(), row_bytes(cols, self.fmt.bits)
-        if _derives(self.fmt):
-            if parts is not None and self.fmt.compressed:
-                m.packed.scale = parts["scale"].data_ptr()
-            if parts is not None and self.fmt.kind in EXTRA:
-                m.packed.extra = parts[EXTRA[self.fmt.kind]].data_ptr()
+            parts |= found.parts if found else {}
+            m.packed.codes, m.packed.row_bytes = parts["codes"].data_ptr(), row_bytes(self.shape[1], self.fmt.bits)
+            m.packed.scale = parts["scale"].data_ptr() if self.fmt.compressed else None
+            m.packed.extra = parts[EXTRA[self.fmt.kind]].data_ptr() if self.fmt.kind in EXTRA else None
+        values = None
+        if dtype is not None:
+            own = self.x is not given and dtype == torch.float32  # what is a copy may be overwritten
+            values = self.x if own else torch.empty(self.shape, dtype=dtype)
+            m.out, m.out_dtype = values.data_ptr(), DTYPES[dtype]
+        with self._given(found) if found else contextlib.nullcontext():
             self._run(load().encode)
-        else:
-            found = best(self.fmt, self)
-            if parts is not None:
-                parts.update(found.parts)
-            with self._given(found):
-                self._run(load().encode)
         return values
 
     @contextlib.contextmanager
@@ -294,7 +294,15 @@ class _Matrix:
     # ---- scales.Measured
 
     def absmax(self) -> Tensor:
-        return self._by_block("absmax", torch.float32).amax(1)
+        m = self.struct
+        if not m.columns and not m.rotation:
+            return self._by_block("absmax", torch.float32).amax(1)
+        turned = torch.empty(self.shape)  # rows in fp32, rotated, to be read from then on
+        m.out, m.out_dtype = turned.data_ptr(), DTYPES[turned.dtype]
+        found = self._by_block("absmax", torch.float32).amax(1)
+        m.out, m.rotation, m.filled = None, 0, m.cols
+        self._point(turned)
+        return found
 
     def total(self, of: Literal["squares", "magnitudes"], inverse: Tensor) -> Tensor:
         with self._given(Scales(inverse, inverse, {})):
@@ -321,7 +329,8 @@ def encode(
     rotation: Rotation | None = None,
 ) -> dict[str, Tensor]:
     """See `backends.encode`."""
-    matrix, parts = _Matrix(fmt, x, noise, rotation), _parts(fmt, x)
+    matrix = _Matrix(fmt, x, noise, rotation)
+    parts = _parts(fmt, matrix.shape)
     matrix.encode(None, parts, live)
     return parts
 
@@ -349,7 +358,8 @@ def quantized(
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """See `backends.quantized`."""
-    matrix, parts = _Matrix(fmt, x, noise, rotation), _parts(fmt, x)
+    matrix = _Matrix(fmt, x, noise, rotation)
+    parts = _parts(fmt, matrix.shape)
     values = matrix.encode(dtype, parts)
     assert values is not None
     return values, parts
@@ -365,8 +375,8 @@ def rotate(x: Tensor, rotation: Rotation, *, back: bool = False, dtype: torch.dt
     return values
 
 
-def _parts(fmt: Format, x: Tensor) -> dict[str, Tensor]:
-    shapes = part_shapes(fmt, (x.shape[0], x.shape[1]))
+def _parts(fmt: Format, shape: tuple[int, int]) -> dict[str, Tensor]:
+    shapes = part_shapes(fmt, shape)
     made = shapes if _derives(fmt) else {"codes": shapes["codes"]}
     return {part: torch.empty(shape, dtype=dtype) for part, (shape, dtype) in made.items()}
 
@@ -377,12 +387,13 @@ def decode(fmt: Format, parts: dict[str, Tensor], cols: int, dtype: torch.dtype 
     codes = parts["codes"]
     rows = codes.shape[0] if fmt.compressed or not cols else codes.numel() // cols
     values = torch.empty(rows, cols, dtype=dtype)
-    m = abi.Matrix(out=values.data_ptr(), out_dtype=DTYPES[dtype], rows=rows, cols=cols, out_step=cols, tile=1)
-    m.packed.format, m.packed.codes, m.packed.row_bytes = addressof(table(fmt)), codes.data_ptr(), codes.shape[-1]
+    m = abi.Matrix(out=values.data_ptr(), out_dtype=DTYPES[dtype], rows=rows, cols=cols, tile=1)
+    m.packed.format, m.packed.codes = addressof(table(fmt)), codes.data_ptr()
     if fmt.compressed:
         scale = parts["scale"] if _derives(fmt) else multiplier(fmt, parts).contiguous()
         m.tile, width = block_of(fmt, rows, cols)
-        m.packed.scale, m.packed.scales = scale.data_ptr(), -(-cols // width)
+        m.packed.row_bytes = codes.shape[1]
+        m.packed.scale, m.packed.scales = scale.data_ptr(), _across(cols, width)
         m.packed.extra = parts[EXTRA[fmt.kind]].data_ptr() if fmt.kind in EXTRA else None
     if values.numel() and load().decode(byref(m), torch.get_num_threads()):
         raise MemoryError("the native library found no memory for a block")

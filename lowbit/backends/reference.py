@@ -495,7 +495,11 @@ def takes(fmt: Format, live: bool = False) -> bool:
 
 
 def _turned(x: Tensor, rotation: Rotation | None) -> Tensor:
-    return x if rotation is None else turn(x, rotation)
+    return x if rotation is None else turn(_padded(x, rotation), rotation)
+
+
+def _padded(x: Tensor, rotation: Rotation) -> Tensor:
+    return F.pad(x, (0, rotation.padded(x.shape[1]) - x.shape[1]))
 
 
 def encode(
@@ -525,12 +529,12 @@ def quantized(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """See `backends.quantized`."""
     parts = encode(fmt, x, noise, rotation=rotation)
-    return decode(fmt, parts, x.shape[1], dtype), parts
+    return decode(fmt, parts, rotation.padded(x.shape[1]) if rotation else x.shape[1], dtype), parts
 
 
 def rotate(x: Tensor, rotation: Rotation, *, back: bool = False, dtype: torch.dtype = torch.float32) -> Tensor:
     """See `backends.rotate`."""
-    return (turn_back if back else turn)(x, rotation).to(dtype)
+    return (turn_back if back else turn)(_padded(x, rotation), rotation).to(dtype)
 
 
 # ---- decode(encode(x)) without codes
@@ -548,8 +552,11 @@ def fake(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """See `backends.fake`."""
+    x = _turned(x, rotation)
+    if x.is_meta:
+        return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
     bits = None if noise is None else row_bits(noise, x)
-    x = _turned(x, rotation).float().contiguous()
+    x = x.float().contiguous()
     if fmt.dtype is not None:
         return narrow(x, fmt.dtype, bits).to(torch.float32, copy=True).to(dtype)
     if x.numel() == 0:

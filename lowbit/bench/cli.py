@@ -1,7 +1,7 @@
-"""The command line: `lowbit bench | formats | doctor`.
+"""The command line: `lowbit bench | plan | formats | doctor`.
 
-Exit codes: 0 all is well, 1 a run crashed (or doctor found a fault), 2 bad usage or input, 130 interrupted. What a user
-can put right is one sentence on stderr, never a traceback.
+Exit codes: 0 all is well, 1 a run crashed (or doctor found a fault, or a plan does not fit), 2 bad usage or input, 130
+interrupted. What a user can put right is one sentence on stderr, never a traceback.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ _TOP = """\
 Low-bit training of language models, measured honestly.
 
   lowbit bench --demo      4-bit training against BF16 Adam on this machine, in minutes
+  lowbit plan              what a training step takes of memory, before there is a machine for it
   lowbit formats           how numbers can be stored, and what that costs
   lowbit doctor            what this machine and installation can do
 """
@@ -44,10 +45,11 @@ def nearest(word: str, known: list[str]) -> str:
 
 def run(argv: list[str]) -> int:
     """Run one command; returns the exit code."""
-    from . import cli_bench, cli_info
+    from . import cli_bench, cli_info, cli_plan
 
     commands: dict[str, tuple[Callable[[Parser], None], Callable[..., int]]] = {
         "bench": (cli_bench.arguments, cli_bench.main),
+        "plan": (cli_plan.plan_arguments, cli_plan.plan_main),
         "formats": (cli_info.formats_arguments, cli_info.formats_main),
         "doctor": (cli_info.doctor_arguments, cli_info.doctor_main),
     }

@@ -66,6 +66,10 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(hidden))
 
+    def reset_parameters(self) -> None:
+        """As made."""
+        nn.init.ones_(self.weight)
+
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x.float(), (x.shape[-1],), self.weight.float(), 1e-6).to(x.dtype)
 
@@ -134,6 +138,11 @@ class Llama(nn.Module):
         cos, sin = rotary_table(seq, shape.hidden // shape.heads)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
+
+    def reset_parameters(self) -> None:
+        """The rotary tables, where the model was made on the meta device."""
+        for buffer, values in zip((self.cos, self.sin), rotary_table(*self.cos.shape), strict=True):
+            buffer.copy_(values)
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.embed_tokens(tokens)

@@ -82,11 +82,9 @@ def _array(name: str, numbers: Sequence[int]) -> str:
 def print_format(fmt: Format, name: str) -> str:
     """A format as a C++ struct `name`, and its tables as arrays `name_…`, for cuda/formats.h.
 
-    Raises:
-        ValueError: the format has blocks of more than one row, which no backend knows.
+    Of a block it says how many columns it has (0: all), not how many rows: kernels that know blocks of several rows are
+    given their scales.
     """
-    if fmt.block[0] != 1:
-        raise ValueError(f"format {fmt.name!r} has blocks of {fmt.block[0]} rows; kernels know blocks along a row only")
     scaled = fmt.compressed
     constants: dict[str, int | bool | float] = {
         "KIND": abi.KIND[fmt.kind],

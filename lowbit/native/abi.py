@@ -11,6 +11,7 @@ MASTER = {"none": 0, "split8": 1, "split16": 2, "kahan": 3, "fp32": 4}
 STAGE = {"measure": 0, "fold": 1, "update": 2}
 REDUCE = {"": 0, "max": 0, "sum": 1, "mean": 2}
 STATISTIC = {"absmax": 0, "squares": 1, "magnitudes": 2, "losses": 3}
+SCALED = {"fp32": 0, "bf16": 1, "e8m0": 2, "e4m3": 3}
 OVER = {"tensor": 0, "all": 1, "row": 2, "column": 3, "group": 4}
 
 
@@ -91,7 +92,9 @@ class Job(Structure):
         ("scalars", c_void_p * SCALARS),
         ("constants", c_float * CONSTANTS),
         ("weight", Operand),
-        ("rest", c_void_p),
+        *((name, c_void_p) for name in ("rest", "tensor_scale")),
+        *((name, c_int32) for name in ("scaled", "last")),
+        ("least_scale", c_float),
     )
 
 
@@ -100,7 +103,7 @@ class Matrix(Structure):
 
     _fields_ = (
         *((name, c_void_p) for name in ("values", "out")),
-        *((name, c_int64) for name in ("rows", "cols", "stride", "step", "out_step")),
+        *((name, c_int64) for name in ("rows", "cols", "filled", "stride", "step")),
         *((name, c_int32) for name in ("columns", "dtype", "out_dtype", "stochastic", "rotation", "flips", "tile")),
         ("key", c_uint32 * 2),
         ("signs", c_uint32 * 2),

@@ -1,6 +1,6 @@
-// What quantizes a row works on fp32 values that lie one after the other. Where a matrix has them so, it works in place;
-// here is how they get there, and back, from other dtypes, and from a matrix whose columns lie one after the other: a
-// strip of 16 rows at a time, a cache line of every column, so that no transposed copy is made in memory.
+// What quantizes a row works on fp32 values that lie one after the other. Where a matrix has them so, it reads them
+// there; here is how they get there from other dtypes, and from a matrix whose columns lie one after the other: a strip
+// of rows at a time, some cache lines of every column, so that no transposed copy is made in memory.
 #pragma once
 #include "blocks.h"
 #include "rotate.h"
@@ -67,30 +67,13 @@ static void gather(const lb_matrix &m, int64_t row, int lanes, int64_t first, in
         continue;
       }
       for (int k = 0; k < count; ++k) widen(m.values, m.dtype, at + k * m.step, part, tile + 16 * k);
-      for (int i = 0; i < part; ++i) {
-        for (int k = 0; k < count; ++k) corner[i * width + k] = tile[16 * k + i];
-      }
-    }
-  }
-}
-
-// And back, to where the values that the codes stand for go.
-static void scatter(const lb_matrix &m, int64_t row, int lanes, int64_t first, int64_t n, const float *x, int64_t width) {
-  alignas(64) float tile[16 * 16];
-  for (int64_t c = 0; c < n; c += 16) {
-    const int count = (int)(n - c < 16 ? n - c : 16);
-    for (int l = 0; l < lanes; l += 16) {
-      const int64_t at = (first + c) * m.out_step + row + l;
-      const int part = lanes - l < 16 ? lanes - l : 16;
-      const float *corner = x + l * width + c;
-      if (count == 16 && part == 16 && m.out_dtype == LB_FLOAT32) {
-        transpose16(corner, width, (float *)m.out + at, m.out_step);
+      if (count == 16 && part == 16) {
+        transpose16(tile, 16, corner, width);
         continue;
       }
       for (int i = 0; i < part; ++i) {
-        for (int k = 0; k < count; ++k) tile[16 * k + i] = corner[i * width + k];
+        for (int k = 0; k < count; ++k) corner[i * width + k] = tile[16 * k + i];
       }
-      for (int k = 0; k < count; ++k) put(tile + 16 * k, m.out_dtype, part, place(m.out, m.out_dtype, at + k * m.out_step));
     }
   }
 }

@@ -19,22 +19,25 @@ class Calls:
     """
 
     def __init__(self) -> None:
-        self.count = 0
+        self.count = torch.zeros((), dtype=torch.int64, device="cpu")  # a tensor, so that compiled graphs can count
         self.notes: deque[tuple[int, Tensor]] = deque(maxlen=256)  # not all are repeated: some only evaluate
 
     def number(self, x: Tensor, training: bool) -> int:
         """The number of this call. Evaluation, which leads to no gradient, does not count."""
         graph = torch.is_grad_enabled()
-        if torch.compiler.is_compiling():
-            self.count += graph
-            return self.count
         if torch._C._current_graph_task_id() != -1:  # how torch.utils.checkpoint itself knows
             return self._repeated(x)
         if training or graph:
             self.count += 1
-            if not graph or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
-                self.notes.append((self.count, _checksum(x)))
-        return self.count
+            if not graph or _hooked():
+                self.notes.append((int(self.count), _checksum(x)))
+        return int(self.count)
+
+    def traced(self, training: bool) -> Tensor:
+        """The number of this call in a graph that a compiler traces: an int64 scalar."""
+        if training or torch.is_grad_enabled():
+            self.count += 1
+        return self.count.clone()
 
     def _repeated(self, x: Tensor) -> int:
         notes = self.notes
@@ -46,10 +49,15 @@ class Calls:
             )
             found = next(same, found)
         if found < 0:
-            return self.count
+            return int(self.count)
         number = notes[found][0]
         del notes[found]
         return number
+
+
+def _hooked() -> bool:
+    """Whether something, such as checkpointing, looks after what is saved for backward passes."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None  # pyright: ignore
 
 
 def _checksum(x: Tensor) -> Tensor:

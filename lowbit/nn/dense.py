@@ -16,8 +16,8 @@ def high_precision_(model: nn.Module, on: bool = True) -> nn.Module:
 
     For the last part of training: most of what low precision has cost is then won back (half of the gap in the last 18
     per cent of NVIDIA's run, https://arxiv.org/abs/2509.25149, section 4 and appendix D). Modules, parameters and
-    optimizers stay the same objects, nothing is rounded, and the random bits of later calls do not depend on it. It is
-    not in the state dict: call it again after loading a checkpoint.
+    optimizers stay the same objects and nothing is rounded. It is not in the state dict: call it again after loading a
+    checkpoint.
 
     Args:
         model: a model after `quantize_`.

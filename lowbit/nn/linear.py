@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..compiler import constant
 from ..roles import clean_name
 from .calls import Calls
 from .fake import turned_back
@@ -71,10 +72,14 @@ class QuantLinear(StoredState, nn.Linear):
         if not input.is_floating_point():
             raise TypeError(f"QuantLinear: input must be a floating-point tensor, not {input.dtype}")
         dtype = _compute_dtype(input, self.weight)
-        number = self._calls.number(input, self.training) if self.recipe.stochastic else 0
         if self.high_precision:
             bias = None if self.bias is None else self.bias.to(dtype)
             return F.linear(input.to(dtype), self.weight.to(dtype), bias)
+        if torch.compiler.is_compiling():
+            number = self._calls.traced(self.training) if self.recipe.stochastic else None
+            recipe = _handle(self.recipe)
+            return _operators().apply(input, self.weight, self.bias, recipe, dtype, number, self._layer_id)
+        number = self._calls.number(input, self.training) if self.recipe.stochastic else 0
         call = Call(self.recipe, dtype, number, self._layer_id)
         return ThreeMatmuls.apply(input, self.weight, self.bias, call)  # pyright: ignore
 
@@ -86,6 +91,17 @@ class QuantLinear(StoredState, nn.Linear):
     def extra_repr(self) -> str:
         high = ", high_precision" if self.high_precision else ""
         return f"{super().extra_repr()}, recipe={self.recipe.name or self.recipe.matmuls}{high}"
+
+
+def _operators() -> Any:
+    from . import operators  # not before it is needed: importing the library registers nothing
+
+    return operators
+
+
+@constant
+def _handle(recipe: Recipe) -> str:
+    return _operators().handle(recipe)
 
 
 def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:

@@ -12,6 +12,7 @@ from .checkpoint import load_optimizer, save_optimizer
 from .fira import Fira
 from .galore import GaLore
 from .groups import param_groups
+from .in_backward import step_in_backward
 from .lion import Lion
 from .muon import Muon
 from .scale import SCALE
@@ -56,5 +57,6 @@ __all__ = [
     "measure",
     "param_groups",
     "save_optimizer",
+    "step_in_backward",
     "update",
 ]

@@ -154,6 +154,7 @@ class AdamMini(AdamW):
     """
 
     by_role: ClassVar = True
+    apart: ClassVar = True
     kinds: ClassVar = tuple(
         where + decay for where in ("row", *PARTITIONS, UNKNOWN_HEADS, EXPERT) for decay in ("", UNDECAYED)
     )

@@ -79,6 +79,7 @@ class APOLLO(GaLore):
     """
 
     scalars: ClassVar = {**GaLore.scalars, "limited_norm": 0.0}
+    apart: ClassVar = True
 
     def __init__(
         self,
@@ -130,6 +131,8 @@ class APOLLO(GaLore):
 
 class APOLLOMini(APOLLO):
     """APOLLO-Mini: rank 1, one scale for the tensor, the update multiplied by the root of 128.
+
+    The defaults are those of the authors' pretraining runs; at 130M parameters they take a scale of 192.
 
     Args:
         params: see `lowbit.optim.Rule`.

@@ -11,14 +11,13 @@ requires a gradient, so checkpoint engines never need a fake first step.
 from __future__ import annotations
 
 import inspect
-import math
 import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from types import ModuleType
-from typing import Any, ClassVar, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict
 
 import torch
 from torch import Tensor
@@ -31,9 +30,13 @@ from ..roles import check_used, clean_name, role_map
 from ..stages import Job, Moment, Program, Stage
 from . import checkpoint, replay, sparse
 from .explain import Explanation, explain
+from .hyper import check_common, check_names, check_types
 from .matrices import Chain, carried
 from .roster import Roster, Turns
 from .slot import FLOATS, Slot, asked_of
+
+if TYPE_CHECKING:
+    from .in_backward import InBackward
 
 ROUNDINGS = ("auto", "nearest", "stochastic")
 
@@ -99,7 +102,8 @@ class Rule(torch.optim.Optimizer, Part):
 
     Args:
         params: parameters, (name, parameter) pairs, or groups, as in `torch.optim`. Names make policies, roles and
-            rounding seeds independent of the order.
+            rounding seeds independent of the order. A group may also carry what `hyper.EXTRAS` lists (labels, what
+            schedulers write) and keys of your own that begin with an underscore.
         defaults: hyper-parameters and their default values; every one can be set per group.
         states: "fp32", "bf16", "8bit", "4bit", a format name, a Format, or a dict from moment names to those. Also per
             group.
@@ -114,9 +118,9 @@ class Rule(torch.optim.Optimizer, Part):
             it does not name go by their own names and shapes.
 
     Raises:
-        ValueError: a hyper-parameter out of range, an unknown name, a parameter given twice, or roles that name no
-            parameter.
-        TypeError: a parameter that is not float32, bfloat16 or float16.
+        ValueError: a hyper-parameter out of range, an unknown name or key of a group, a parameter given twice, or roles
+            that name no parameter.
+        TypeError: a hyper-parameter of a wrong type, or a parameter that is not float32, bfloat16 or float16.
     """
 
     moments: ClassVar[dict[str, Moment]] = {}
@@ -124,6 +128,8 @@ class Rule(torch.optim.Optimizer, Part):
     by_role: ClassVar[bool] = False  # whether a tensor's kind depends on its role, and so on its name
     host: ClassVar[dict[str, float]] = {}  # numbers per tensor that matrix stages keep on the host
     guarded: bool = True
+    apart: ClassVar[bool] = False  # whether its states mean something else than those of the class it derives from
+    in_backward: InBackward | None = None  # what steps each parameter in backward
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Show the common options in a subclass's signature in place of its `**options`."""
@@ -254,6 +260,7 @@ class Rule(torch.optim.Optimizer, Part):
                 first = seen.get(id(p)) or taken[id(p)]
                 raise ValueError(f"{label}: given twice (first as {first}); give every parameter once")
             seen[id(p)] = label
+        check_names(type(self).__name__, param_group, list(self.defaults), len(self.param_groups))
         self._check(group)
         super().add_param_group({**param_group, "params": entries})
         group = self.param_groups[-1]
@@ -270,6 +277,9 @@ class Rule(torch.optim.Optimizer, Part):
             raise
 
     def _check(self, group: Mapping[str, Any]) -> None:
+        check_types(type(self), group)
+        for part in self.stabilize:
+            check_types(type(part), group)
         check_common(group)
         self.check_group(group)
         plans = [self.plan(group, kind) for kind in self.kinds]
@@ -354,6 +364,9 @@ class Rule(torch.optim.Optimizer, Part):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self.in_backward is not None:
+            self.in_backward.end()
+            return loss
         with torch.no_grad():
             if replay.capturing(self):
                 self._capture()
@@ -516,7 +529,7 @@ class Rule(torch.optim.Optimizer, Part):
         parts = [part.constants(group, t) for part in self.stabilize]
         return {k: v for constants in (*parts, self.kind_constants(group, t, kind)) for k, v in constants.items()}
 
-    def _reset(self, when: str) -> None:
+    def _reset(self, when: str, only: Tensor | None = None) -> None:
         """Momentum reset: zero scales and codes, written directly; what debiases a moment restarts with it.
 
         Of every tensor in the group, also of those that have no gradient in this step. A late reset, as released, is
@@ -525,7 +538,8 @@ class Rule(torch.optim.Optimizer, Part):
         for group in self.param_groups:
             if any(part.resets(group) == when for part in (*self.stabilize, self)):
                 for p in group["params"]:
-                    if self.state.get(p) and (when == "before" or p.grad is not None):
+                    meant = only is None or p is only
+                    if meant and self.state.get(p) and (when == "before" or p.grad is not None):
                         self._slots[p].zero_moments(self.state[p], keep=when == "after")
                         if self._slots[p].kept:
                             self._slots[p].draw(self.state[p], group["seed"], group["steps"])
@@ -572,6 +586,10 @@ class Rule(torch.optim.Optimizer, Part):
 
     # ---- what it tells
 
+    @property
+    def _step_supports_amp_scaling(self) -> bool:  # with it, a GradScaler calls `step`, which can refuse it
+        return self.in_backward is not None
+
     def explain(self) -> Explanation:
         """Every tensor with its role, formats, the rule that chose them and its bytes; `str()` is a table."""
         self.init_state()
@@ -591,7 +609,7 @@ class Rule(torch.optim.Optimizer, Part):
 
     def __getstate__(self) -> dict[str, Any]:
         # Also what a subclass keeps; not hooks (as in torch), and not what is built again.
-        built = ("_programs", "_slots", "_roster", "devices", "step")
+        built = ("_programs", "_slots", "_roster", "devices", "step", "in_backward")
         own = {k: v for k, v in vars(self).items() if k not in built and not k.startswith("_optimizer_")}
         return {**own, **super().__getstate__()}
 
@@ -612,14 +630,16 @@ class Rule(torch.optim.Optimizer, Part):
         state_dict = super().state_dict()
         for group in state_dict["param_groups"]:
             group["states"] = checkpoint.plain(group["states"])
+            group[checkpoint.OPTIMIZER] = type(self).__name__
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load hyper-parameters, counters and states; a state stored in another format is converted.
 
         How states are stored (`states`, `master`) stays what this optimizer was built with. Also takes the state dict
-        of the `torch.optim` namesake. Raises `ValueError` (or `KeyError`) before anything has changed when the
-        checkpoint is not an optimizer's, belongs to other parameters, or is damaged.
+        of the `torch.optim` namesake, and those of classes that this one derives from or that derive from it. Raises
+        `ValueError` (or `KeyError`) before anything has changed when the checkpoint is not an optimizer's, is another
+        optimizer's, belongs to other parameters, or is damaged.
         """
         with checkpoint.checked_and_kept(self):
             super().load_state_dict(state_dict)
@@ -636,25 +656,3 @@ def _as_list(params: Any) -> list[Any]:
     if isinstance(params, torch.nn.Module):
         raise TypeError("params must be parameters, not a module: pass model.named_parameters()")
     return list(params)
-
-
-def check_common(group: Mapping[str, Any]) -> None:
-    """Ranges of the hyper-parameters that carry the field's usual names."""
-    for name, value in group.items():
-        if isinstance(value, Tensor) and value.device.type != "cpu":
-            raise TypeError(
-                f"{name} is a tensor on {value.device}, and every step would wait for it: pass a float, or a tensor on "
-                "the CPU. In a CUDA graph, opt.prepare_replay() tells the device what it is in each step"
-            )
-    if isinstance(group["lr"], str | None):
-        raise TypeError(f"lr must be a number, not {group['lr']!r}")
-    lr = float(group["lr"])
-    if not (math.isfinite(lr) and lr >= 0):
-        raise ValueError(f"lr must be a finite number >= 0, not {lr}")
-    betas = group.get("betas", ())
-    if not isinstance(betas, (tuple, list)) or any(not 0 <= float(beta) < 1 for beta in betas):
-        raise ValueError(f"betas must be numbers in [0, 1), not {betas!r}")
-    for name in ("eps", "weight_decay"):
-        value = float(group.get(name, 0.0))
-        if not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"{name} must be a finite number >= 0, not {value}")

@@ -9,6 +9,7 @@ plain tensors on both sides.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -22,6 +23,7 @@ from .. import backends, layout, masters, rows
 from ..formats import Format, catalogue
 from ..policy import PRESETS_VERSION
 from ..roles import clean_name
+from .hyper import TORCHS_KEYS, check_finite, strange
 from .slot import Slot, state_key
 
 if TYPE_CHECKING:
@@ -29,8 +31,9 @@ if TYPE_CHECKING:
 
 # How states are stored belongs to the optimizer that is running, not to the file.
 OWN_KEYS = ("states", "master", "rounding")
-# How torch's own optimizers run; nothing here.
-TORCHS_KEYS = ("maximize", "foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay")
+# The key of a saved group that says whose it is; and hyper-parameters by which torch's optimizers are known.
+OPTIMIZER = "optimizer"
+TORCHS = {"amsgrad": "AdamW", "dampening": "SGD"}
 
 
 class _Keep:
@@ -62,6 +65,7 @@ def checked_and_kept(rule: Rule) -> Iterator[None]:
 
 def _prepare(rule: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
     saved_groups = _checked_groups(rule, state_dict)
+    _check_whose(rule, saved_groups)
     groups, states = [], {}
     for index, (saved, group) in enumerate(zip(saved_groups, rule.param_groups, strict=True)):
         order = _order(saved, group, index)
@@ -71,15 +75,18 @@ def _prepare(rule: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
         if saved.get("maximize"):
             raise ValueError(f"group {index}: the checkpoint has maximize=True, which lowbit's optimizers have not")
         known = {k: v for k, v in group.items() if k not in saved and k != "steps"}
-        theirs = {k: v for k, v in saved.items() if k not in TORCHS_KEYS}
+        theirs = {k: v for k, v in saved.items() if k not in (*TORCHS_KEYS, OPTIMIZER)}
         new = {**known, **theirs, **{k: group[k] for k in OWN_KEYS}, "params": incoming}
         if isinstance(group["lr"], Tensor) and not isinstance(new["lr"], Tensor):
             new["lr"] = torch.full_like(group["lr"], new["lr"])  # schedulers compute in the tensor's precision
         if "param_names" in group:
             new["param_names"] = group["param_names"]
-        new.setdefault("steps", _steps(state_dict, incoming))
+        if "steps" not in new:  # torch counts for each parameter only
+            counts = [state_dict["state"].get(number, {}).get("step", 0) for number in incoming]
+            new["steps"] = max((int(_count(count, f"group {index}")) for count in counts), default=0)
         new["states_version"] = PRESETS_VERSION
         rule._check(new)
+        check_finite(new, group)
         groups.append(new)
         for number, p in zip(incoming, group["params"], strict=True):
             own = rule._slots[p]
@@ -112,6 +119,40 @@ def _checked_groups(rule: Any, state_dict: Any) -> list[dict[str, Any]]:
     return groups
 
 
+def _family(cls: type) -> set[str]:
+    """The names of a class, of those it derives from and of those derived from it, but for what is `apart`."""
+    found, above, below = {cls.__name__}, [cls], [cls]
+    for one in above:
+        above += one.__bases__ if not vars(one).get("apart") else ()
+    for one in below:
+        below += [sub for sub in one.__subclasses__() if not vars(sub).get("apart")]
+    return found | {one.__name__ for one in (*above, *below)}
+
+
+def _check_whose(rule: Any, saved_groups: list[dict[str, Any]]) -> None:
+    """Raise for what an optimizer of another family saved.
+
+    States of the same names may mean something else: AdamS's momentum has the shape of Lion's, and its learning rate
+    would make Lion diverge. But AdamW's states start Stable-SPAM. Groups that do not say whose they are (torch's) are
+    known by their hyper-parameters; `_Conversion` looks at the states.
+    """
+    name, family = type(rule).__name__, _family(type(rule))
+    for saved, group in zip(saved_groups, rule.param_groups, strict=True):
+        ours = "states_version" in saved
+        torchs = next((known for key, known in TORCHS.items() if key in saved and not ours), name)
+        whose = saved.get(OPTIMIZER, torchs)
+        if whose not in family:
+            raise ValueError(
+                f"the checkpoint was saved by {whose}, and this is {name}: what they keep differs. Build the optimizer "
+                "that saved it, or begin with fresh states"
+            )
+        foreign = [] if ours or torchs != name else strange(saved, group)
+        if foreign:
+            raise ValueError(
+                f"the checkpoint's groups have {foreign[0]!r}, which {name} has not: another optimizer saved it"
+            )
+
+
 def _order(saved: Mapping[str, Any], group: Mapping[str, Any], index: int) -> list[int]:
     """Positions in the saved group of this group's parameters: by name where both have names."""
     count = len(group["params"])
@@ -124,9 +165,11 @@ def _order(saved: Mapping[str, Any], group: Mapping[str, Any], index: int) -> li
     return [there[clean_name(name)] for name in group["param_names"]]
 
 
-def _steps(state_dict: Mapping[str, Any], numbers: list[Any]) -> int:
-    steps = [state_dict["state"].get(n, {}).get("step", 0) for n in numbers]
-    return max((int(s) for s in steps), default=0)
+def _count(step: Any, label: str) -> Tensor:
+    count = torch.as_tensor(step, dtype=torch.float32)
+    if count.numel() != 1 or not math.isfinite(count) or count < 0:
+        raise ValueError(f"{label}: the checkpoint's 'step' must be a whole number >= 0, not {step!r}")
+    return count.reshape(()).cpu().clone()
 
 
 def convert_stale(rule: Rule) -> None:
@@ -157,12 +200,13 @@ class _Conversion:
         self.slot, self.group, self.saved_group = slot, group, saved_group
         self.shape: tuple[int, ...] = slot.shape
         self.device = slot.param.device
+        self.read: set[str] = {"master"}  # which of the saved tensors mean something here
 
     def run(self, saved: Mapping[str, Any]) -> dict[str, Any]:
         state = self.slot.fresh()
         if "step" not in saved:
             raise ValueError(f"{self.slot.label}: the checkpoint has no 'step'; it has {sorted(map(str, saved))}")
-        state["step"] = torch.as_tensor(saved["step"], dtype=torch.float32).reshape(()).cpu().clone()
+        state["step"] = _count(saved["step"], self.slot.label)
         for letter, moment in self.slot.program.moments.items():
             name = moment.name
             if moment.over == "value":
@@ -181,6 +225,12 @@ class _Conversion:
                 state[name] = self._tensor(saved, name, (), torch.float32).cpu()
         if "master" in state and "master" in saved:
             state["master"] = self._companion(saved, state["master"])
+        foreign = [k for k, v in saved.items() if isinstance(v, Tensor) and v.dim() and k not in self.read]
+        if foreign:
+            raise ValueError(
+                f"{self.slot.label}: the checkpoint has {foreign[0]!r}, which this optimizer does not keep: another "
+                "one saved it"
+            )
         return state
 
     def _companion(self, saved: Mapping[str, Any], fresh: Tensor) -> Tensor:
@@ -233,6 +283,7 @@ class _Conversion:
 
     def _tensor(self, saved: Mapping[str, Any], name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         value = saved.get(name)
+        self.read.add(name)
         if not isinstance(value, Tensor):
             raise ValueError(f"{self.slot.label}: the checkpoint's {name!r} is missing; it must have shape {shape}")
         if tuple(value.shape) != shape:
@@ -240,6 +291,9 @@ class _Conversion:
             raise ValueError(f"{self.slot.label}: the checkpoint's {name!r} {got}; it must have shape {shape}")
         if value.dtype != dtype and not (value.is_floating_point() and dtype.is_floating_point):
             raise ValueError(f"{self.slot.label}: the checkpoint's {name!r} is {value.dtype}; it must be {dtype}")
+        # A guarded step stores nothing that is not finite; released code does.
+        if name != "master" and self.slot.program.guarded and value.is_floating_point() and not value.isfinite().all():
+            raise ValueError(f"{self.slot.label}: the checkpoint's {name!r} is not finite: it is damaged")
         return value.detach().to(device=self.device, dtype=dtype, copy=True).contiguous()
 
     def _weight(self, letter: str, t: int) -> float:

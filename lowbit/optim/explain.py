@@ -8,11 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from ..tables import width
 from .matrices import temporary_bytes, together
 from .slot import tensors_of
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from .base import Rule
+
+NARROW = 150  # columns in which a table has no room for all of a tensor on one line
 
 
 @dataclass(frozen=True)
@@ -70,22 +75,10 @@ class Explanation:
 
     def __str__(self) -> str:
         from rich.console import Console
-        from rich.table import Table
 
-        table = Table(title=f"{self.optimizer}: where the state of each parameter goes", title_justify="left")
-        kinds = any(row.kind for row in self.rows)
-        about = ("parameter", "shape", "dtype", "role", *(("kind",) if kinds else ()), "state formats", "decided by")
-        for column in about:
-            table.add_column(column)
-        table.add_column("state bytes", justify="right")
-        for row in self.rows:
-            formats = ", ".join(f"{moment} {fmt}" for moment, fmt in row.formats.items())
-            shape = "×".join(map(str, row.shape)) or "scalar"
-            kind = [row.kind] if kinds else []
-            table.add_row(row.name, shape, row.dtype, row.role, *kind, formats, row.why, f"{row.state_bytes:,}")
         out = io.StringIO()
-        console = Console(file=out, width=160)
-        console.print(table)
+        console = Console(file=out, width=width(), markup=False, highlight=False)
+        console.print(self._table(narrow=console.width < NARROW))
         per = self.state_bytes / max(1, self.parameters)
         console.print(
             f"{self.parameters:,} parameters in {self.weight_bytes:,} bytes, "
@@ -96,7 +89,30 @@ class Explanation:
         if self.temporary_bytes:
             whose = "all tensors" if self.together else "one tensor at a time"
             console.print(f"Between the stages of {whose}, whole matrices take up to {self.temporary_bytes:,} bytes.")
-        return out.getvalue()
+        return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
+
+    def _table(self, narrow: bool) -> Table:
+        """A line for each moment; in a narrow table the rest stands below a tensor's name. No name is cut short."""
+        from rich import box
+        from rich.table import Table
+
+        title = f"{self.optimizer}: where the state of each parameter goes"
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD if narrow else box.HEAVY_HEAD)
+        kinds = ["kind"] if any(row.kind for row in self.rows) else []
+        about = ("parameter", "state formats")
+        if not narrow:
+            about = ("parameter", "shape", "dtype", "role", *kinds, "state formats", "decided by")
+        for column in about:
+            table.add_column(column, overflow="fold")
+        table.add_column("bytes" if narrow else "state bytes", justify="right", no_wrap=True)
+        for row in self.rows:
+            formats = "\n".join(f"{moment} {fmt}" for moment, fmt in row.formats.items())
+            what = ["×".join(map(str, row.shape)) or "scalar", row.dtype, row.role, *([row.kind] if kinds else [])]
+            cells = [row.name, *what, formats, row.why.replace("; ", "\n")]
+            if narrow:
+                cells = [f"{row.name}\n  {', '.join(filter(None, what))}\n  {row.why}", formats]
+            table.add_row(*cells, f"{row.state_bytes:,}")
+        return table
 
 
 def explain(rule: Rule) -> Explanation:

@@ -78,6 +78,7 @@ class Fira(GaLore):
     """
 
     scalars: ClassVar = {**GaLore.scalars, "limited_norm": 0.0}
+    apart: ClassVar = True
     stages: tuple[Stage, ...] = (refresh, project, weigh, adam, restore, energy, limit, stride, descend)
 
     def __init__(

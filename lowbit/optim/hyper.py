@@ -1,0 +1,106 @@
+"""Hyper-parameters of a parameter group: which there may be, of what type, and the ranges that all optimizers share.
+
+What type a hyper-parameter has is said by the annotation of the constructor's argument, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterable, Mapping
+from numbers import Real
+from typing import Any
+
+from torch import Tensor
+
+from ..formats import nearest
+
+# How torch's own optimizers run; nothing here.
+TORCHS_KEYS = ("maximize", "foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay")
+# What a group carries that is no hyper-parameter of an optimizer: this library's own, those of schedulers
+# (torch.optim.lr_scheduler, swa_utils), labels, and what training loops read (timm `lr_scale`, Megatron `lr_mult` and
+# `wd_mult`). A name of one's own begins with an underscore.
+EXTRAS = (
+    *("params", "param_names", "steps", "states_version", "base_lr", "scalar_lr_at"),
+    *("initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_momentum", "min_momentum"),
+    *("name", "names", "group_name", "label", "tag", "tags", "lr_scale", "lr_mult", "wd_mult"),
+)
+
+
+def is_number(value: Any) -> bool:
+    """Whether something is one real number: of Python, of numpy, or in a tensor on the CPU."""
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and value.is_floating_point()
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def strange(keys: Iterable[str], known: Iterable[str]) -> list[str]:
+    """Which keys of a group are neither hyper-parameters, nor known extras, nor of the user's own (`_…`)."""
+    every = {*known, *EXTRAS, *TORCHS_KEYS}
+    return [key for key in keys if key not in every and not str(key).startswith("_")]
+
+
+def check_names(optimizer: str, group: Mapping[str, Any], known: list[str], index: int) -> None:
+    """Raise `ValueError` for a key that a group given by the user does not have: a misspelt one would do nothing.
+
+    torch takes any key. Here a group may have the optimizer's hyper-parameters, `EXTRAS`, torch's switches if they are
+    off, and whatever begins with an underscore.
+    """
+    on = [key for key in TORCHS_KEYS if group.get(key) and key != "decoupled_weight_decay"]
+    for key in (*strange(group, known), *on):
+        raise ValueError(
+            f"group {index}: {optimizer} has no hyper-parameter {key!r}{nearest(key, [*known, *EXTRAS])}; it has: "
+            f"{', '.join(known)}. For a key of your own, begin its name with an underscore"
+        )
+
+
+def types_of(owner: type) -> dict[str, str]:
+    """The types of the constructor's arguments, those of the classes it derives from included."""
+    found = {}
+    for base in reversed(owner.__mro__):
+        for name, argument in inspect.signature(base.__init__).parameters.items() if "__init__" in vars(base) else ():
+            if argument.annotation is not argument.empty:
+                found[name] = str(inspect.formatannotation(argument.annotation)).strip("'")
+    return found
+
+
+def check_types(owner: type, group: Mapping[str, Any]) -> None:
+    """Raise `TypeError` for a hyper-parameter that is no number, or neither True nor False, where one is asked for."""
+    for name, annotation in types_of(owner).items():
+        wanted, *others = annotation.split(" | ")
+        value = group.get(name)
+        if name not in group or (value is None and "None" in others):
+            continue
+        none = ", or None" if "None" in others else ""
+        if wanted in ("int", "float") and not is_number(value):
+            kind = "an int" if wanted == "int" else "a number"
+            raise TypeError(f"{name} must be {kind}{none}, not {value!r}")
+        if wanted == "bool" and value not in (True, False):
+            raise TypeError(f"{name} must be True or False{none}, not {value!r}")
+
+
+def check_common(group: Mapping[str, Any]) -> None:
+    """Types and ranges of the hyper-parameters that carry the field's usual names; asked in each step."""
+    for name, value in group.items():
+        if isinstance(value, Tensor) and value.device.type != "cpu":
+            raise TypeError(
+                f"{name} is a tensor on {value.device}, and every step would wait for it: pass a float, or a tensor on "
+                "the CPU. In a CUDA graph, opt.prepare_replay() tells the device what it is in each step"
+            )
+    betas = group.get("betas", ())
+    if not isinstance(betas, (tuple, list)) or not all(is_number(beta) and 0 <= float(beta) < 1 for beta in betas):
+        raise ValueError(f"betas must be numbers in [0, 1), not {betas!r}")
+    for name in ("lr", "eps", "weight_decay"):
+        value = group.get(name, 0.0)
+        if not is_number(value):
+            raise TypeError(f"{name} must be a number, not {value!r}")
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{name} must be a finite number >= 0, not {float(value)}")
+
+
+def check_finite(group: Mapping[str, Any], like: Mapping[str, Any]) -> None:
+    """Raise `ValueError` for a number of a checkpoint's group that is NaN, or infinite where the optimizer's is not."""
+    for name, value in group.items():
+        number = is_number(value) and name != "params"
+        if number and not math.isfinite(value) and not (value == like.get(name) and not math.isnan(value)):
+            raise ValueError(f"the checkpoint's {name} is {float(value)}: it is damaged, or of a run that had failed")
