@@ -70,13 +70,15 @@ class Losses:
         if (found := self.best(name, states)) is None:
             return "diverged"
         lr, losses = found
-        spread = f" ± {statistics.stdev(losses.values()):.3f}" if len(losses) > 1 else ""
-        return f"{statistics.mean(losses.values()):.3f}{spread} ({lr:g})"
+        spread = f"± {statistics.stdev(losses.values()):.3f}" if len(losses) > 1 else "of 1 seed"
+        return f"{statistics.mean(losses.values()):.3f} {spread} ({lr:g})"
 
     def cost(self, name: str, states: str) -> str:
         """Against fp32 states, each at its best learning rate."""
         found, exact = self.best(name, states), self.best(name, "fp32")
-        return "" if name in NO_STATES or not found or not exact else nano.interval(found[1], exact[1])
+        if name in NO_STATES or not found or not exact:
+            return ""
+        return nano.difference(stats.paired(found[1], exact[1]))
 
     def costs(self, states: str) -> list[float]:
         """The mean cost of each optimizer over all learning rates and seeds that both formats finished."""
@@ -142,19 +144,24 @@ class Losses:
             return "Not run yet: `python benchmarks/optimizer_losses.py`."
         e, runs = every[-1], self.results.runs
         commits = ", ".join(dict.fromkeys(e["commit"] for e in every))
-        ends = sum(self.on_the_edge(name, s) for name in OPTIMIZERS for s in STATES)
+        cells = [self.rates(name, states) for name in OPTIMIZERS for states in STATES]
+        ends = sum(best in (least, most) for whole, least, best, most in cells if whole)
+        whole = sum(cell[0] for cell in cells)
         return (
             f"Nano LLaMA (0.14M parameters), {e['steps']} steps of {e['batch']} × {e['seq']} bytes, corpus sha256 "
             f"{e['corpus']['sha256'][:12]}; {len(runs)} runs, seeds {list(SEEDS)}; learning rates were looked for "
-            f"with fp32 states and seed {optimizer_losses.SCREENING}; {ends} of the best ones are the lowest or the "
-            f"highest of their three. Commit {commits}; {e['cpu']}, torch {e['torch']}."
+            f"with fp32 states and seed {optimizer_losses.SCREENING}. {whole} of the {len(cells)} cells have all seeds "
+            f"at all three rates, and in {ends} of these the lowest or the highest is the best; the others have only "
+            f"the rate that was found. Commits {commits}; {e['cpu']}, torch {e['torch']}."
         )
 
-    def on_the_edge(self, name: str, states: str) -> bool:
-        """Whether the best learning rate is not the middle one."""
-        lrs = sorted({line["lr"] for line in self.by.get((name, states), [])})
-        found = self.best(name, states)
-        return bool(found) and found[0] in (lrs[0], lrs[-1])
+    def rates(self, name: str, states: str) -> tuple[bool, float, float, float]:
+        """Whether all seeds were run at three learning rates; the lowest rate, the best one and the highest."""
+        lines, found = self.by.get((name, states), []), self.best(name, states)
+        lrs = sorted({line["lr"] for line in lines})
+        if found is None:
+            return False, 0.0, 0.0, 0.0
+        return len(lines) == 3 * len(SEEDS), lrs[0], found[0], lrs[-1]
 
     def section(self) -> str:
         """All of it."""

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from . import codec
 from .blocks import counts, halve, tiles, total
+from .compiler import constant
 from .formats import DOUBLE_BLOCK, TINY, Format, Rounding, Stored
 from .formats import format as find_format
 from .words import binade, reciprocal, sqrt
@@ -261,9 +262,13 @@ def _e8m0(fmt: Format, statistic: Tensor, rounding: Rounding) -> Tensor:
         # Of subnormal numbers only those above 2**-127 need the next power.
         rest = bits & 0x7FFFFF
         code = code + (rest > torch.where(bits >> 23 == 0, 1 << 22, 0)).int()
-    last = math.frexp(fmt.max_scale / fmt.scaling.headroom)[1] - 1
-    code = code.clamp(0, 127 + last).to(torch.uint8)
+    code = code.clamp(0, last_power(fmt)).to(torch.uint8)
     return torch.where(torch.isfinite(statistic), code, E8M0_NAN)
+
+
+def last_power(fmt: Format) -> int:
+    """The largest code of an e8m0 scale with which the largest value does not overflow."""
+    return 126 + math.frexp(fmt.max_scale / fmt.scaling.headroom)[1]
 
 
 @cache
@@ -332,9 +337,9 @@ def _narrowed(scale: Tensor, rounding: Rounding) -> Tensor:
     return near
 
 
-@cache
+@constant
 def _dyn8() -> Format:
-    return find_format("dyn8")
+    return find_format("dyn8").settled()
 
 
 def _double(scale: Tensor) -> dict[str, Tensor]:

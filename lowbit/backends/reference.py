@@ -43,6 +43,7 @@ from ..rotation import rotate_back as turn_back
 from ..rounding import bits16, key, narrow, uniform
 from ..rows import decode_rows, encode_rows, pack, row_bits, unpack
 from ..stages import VECTORS, Job, Namespace, Program, Stage
+from ..stored import WHOLE
 from ..stored import decode as decode_weight
 from ..stored import encode as encode_weight
 
@@ -364,6 +365,8 @@ class _Blocks:
         for piece in self.chunk:
             job = jobs[piece.index]
             for part, tensor in of(job).items():
+                if part in WHOLE:  # one number, for each block
+                    tensor = tensor.expand(job.rows, -(-job.cols // fmt.block[1]))
                 rows = tensor.view(job.rows, -1)[piece.first : piece.last]
                 if part not in PER_VALUE:
                     pad = row_stride(job.cols) // self._sub_block(fmt) - rows.shape[1]

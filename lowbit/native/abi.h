@@ -15,6 +15,7 @@ enum lb_kind { LB_KIND_FLOAT, LB_KIND_INTEGER, LB_KIND_CODEBOOK, LB_KIND_AFFINE,
 enum lb_master { LB_NONE, LB_SPLIT8, LB_SPLIT16, LB_KAHAN, LB_MASTER32 };
 enum lb_stage_kind { LB_MEASURE, LB_FOLD, LB_UPDATE };
 enum lb_reduce { LB_MAX, LB_SUM, LB_MEAN };
+enum lb_scaled { LB_SCALE_FP32, LB_SCALE_BF16, LB_SCALE_E8M0, LB_SCALE_E4M3 };
 enum lb_over { LB_TENSOR, LB_ALL, LB_ROW, LB_COLUMN, LB_GROUP };
 
 // The operands of one call of a printed stage. Arrays are by position: `in[k]` is the stage's k-th array argument (all
@@ -149,6 +150,10 @@ typedef struct lb_job {
   float constants[LB_CONSTANTS];
   lb_operand weight;  // the parameter, if it is codes and scales (lowbit/stored.py); format null: it is `param`
   int8_t *rest;       // of a split weight: [rows, cols]
+  // Its scales, as lowbit/scales.py has them: `weight.scale` points to floats, bf16 numbers or bytes.
+  const float *tensor_scale;  // what all of them are multiplied with; null: nothing
+  int32_t scaled, last;       // how they are stored; the largest code of a power of two
+  float least_scale;          // the least of e4m3
 } lb_job;
 
 // A whole matrix to codes and back, or to the values that its codes stand for.

@@ -107,6 +107,42 @@ static void get_bits(const uint8_t *row, int bits, int64_t start, int n, uint8_t
   }
 }
 
+// 8 codes are one number of BITS bytes; to a byte each, in three rounds of halving, and back.
+template <int BITS> LB_FN uint64_t spread(uint64_t x) {
+  constexpr uint64_t FOUR = (1ull << 4 * BITS) - 1, TWO = (1ull << 2 * BITS) - 1, ONE = (1ull << BITS) - 1;
+  x = (x & FOUR) | (x & FOUR << 4 * BITS) << (32 - 4 * BITS);
+  x = (x & TWO * 0x100000001ull) | (x & (TWO << 2 * BITS) * 0x100000001ull) << (16 - 2 * BITS);
+  return (x & ONE * 0x1000100010001ull) | (x & (ONE << BITS) * 0x1000100010001ull) << (8 - BITS);
+}
+
+template <int BITS> LB_FN uint64_t gathered(uint64_t x) {
+  constexpr uint64_t FOUR = (1ull << 4 * BITS) - 1, TWO = (1ull << 2 * BITS) - 1, ONE = (1ull << BITS) - 1;
+  x = (x & ONE * 0x1000100010001ull) | (x >> (8 - BITS) & (ONE << BITS) * 0x1000100010001ull);
+  x = (x & TWO * 0x100000001ull) | (x >> (16 - 2 * BITS) & (TWO << 2 * BITS) * 0x100000001ull);
+  return (x & FOUR) | (x >> (32 - 4 * BITS) & FOUR << 4 * BITS);
+}
+
+template <int BITS> static void unpack_eights(const uint8_t *packed, int n, uint8_t *codes) {
+  for (; n >= 8; n -= 8, codes += 8, packed += BITS) {
+    uint64_t word = 0;
+    memcpy(&word, packed, BITS);
+    word = spread<BITS>(word);
+    memcpy(codes, &word, 8);
+  }
+  get_bits(packed, BITS, 0, n, codes);
+}
+
+template <int BITS> static void pack_eights(const uint8_t *codes, int n, uint8_t *packed) {
+  for (; n >= 8; n -= 8, codes += 8, packed += BITS) {
+    uint64_t word;
+    memcpy(&word, codes, 8);
+    word = gathered<BITS>(word);
+    memcpy(packed, &word, BITS);
+  }
+  memset(packed, 0, (n * BITS + 7) / 8);
+  put_bits(codes, BITS, n, packed, 0);
+}
+
 static void unpack(const uint8_t *packed, int bits, int n, uint8_t *codes) {
   if (bits == 4) {
     LB_IVDEP for (int i = 0; i < n / 2; ++i) {
@@ -117,7 +153,7 @@ static void unpack(const uint8_t *packed, int bits, int n, uint8_t *codes) {
   } else if (bits == 8) {
     memcpy(codes, packed, n);
   } else {
-    get_bits(packed, bits, 0, n, codes);
+    (bits == 2 ? unpack_eights<2> : unpack_eights<6>)(packed, n, codes);
   }
 }
 
@@ -132,8 +168,7 @@ static void pack(const uint8_t *codes, int bits, int n, uint8_t *packed) {
   } else if (bits == 8) {
     memcpy(packed, codes, n);
   } else {
-    memset(packed, 0, (n * bits + 7) / 8);
-    put_bits(codes, bits, n, packed, 0);
+    (bits == 2 ? pack_eights<2> : pack_eights<6>)(codes, n, packed);
   }
 }
 
@@ -287,74 +322,48 @@ static void range(const float *x, int n, float *low, float *high) {  // a NaN st
 }
 
 #ifdef LB_AVX2
-// A search tree of 15 numbers: how many are below u, or with OR_EQUAL not above it. The lookups take the low 3 bits of
-// minus the rung, so the tables are turned round.
-template <bool OR_EQUAL> struct Tree {
+// A search tree of 15 thresholds. The lookups take the low 3 bits of minus the rung, so the tables are turned round.
+struct Tree {
   __m256 first, second, third, fourth;
-  explicit Tree(const float *tree)
-      : first(_mm256_set1_ps(tree[0])),
-        second(_mm256_loadu_ps(tree + 8)),
-        third(_mm256_loadu_ps(tree + 16)),
-        fourth(_mm256_loadu_ps(tree + 24)) {}
-  static __m256i passed(__m256 number, __m256 u) {  // a comparison is -1 where it holds
-    return _mm256_castps_si256(_mm256_cmp_ps(number, u, OR_EQUAL ? _CMP_LE_OQ : _CMP_LT_OQ));
+  explicit Tree(const lb_format &f)
+      : first(_mm256_set1_ps(f.tree[0])),
+        second(_mm256_loadu_ps(f.tree + 8)),
+        third(_mm256_loadu_ps(f.tree + 16)),
+        fourth(_mm256_loadu_ps(f.tree + 24)) {}
+  static __m256i down(__m256i rung, __m256 table, __m256 u) {  // a comparison is -1 where it holds
+    const __m256 threshold = _mm256_permutevar8x32_ps(table, rung);
+    return _mm256_add_epi32(_mm256_add_epi32(rung, rung), _mm256_castps_si256(_mm256_cmp_ps(threshold, u, _CMP_LT_OQ)));
   }
-  static __m256i down(__m256i rung, __m256 table, __m256 u) {
-    return _mm256_add_epi32(_mm256_add_epi32(rung, rung), passed(_mm256_permutevar8x32_ps(table, rung), u));
-  }
-  __m256i minus_rung(__m256 u) const { return down(down(down(passed(first, u), second, u), third, u), fourth, u); }
-};
-
-// Values in units of the scale. Of what is not PLAIN, some bits are kept, and NaN, of a block that is not finite, counts
-// as 0.
-template <bool PLAIN> struct Units {
-  const float *x;
-  __m256 by, mask;
-  Units(const float *x, float inverse, uint32_t keep)
-      : x(x), by(_mm256_set1_ps(inverse)), mask(_mm256_castsi256_ps(_mm256_set1_epi32((int)keep))) {}
-  __m256 operator[](int i) const {
-    const __m256 u = _mm256_mul_ps(_mm256_loadu_ps(x + i), by);
-    return PLAIN ? u : _mm256_and_ps(_mm256_and_ps(u, _mm256_cmp_ps(u, u, _CMP_ORD_Q)), mask);
-  }
-};
-
-template <bool PLAIN> struct Nearest {
-  Units<PLAIN> units;
-  Tree<false> tree;
-  Nearest(const lb_format &f, Units<PLAIN> units) : units(units), tree(f.tree) {}
-  __m256i minus_rung(int i) const { return tree.minus_rung(units[i]); }
-};
-
-template <bool PLAIN> struct Drawn {  // at or below, and up by chance
-  Units<PLAIN> units;
-  Tree<true> tree;
-  Sixteen ladder, gaps;
-  const uint16_t *draws;
-  Drawn(const lb_format &f, Units<PLAIN> units, const uint16_t *draws)
-      : units(units), tree(f.below), ladder(f.ladder), gaps(f.gaps), draws(draws) {}
-  __m256i minus_rung(int i) const {
-    const __m256 u = units[i];
-    const __m256i minus = tree.minus_rung(u), rung = _mm256_sub_epi32(_mm256_setzero_si256(), minus);
-    const __m256 bits = _mm256_cvtepi32_ps(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(draws + i))));
-    const __m256 uniform = _mm256_mul_ps(_mm256_add_ps(bits, _mm256_set1_ps(0.5f)), _mm256_set1_ps(0x1p-16f));
-    const __m256 share = _mm256_sub_ps(_mm256_set1_ps(1.0f), uniform), above = _mm256_sub_ps(u, ladder[rung]);
-    const __m256 up = _mm256_cmp_ps(above, _mm256_mul_ps(share, gaps[rung]), _CMP_GE_OQ);
-    return _mm256_add_epi32(minus, _mm256_castps_si256(up));
+  __m256i minus_rung(__m256 u) const {
+    const __m256i rung = _mm256_castps_si256(_mm256_cmp_ps(first, u, _CMP_LT_OQ));
+    return down(down(down(rung, second, u), third, u), fourth, u);
   }
 };
 
 // Rungs of 32 values at a time; returns how many were done.
-template <class Find> static int search(const Find &find, int n, uint8_t *to) {
+template <bool PLAIN>
+static int search(const lb_format &f, const float *x, int n, float inverse, uint32_t keep, uint8_t *to) {
+  const Tree tree(f);
+  const __m256 by = _mm256_set1_ps(inverse), mask = _mm256_castsi256_ps(_mm256_set1_epi32((int)keep));
   int i = 0;
   for (; i + 32 <= n; i += 32) {
     __m256i found[4];
-    for (int k = 0; k < 4; ++k) found[k] = find.minus_rung(i + 8 * k);
+    for (int k = 0; k < 4; ++k) {
+      __m256 u = _mm256_mul_ps(_mm256_loadu_ps(x + i + 8 * k), by);
+      if (!PLAIN) {  // NaN, of a block that is not finite, counts as 0
+        u = _mm256_and_ps(u, _mm256_cmp_ps(u, u, _CMP_ORD_Q));
+        u = _mm256_and_ps(u, mask);
+      }
+      found[k] = tree.minus_rung(u);
+    }
     __m256i codes = _mm256_packs_epi16(_mm256_packs_epi32(found[0], found[1]), _mm256_packs_epi32(found[2], found[3]));
     codes = _mm256_permutevar8x32_epi32(codes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
     _mm256_storeu_si256((__m256i *)(to + i), _mm256_abs_epi8(codes));
   }
   for (; i + 8 <= n; i += 8) {  // short blocks
-    const __m256i rung = find.minus_rung(i), words = _mm256_packs_epi32(rung, rung);
+    __m256 u = _mm256_mul_ps(_mm256_loadu_ps(x + i), by);
+    u = _mm256_and_ps(_mm256_and_ps(u, _mm256_cmp_ps(u, u, _CMP_ORD_Q)), mask);
+    const __m256i rung = tree.minus_rung(u), words = _mm256_packs_epi32(rung, rung);
     const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
     const __m128i order = _mm_setr_epi8(0, 1, 2, 3, 8, 9, 10, 11, -1, -1, -1, -1, -1, -1, -1, -1);
     _mm_storel_epi64((__m128i *)(to + i), _mm_shuffle_epi8(_mm_abs_epi8(bytes), order));
@@ -362,22 +371,29 @@ template <class Find> static int search(const Find &find, int n, uint8_t *to) {
   return i;
 }
 
-template <bool PLAIN>
-static int search(const lb_format &f, const float *x, int n, float inverse, uint32_t keep, const uint16_t *draws,
-                  uint8_t *to) {
-  const Units<PLAIN> units(x, inverse, keep);
-  return draws ? search(Drawn<PLAIN>(f, units, draws), n, to) : search(Nearest<PLAIN>(f, units), n, to);
+// Codes of 4 bits drawn at random, one per byte, a register at a time; returns how many were done.
+static int draw_codes(const Drawn &drawn, bool signs, const float *x, int n, float inverse, const uint16_t *draws,
+                      uint8_t *to) {
+  int i = 0;
+  for (; i + Lanes::COUNT <= n; i += Lanes::COUNT) {
+    Lanes u = Lanes::load(x + i) * inverse;
+    u = where(u == u, u, 0.0f);  // NaN, of a block that is not finite
+    const Lanes chance = (Lanes::whole(draws + i) + 0.5f) * 0x1p-16f;
+    store_codes(to + i, signs ? Drawn::joined(drawn.code(lb::abs(u), chance), Drawn::sign(u)) : drawn.code(u, chance));
+  }
+  return i;
 }
 #endif
 
-// The rung of each value in units of the scale, from value `first` on: how many thresholds are below it.
-static void nearest_rungs(const lb_format &f, const float *x, int first, int n, float inverse, uint8_t *to) {
+// The rung of each value in units of the scale: how many thresholds are below it.
+static void rungs(const lb_format &f, const float *x, int n, float inverse, [[maybe_unused]] bool bounded,
+                  uint8_t *to) {
   const uint32_t keep = f.sign_magnitude ? 0x7FFFFFFFu : 0xFFFFFFFFu;
   if (f.rungs > 16) {
     // Copies, because a store to a byte may change anything in memory, as far as the compiler knows.
     const int shift = f.cell_shift, half = f.cell_half;
     const uint32_t below = (1u << shift) - 1, low = f.cell_low, high = f.cell_high, *cells = f.cells;
-    LB_IVDEP for (int i = first; i < n; ++i) {
+    LB_IVDEP for (int i = 0; i < n; ++i) {
       const uint32_t raw = bits_of(in_units(x[i], inverse)) & keep, magnitude = raw & 0x7FFFFFFFu;
       const uint32_t least = magnitude > low ? magnitude : low;
       const uint32_t held = least < high ? least : high;
@@ -388,7 +404,12 @@ static void nearest_rungs(const lb_format &f, const float *x, int first, int n, 
     }
     return;
   }
-  LB_IVDEP for (int i = first; i < n; ++i) {
+  int i = 0;
+#ifdef LB_AVX2
+  if (bounded && !f.sign_magnitude) i = search<true>(f, x, n, inverse, keep, to);
+  else i = search<false>(f, x, n, inverse, keep, to);
+#endif
+  LB_IVDEP for (; i < n; ++i) {
     const float u = float_of(bits_of(in_units(x[i], inverse)) & keep);
     int r = 0;
     for (int k = 0; k < 15; ++k) r += f.thresholds[k] < u ? 1 : 0;
@@ -396,36 +417,30 @@ static void nearest_rungs(const lb_format &f, const float *x, int first, int n, 
   }
 }
 
-// From the nearest rung to the one at or below, and up again by chance.
-static void draw_rungs(const lb_format &f, const float *x, int first, int n, float inverse, const uint16_t *draws,
-                       uint8_t *to) {
-  const uint32_t keep = f.sign_magnitude ? 0x7FFFFFFFu : 0xFFFFFFFFu;
-  const int last = f.rungs - 2;
-  const float *ladder = f.ladder;
-  LB_IVDEP for (int i = first; i < n; ++i) {
-    const float u = float_of(bits_of(in_units(x[i], inverse)) & keep);
-    int r = to[i];
-    r -= ladder[r] > u ? 1 : 0;
-    r = r < 0 ? 0 : r;
-    r = r > last ? last : r;
-    const float low = ladder[r], gap = ladder[r + 1] - low;
-    to[i] = (uint8_t)(r + (u - low >= (1.0f - uniform(draws[i])) * gap ? 1 : 0));
-  }
-}
-
 static void encode_codebook(const lb_format &f, const float *x, int n, const Block &b, const uint16_t *draws,
                             uint8_t *to) {
   const float inverse = b.inverse;
-  int first = 0;
 #ifdef LB_AVX2
-  if (f.rungs <= 16) {
-    const bool plain = b.bounded && !f.sign_magnitude;
-    const uint32_t keep = f.sign_magnitude ? 0x7FFFFFFFu : 0xFFFFFFFFu;
-    first = plain ? search<true>(f, x, n, inverse, keep, draws, to) : search<false>(f, x, n, inverse, keep, draws, to);
+  if (draws && f.bits == 4 && f.same) {
+    const int done = draw_codes(Drawn(f), f.sign_magnitude, x, n, inverse, draws, to);
+    x += done, draws += done, to += done, n -= done;
   }
 #endif
-  nearest_rungs(f, x, first, n, inverse, to);
-  if (draws) draw_rungs(f, x, first, n, inverse, draws, to);
+  rungs(f, x, n, inverse, b.bounded, to);
+  if (draws) {  // from the nearest rung to the one at or below, and up again by chance
+    const uint32_t keep = f.sign_magnitude ? 0x7FFFFFFFu : 0xFFFFFFFFu;
+    const int last = f.rungs - 2;
+    const float *ladder = f.ladder;
+    LB_IVDEP for (int i = 0; i < n; ++i) {
+      const float u = float_of(bits_of(in_units(x[i], inverse)) & keep);
+      int r = to[i];
+      r -= ladder[r] > u ? 1 : 0;
+      r = r < 0 ? 0 : r;
+      r = r > last ? last : r;
+      const float low = ladder[r], gap = ladder[r + 1] - low;
+      to[i] = (uint8_t)(r + (u - low >= (1.0f - uniform(draws[i])) * gap ? 1 : 0));
+    }
+  }
   if (!f.same) {
     for (int i = 0; i < n; ++i) to[i] = f.codes[to[i]];
   }

@@ -238,10 +238,13 @@ static bool judge(const Drafts &drafts, const uint32_t *peaks, Draft &d) {
     absmax[2 * w] = drafts.whole[w] ? most : a;
     absmax[2 * w + 1] = drafts.whole[w] ? most : b;
   }
+  alignas(64) float scale[16], inverses[16];  // arrays of its own, or the compiler does not see that they are apart
   LB_IVDEP for (int k = 0; k < 16; ++k) {
-    d.scale[k] = derive_scale(float_of(absmax[k]), drafts.top[k], drafts.least[k], drafts.most[k]);
-    d.inverse[k] = inverse(d.scale[k]);
+    scale[k] = derive_scale(float_of(absmax[k]), drafts.top[k], drafts.least[k], drafts.most[k]);
+    inverses[k] = inverse(scale[k]);
   }
+  memcpy(d.scale, scale, sizeof scale);
+  memcpy(d.inverse, inverses, sizeof inverses);
   return worst < 0x7F7F0000u;  // so much fits whatever is stored, however it is rounded
 }
 

@@ -121,6 +121,41 @@ LB_FN void store_bytes(uint8_t *to, const Lanes *u, bool) {
   }
 }
 
+LB_FN void store_codes(uint8_t *to, __m512i codes) { _mm_storeu_si128((__m128i *)to, _mm512_cvtepi32_epi8(codes)); }
+
+// The code of a number in units of the scale, drawn at random: the rung at or below it, or the next. By a search tree of
+// 15 rungs, whose lookups take the low 3 bits of minus the rung.
+struct Drawn {
+  __m512 first, second, third, fourth, ladder, gaps;
+  LB_FN __m512 twice(const float *eight) {
+    return _mm512_castpd_ps(_mm512_broadcast_f64x4(_mm256_castps_pd(_mm256_loadu_ps(eight))));
+  }
+  LB_IN explicit Drawn(const lb_format &f)
+      : first(_mm512_set1_ps(f.below[0])),
+        second(twice(f.below + 8)),
+        third(twice(f.below + 16)),
+        fourth(twice(f.below + 24)),
+        ladder(_mm512_loadu_ps(f.ladder)),
+        gaps(_mm512_loadu_ps(f.gaps)) {}
+  LB_FN __m512i passed(__m512i minus, __m512 rungs, Lanes u) {
+    return _mm512_mask_sub_epi32(minus, _mm512_cmp_ps_mask(rungs, u.v, _CMP_LE_OQ), minus, _mm512_set1_epi32(1));
+  }
+  LB_FN __m512i down(__m512i minus, __m512 table, Lanes u) {
+    return passed(_mm512_add_epi32(minus, minus), _mm512_permutexvar_ps(minus, table), u);
+  }
+  LB_IN __m512i code(Lanes u, Lanes chance) const {
+    const __m512i top = passed(_mm512_setzero_si512(), first, u);
+    const __m512i rung = _mm512_sub_epi32(_mm512_setzero_si512(), down(down(down(top, second, u), third, u), fourth, u));
+    const Lanes above = u - Lanes(_mm512_permutexvar_ps(rung, ladder)), gap = _mm512_permutexvar_ps(rung, gaps);
+    const Mask up = (1.0f - chance) * gap <= above;
+    return _mm512_mask_add_epi32(rung, up.m, rung, _mm512_set1_epi32(1));
+  }
+  LB_FN __m512i sign(Lanes u) {  // as bit 3 of a code
+    return _mm512_and_si512(_mm512_srli_epi32(_mm512_castps_si512(u.v), 28), _mm512_set1_epi32(8));
+  }
+  LB_FN __m512i joined(__m512i a, __m512i b) { return _mm512_or_si512(a, b); }
+};
+
 // A 4-bit codebook's code of a number in units of the scale: the bin it falls in, then the bin's threshold.
 struct Ladder {
   __m512 low, high, times, plus;
@@ -277,6 +312,47 @@ LB_FN void store_bytes(uint8_t *to, const Lanes *u, bool is_signed) {
   const __m256i bytes = is_signed ? _mm256_packs_epi16(low, high) : _mm256_packus_epi16(low, high);
   _mm256_storeu_si256((__m256i *)to, in_order(bytes));
 }
+
+LB_FN void store_codes(uint8_t *to, __m256i codes) {
+  const __m256i words = _mm256_packs_epi32(codes, codes);
+  const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+  const __m128i order = _mm_setr_epi8(0, 1, 2, 3, 8, 9, 10, 11, -1, -1, -1, -1, -1, -1, -1, -1);
+  _mm_storel_epi64((__m128i *)to, _mm_shuffle_epi8(bytes, order));
+}
+
+// The code of a number in units of the scale, drawn at random: the rung at or below it, or the next. By a search tree of
+// 15 rungs, whose lookups take the low 3 bits of minus the rung.
+struct Drawn {
+  __m256 first, second, third, fourth, ladder[2], gaps[2];
+  LB_IN explicit Drawn(const lb_format &f)
+      : first(_mm256_set1_ps(f.below[0])),
+        second(_mm256_loadu_ps(f.below + 8)),
+        third(_mm256_loadu_ps(f.below + 16)),
+        fourth(_mm256_loadu_ps(f.below + 24)),
+        ladder{_mm256_loadu_ps(f.ladder), _mm256_loadu_ps(f.ladder + 8)},
+        gaps{_mm256_loadu_ps(f.gaps), _mm256_loadu_ps(f.gaps + 8)} {}
+  LB_FN __m256i passed(__m256i minus, __m256 rungs, Lanes u) {  // a comparison is -1 where it holds
+    return _mm256_add_epi32(minus, _mm256_castps_si256(_mm256_cmp_ps(rungs, u.v, _CMP_LE_OQ)));
+  }
+  LB_FN __m256i down(__m256i minus, __m256 table, Lanes u) {
+    return passed(_mm256_add_epi32(minus, minus), _mm256_permutevar8x32_ps(table, minus), u);
+  }
+  LB_FN Lanes look_up(const __m256 *table, __m256i index) {  // lookups take 3 bits, the blend bit 3
+    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(table[0], index), _mm256_permutevar8x32_ps(table[1], index),
+                            _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
+  }
+  LB_IN __m256i code(Lanes u, Lanes chance) const {
+    const __m256i top = passed(_mm256_setzero_si256(), first, u);
+    const __m256i rung = _mm256_sub_epi32(_mm256_setzero_si256(), down(down(down(top, second, u), third, u), fourth, u));
+    const Lanes above = u - look_up(ladder, rung);
+    const Mask up = (1.0f - chance) * look_up(gaps, rung) <= above;
+    return _mm256_sub_epi32(rung, _mm256_castps_si256(up.m));
+  }
+  LB_FN __m256i sign(Lanes u) {  // as bit 3 of a code
+    return _mm256_and_si256(_mm256_srli_epi32(_mm256_castps_si256(u.v), 28), _mm256_set1_epi32(8));
+  }
+  LB_FN __m256i joined(__m256i a, __m256i b) { return _mm256_or_si256(a, b); }
+};
 
 // A 4-bit codebook's code of a number in units of the scale, by a search tree of 15 thresholds. The lookups take the
 // low 3 bits of minus the rung, so the tables are turned round.

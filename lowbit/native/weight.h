@@ -18,27 +18,31 @@ static bool check_weight(const Run &run, const Span &s, int piece, bool *good, R
   return kept;
 }
 
-// The scale of a block for new values: the one it has, unless one of them would clip.
-static float renewed_scale(const lb_format &f, float reach, const float *x, int n, float scale) {
-  const float limit = reach * scale;
+// Whether a value of a block would clip.
+static bool clips(const float *x, int n, float limit) {
   const int32_t most = (int32_t)bits_of(limit);
   int32_t over = !(limit >= 0.0f);
   LB_IVDEP for (int i = 0; i < n; ++i) over |= (int32_t)magnitude_bits(x[i]) > most ? 1 : 0;
-  return over ? derive_scale(float_of(peak(x, n)), f.top, f.min_scale, f.max_scale) : scale;
+  return over;
 }
 
 // Values of one block as integers in steps of 1/256 of a code, or of a code: the nearest, and from there up or down by
 // what the nearest is short of the value, so that what a code stands for exactly stays. Codes come as signed bytes.
 template <int STEPS> struct Steps {
   static constexpr float MANY = STEPS, ONE = 1.0f / STEPS;
-  float scale, inverse, limit;
-  Steps(const lb_format &f, float scale, float inverse)
-      : scale(scale), inverse(inverse), limit((float)f.limit * MANY + (STEPS > 1 ? 127.0f : 0.0f)) {}
+  float limit;
+  explicit Steps(const lb_format &f) : limit((float)f.limit * MANY + (STEPS > 1 ? 127.0f : 0.0f)) {}
 
-  // From value `first` on, one after the other; NaN counts as 0.
-  void each(const float *x, int first, int n, const uint16_t *draws, uint8_t *codes, int8_t *rest) const {
-    const float scale = this->scale, inverse = this->inverse, limit = this->limit;
-    LB_IVDEP for (int i = first; i < n; ++i) {
+  LB_IN void encode(const float *x, int n, float scale, float inverse, bool finite, const uint16_t *draws,
+                    uint8_t *codes, int8_t *rest) const {
+    int first = 0;
+#ifdef LB_AVX2
+    for (; finite && first + 32 <= n; first += 32) {
+      if (draws) many<true>(x + first, scale, inverse, draws + first, codes + first, rest + first);
+      else many<false>(x + first, scale, inverse, draws, codes + first, rest + first);
+    }
+#endif
+    LB_IVDEP for (int i = first; i < n; ++i) {  // NaN counts as 0
       const float u = x[i] * inverse * MANY;
       float q = lb::rint(u == u ? u : 0.0f);
       if (draws) q = q + lb::floor((x[i] - q * ONE * scale) * inverse * MANY + uniform(draws[i]));
@@ -50,39 +54,74 @@ template <int STEPS> struct Steps {
     }
   }
 #ifdef LB_AVX2
-  // Numbers, 32 at a time; returns how many were done.
-  int many(const float *x, int n, const uint16_t *draws, uint8_t *codes, int8_t *rest) const {
+  template <bool DRAWN>
+  LB_IN void many(const float *x, float scale, float inverse, const uint16_t *draws, uint8_t *codes,
+                  int8_t *rest) const {  // 32 finite numbers
     constexpr int GROUPS = 32 / Lanes::COUNT;
-    int i = 0;
-    for (; i + 32 <= n; i += 32) {
-      Lanes q[GROUPS], code[GROUPS];
-      for (int k = 0; k < GROUPS; ++k) {
-        const int at = i + k * Lanes::COUNT;
-        const Lanes value = Lanes::load(x + at);
-        q[k] = nearest_whole(value * inverse * MANY);
-        if (draws) {
-          const Lanes short_of = (value - q[k] * ONE * scale) * inverse * MANY;
-          q[k] = q[k] + whole_below(short_of + (Lanes::whole(draws + at) + 0.5f) * 0x1p-16f);
-        }
-        q[k] = held(q[k], -limit, limit);
-        if (STEPS == 1) continue;
-        code[k] = nearest_whole((q[k] + 0.5f) * 0x1p-8f);  // of 256 * code - 128 to 256 * code + 127
-        q[k] = q[k] - code[k] * 256.0f;
+    Lanes q[GROUPS], code[GROUPS];
+    for (int k = 0; k < GROUPS; ++k) {
+      const Lanes value = Lanes::load(x + k * Lanes::COUNT);
+      q[k] = nearest_whole(value * inverse * MANY);
+      if (DRAWN) {
+        const Lanes short_of = (value - q[k] * ONE * scale) * inverse * MANY;
+        q[k] = q[k] + whole_below(short_of + (Lanes::whole(draws + k * Lanes::COUNT) + 0.5f) * 0x1p-16f);
       }
-      store_bytes(codes + i, STEPS > 1 ? code : q, true);
-      if (STEPS > 1) store_bytes((uint8_t *)rest + i, q, true);
+      q[k] = held(q[k], -limit, limit);
+      if (STEPS == 1) continue;
+      code[k] = nearest_whole((q[k] + 0.5f) * 0x1p-8f);  // of 256 * code - 128 to 256 * code + 127
+      q[k] = q[k] - code[k] * 256.0f;
     }
-    return i;
+    store_bytes(codes, STEPS > 1 ? code : q, true);
+    if (STEPS > 1) store_bytes((uint8_t *)rest, q, true);
   }
 #endif
-  void encode(const float *x, int n, bool finite, const uint16_t *draws, uint8_t *codes, int8_t *rest) const {
+};
+
+// The same for a codebook, whose stochastic rounding leaves what a code stands for where it is: 16 random bits see less
+// than the few ulp by which a value in units of its scale may be off.
+struct Book {
+  const lb_format &f;
+#ifdef LB_AVX2
+  Drawn drawn;
+  explicit Book(const lb_format &f) : f(f), drawn(f) {}
+#else
+  explicit Book(const lb_format &f) : f(f) {}
+#endif
+  LB_IN void encode(const float *x, int n, float, float inverse, bool finite, const uint16_t *draws, uint8_t *codes,
+                    int8_t *) const {
     int first = 0;
 #ifdef LB_AVX2
-    if (finite) first = draws ? many(x, n, draws, codes, rest) : many(x, n, nullptr, codes, rest);
+    if (draws && f.bits == 4 && f.same) first = draw_codes(drawn, f.sign_magnitude, x, n, inverse, draws, codes);
 #endif
-    if (first < n) each(x, first, n, draws, codes, rest);
+    const Block b = {inverse, 0.0f, false, finite};
+    if (first < n) LB_SPACE::encode(f, x + first, n - first, b, draws ? draws + first : nullptr, codes + first);
   }
 };
+
+// Blocks of a span, with the scales that they have, or are going to have.
+template <class Encoder>
+static void encode_blocks(const Run &run, const Encoder &encoder, const Span &s, const bool *good, bool finite,
+                          const uint16_t *draws, uint8_t *codes, int8_t *rest, Room &room) {
+  const lb_job &job = *run.job;
+  const lb_operand &o = job.weight;
+  const lb_format &f = *o.format;
+  const float *p = room.at[0], reach = f.top + (job.rest ? 127.0f / 256.0f : 0.0f);
+  const int each = sub_block(f, run.cut);
+  int64_t number = s.row * o.scales + (s.col >> block_shift(f));
+  for (int i = 0; i < s.n; i += each, ++number) {
+    const int n = s.n - i < each ? s.n - i : each;
+    uint32_t raw = stored_scale(job, number);
+    float scale = multiplier_of(job, raw);
+    if (clips(p + i, n, reach * scale)) {
+      raw = covering_scale(job, float_of(peak(p + i, n)));
+      scale = multiplier_of(job, raw);
+      if (good[i >> run.cut.shift]) store_scale(job, number, raw);
+    }
+    const float inverse = inverse_of(job, raw, scale);
+    encoder.encode(p + i, n, scale, inverse, finite, draws ? draws + i : nullptr, codes + i, rest + i);
+    room.feed.some();
+  }
+}
 
 // Codes, or signed bytes of which they are the low bits.
 static void pack_codes(const lb_format &f, const uint8_t *codes, int n, uint8_t *packed) {
@@ -99,30 +138,16 @@ static void store_weight(const Run &run, const Span &s, const bool *good, bool a
   const lb_job &job = *run.job;
   const lb_operand &o = job.weight;
   const lb_format &f = *o.format;
-  const float *p = room.at[0], reach = f.top + (job.rest ? 127.0f / 256.0f : 0.0f);
   const uint16_t *draws = job.stochastic ? room.draws.fill(run.key[0], s.number, s.n) : nullptr;
   uint8_t *target = (uint8_t *)o.codes + s.row * o.row_bytes + s.col * f.bits / 8;
-  int8_t *target_rest = job.rest ? job.rest + s.at : nullptr;
-  const bool direct = f.bits == 8 && all, bounded = all && job.program->guarded;
+  int8_t *target_rest = job.rest ? job.rest + s.at : room.rest;
+  const bool direct = f.bits == 8 && all, finite = all && job.program->guarded;
   uint8_t *codes = direct ? target : room.codes;
   int8_t *rest = all ? target_rest : room.rest;
-  const int each = sub_block(f, run.cut), width = run.cut.width;
-  int64_t number = s.row * o.scales + (s.col >> block_shift(f));
-  for (int i = 0; i < s.n; i += each, ++number) {
-    const int n = s.n - i < each ? s.n - i : each;
-    const float scale = renewed_scale(f, reach, p + i, n, o.scale[number]), inverse = lb::inverse(scale);
-    const uint16_t *drawn = draws ? draws + i : nullptr;
-    room.feed.some();
-    if (f.kind == LB_KIND_INTEGER && job.rest) {
-      Steps<256>(f, scale, inverse).encode(p + i, n, bounded, drawn, codes + i, rest + i);
-    } else if (f.kind == LB_KIND_INTEGER) {
-      Steps<1>(f, scale, inverse).encode(p + i, n, bounded, drawn, codes + i, nullptr);
-    } else {
-      const Block b = {inverse, 0.0f, false, bounded};
-      encode(f, p + i, n, b, drawn, codes + i);
-    }
-    if (good[i >> run.cut.shift]) o.scale[number] = scale;
-  }
+  const int width = run.cut.width;
+  if (f.kind != LB_KIND_INTEGER) encode_blocks(run, Book(f), s, good, finite, draws, codes, rest, room);
+  else if (job.rest) encode_blocks(run, Steps<256>(f), s, good, finite, draws, codes, rest, room);
+  else encode_blocks(run, Steps<1>(f), s, good, finite, draws, codes, rest, room);
   if (all) {
     if (!direct) pack_codes(f, codes, s.n, target);
     return;
