@@ -41,8 +41,7 @@ class Scaling:
 
     What belongs here is what decides a tensor's scales, and hence its bits, on its own: it is the same whoever uses the
     format, and so a format stays one literal. What looks at more is the recipe's: rotations, masks, outliers, which
-    operands are rounded stochastically and shrunk to 3/4 for it while their scales stay (`Operand.prescale`), and
-    MS-EDEN, which corrects stored scales by what a rotated run has lost.
+    operands are rounded stochastically, and MS-EDEN, which corrects stored scales by what a rotated run has lost.
 
     Args:
         stored: fp32 or bf16; e8m0, a power of two in a byte (255: NaN); e4m3, a byte; double, 8-bit codes of the
@@ -53,6 +52,10 @@ class Scaling:
             the OCP microscaling formats, which look at the statistic's own exponent: floor (the standard's), ceil, and
             even (the statistic is first rounded to the element's mantissa). NVIDIA's rceil is up.
         gain: of the statistic, before its scale is rounded: above 1 leaves headroom, below 1 clips.
+        headroom: of an e8m0 scale, after it is rounded: codes times 2**k stand for 1/headroom of the values. With 4/3,
+            stochastic rounding to MXFP4 never clips: floor puts absmax at 4 to 8 of 6, and 3/4 of it at 3 to 6
+            (https://arxiv.org/abs/2502.20586, algorithm 2, where the product is multiplied by 16/9 instead). The same
+            factor on the values beforehand would move the scale, too, and help nothing.
         candidates: factors of the scale that are tried for each block; the least squared error wins, the first of
             equals. (1, 1.5) is Four Over Six (https://arxiv.org/abs/2512.02010).
         peak: the stored e4m3 scale of the tensor's largest block: `tensor_scale` is what makes it so. 0: there is none.
@@ -65,6 +68,7 @@ class Scaling:
     statistic: Statistic = "absmax"
     rounding: Rounding = "nearest"
     gain: float = 1.0
+    headroom: float = 1.0
     candidates: tuple[float, ...] = (1.0,)
     peak: float = 0.0
     least: float = 0.0
@@ -78,8 +82,10 @@ class Scaling:
             raise ValueError(f"Scaling: peak and least are for scales stored as e4m3, not {self.stored}")
         if self.outer and not self.peak:
             raise ValueError("Scaling: outer is what shares a tensor_scale, which needs a peak")
-        if not self.gain > 0 or not self.candidates or min(self.candidates) <= 0:
-            raise ValueError("Scaling: the gain must be above 0, and there must be candidates, all above 0")
+        if self.headroom != 1 and self.stored != "e8m0":
+            raise ValueError(f"Scaling: headroom is for scales stored as e8m0; with {self.stored} use gain")
+        if not min(self.gain, self.headroom) > 0 or not self.candidates or min(self.candidates) <= 0:
+            raise ValueError("Scaling: gain and headroom must be above 0, and there must be candidates, all above 0")
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -385,6 +391,8 @@ def catalogue() -> dict[str, Format]:
           scaling=Scaling("e8m0", rounding="even")),
         f("mxfp4-rceil", 4, True, "MXFP4, absmax/6 rounded up (NVIDIA): never clips", block=mx, table=e2m1,
           scaling=Scaling("e8m0", rounding="up")),
+        f("mxfp4-sr", 4, True, "MXFP4 at 3/4 of its size: stochastic rounding never clips", block=mx, table=e2m1,
+          scaling=Scaling("e8m0", rounding="floor", headroom=4 / 3)),
         f("mxfp6-e2m3", 6, True, "OCP MXFP6 E2M3 (floor)", block=mx, table=e2m3,
           scaling=Scaling("e8m0", rounding="floor")),
         f("mxfp6-e3m2", 6, True, "OCP MXFP6 E3M2 (floor)", block=mx, table=e3m2,

@@ -199,7 +199,7 @@ def multiplier(fmt: Format, parts: dict[str, Tensor]) -> Tensor:
     if stored == "fp32":
         return scale
     if stored == "e8m0":
-        return torch.where(scale == E8M0_NAN, torch.nan, _power(scale.int()))
+        return torch.where(scale == E8M0_NAN, torch.nan, _power(scale.int())) * fmt.scaling.headroom
     if stored == "bf16":
         held = scale.float()
     elif stored == "e4m3":
@@ -215,7 +215,7 @@ def multiplier(fmt: Format, parts: dict[str, Tensor]) -> Tensor:
 def inverse(fmt: Format, parts: dict[str, Tensor]) -> Tensor:
     """What encodes with scales that are already stored."""
     if fmt.scaling.stored == "e8m0":
-        return _power(254 - parts["scale"].int())
+        return _power(254 - parts["scale"].int()) * (1 / fmt.scaling.headroom)
     if fmt.scaling.stored == "e4m3" and fmt.scaling.peak:
         scale = parts["scale"]
         return _two_level_inverse(scale.view(torch.float8_e4m3fn).float(), _spread(fmt, parts["tensor_scale"], scale))
@@ -268,7 +268,7 @@ def _e8m0(fmt: Format, statistic: Tensor, rounding: Rounding) -> Tensor:
 
 def last_power(fmt: Format) -> int:
     """The largest code of an e8m0 scale with which the largest value does not overflow."""
-    return 126 + math.frexp(fmt.max_scale)[1]
+    return 126 + math.frexp(fmt.max_scale / fmt.scaling.headroom)[1]
 
 
 @cache

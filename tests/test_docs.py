@@ -42,6 +42,16 @@ def test_readme_python_runs(capsys):
     assert "2 of 2 weights" in out and "exp_avg_sq log4" in out
 
 
+def test_the_page_on_stored_weights_runs(capsys, tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    page = (ROOT / "docs" / "stored-weights.md").read_text().partition("## Memory")[0]  # what follows needs a model
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(compile(block, "stored-weights.md", "exec"), names)
+    assert "stored as int4, 4.50 bits" in capsys.readouterr().out and (tmp_path / "model.pt").stat().st_size > 0
+    assert names["model"][7].weight.store == "int4"
+
+
 def test_tables_are_current():
     done = subprocess.run([sys.executable, "benchmarks/readme.py", "--check"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

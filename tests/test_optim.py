@@ -12,6 +12,7 @@ from cases import (
     SHAPES,
     SMALL_SHAPES,
     Case,
+    as_reference,
     assert_close,
     assert_same,
     dequantized,
@@ -334,18 +335,6 @@ def test_the_default_dtype_and_device_change_nothing(dtype: torch.dtype):
 
 
 # --- compressed states ---------------------------------------------------------------------------------------------
-
-
-def as_reference(opt: Rule, p: Parameter, case: Case) -> dict:
-    """A tensor's state as the float64 reference has it."""
-    state = opt.state[p]
-    s = oracles_optim.fresh(p.detach().double().numpy())
-    for name in s:
-        if name in case.signed and name in state:
-            s[name] = dequantized(opt, p, name).double().numpy()
-        elif name in state:
-            s[name] = float(state[name])
-    return s
 
 
 @every_case

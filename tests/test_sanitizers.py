@@ -59,7 +59,18 @@ DRAFTED = [
 
 
 # What a layer asks for: scales of every kind, of blocks in rows and of tiles; sums over short blocks and long ones.
-NAMES = ("mxfp4", "nvfp4", "nvfp4-46", "nvfp4-2d", "ternary", "int4-quest", "mxfp6-e2m3", "int8:row", "e2m1:16x16", "nf4")
+NAMES = (
+    "mxfp4",
+    "nvfp4",
+    "nvfp4-46",
+    "nvfp4-2d",
+    "ternary",
+    "int4-quest",
+    "mxfp6-e2m3",
+    "int8:row",
+    "e2m1:16x16",
+    "nf4",
+)
 LAYERS = list(product(NAMES, [(7, 33), (130, 72), (3, 2500)]))
 
 
@@ -104,7 +115,9 @@ def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
             x = torch.randn(shape, generator=torch.Generator().manual_seed(k)).to(native_dtype(k))
             rotation = Rotation((16, 32, 64, 128)[k % 4], k) if k % 3 else None
             for view in (x, x.t(), x[:, 1:].t()):
-                _, parts = native.quantized(lowbit.format(name), view, None, rotation=rotation, dtype=native_dtype(k + 1))
+                _, parts = native.quantized(
+                    lowbit.format(name), view, None, rotation=rotation, dtype=native_dtype(k + 1)
+                )
                 native.fake(lowbit.format(name), view, (k, 7), rotation=rotation)
                 cols = rotation.padded(view.shape[1]) if rotation else view.shape[1]
                 native.decode(lowbit.format(name), parts, cols, native_dtype(k + 1))

@@ -31,7 +31,7 @@ def factor(x: Tensor, operand: Operand) -> Tensor:
     """fp32, like the matrix x, which is what is rounded (turned already): what multiplies each value's gradient."""
     fmt = operand.codes
     assert fmt is not None
-    u = in_units(fmt, x.float() * operand.prescale)
+    u = in_units(fmt, x.float())
     if operand.estimator == "dge":
         return _slope(fmt, u)
     last, before = fmt.ladder[-1][0], fmt.ladder[-2][0]

@@ -98,7 +98,7 @@ def kind_of(
 def _scaled_after(operand: Operand, across: bool) -> bool:
     """Whether scales can be multiplied with after the sum: one for each row (or for all) of what is summed along."""
     fmt = operand.codes
-    if fmt is None or fmt.scaling.stored not in ("fp32", "bf16") or operand.prescale != 1:
+    if fmt is None or fmt.scaling.stored not in ("fp32", "bf16"):
         return False
     return fmt.block == (0, 0) or (fmt.block == (1, 0) and not across)
 
