@@ -191,9 +191,12 @@ class Costs:
             if case in SAME_CODES and (d := self.cost(case, o, SAME_CODES[case])) and d.low is not None
         ]  # fmt: skip
         found = sum(d.verdict != "not significant" for d in contrasts)
+        looked = (
+            f"{len(contrasts)} contrasts were looked at, {found} of them are significant at 5 % (bold); by chance alone "
+            f"{0.05 * len(contrasts):.1f} would be."
+        )
         return (
-            f"Float: {levels} nats a byte. {len(contrasts)} contrasts were looked at, {found} of them are significant "
-            f"at 5 % (bold); by chance alone {0.05 * len(contrasts):.1f} would be. Nano LLaMA, {e['steps']} steps of "
+            f"Float: {levels} nats a byte. {looked if contrasts else 'No contrast has two seeds yet.'} Nano LLaMA, {e['steps']} steps of "
             f"{e['batch']} × {e['seq']} bytes, corpus sha256 {e['corpus']['sha256'][:12]}. Commits {commits}; "
             f"{e['cpu']}, torch {e['torch']}."
         )
