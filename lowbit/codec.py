@@ -30,7 +30,7 @@ ROOT_STEPS = 6
 
 @constant
 def _observed() -> bool:
-    """Whether a mode watches operations: a compiler's fake tensors must not stay in a cache, nor real ones meet them."""
+    """Whether a mode watches operations: a compiler's fake tensors must not stay in a cache, nor meet real ones."""
     return torch._C._len_torch_dispatch_stack() > 0
 
 
