@@ -212,9 +212,8 @@ def best(lines: Sequence[dict[str, Any]]) -> tuple[float, dict[int, float]] | No
     return min(whole.items(), key=lambda item: statistics.mean(item[1].values()), default=None)
 
 
-def interval(first: dict[int, float], second: dict[int, float]) -> str:
-    """The mean of the paired differences and its 95 % interval."""
-    d = stats.paired(first, second)
+def difference(d: stats.Difference | None) -> str:
+    """The mean of paired differences and its 95 % interval."""
     if d is None:
-        return "–"
-    return f"{d.mean:+.3f}" + ("" if d.low is None else f" [{d.low:+.3f}, {d.high:+.3f}]")
+        return "not run"
+    return f"{d.mean:+.3f} " + ("(1 seed)" if d.low is None else f"[{d.low:+.3f}, {d.high:+.3f}]")

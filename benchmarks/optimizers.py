@@ -70,13 +70,15 @@ class Losses:
         if (found := self.best(name, states)) is None:
             return "diverged"
         lr, losses = found
-        spread = f" ± {statistics.stdev(losses.values()):.3f}" if len(losses) > 1 else ""
-        return f"{statistics.mean(losses.values()):.3f}{spread} ({lr:g})"
+        spread = f"± {statistics.stdev(losses.values()):.3f}" if len(losses) > 1 else "of 1 seed"
+        return f"{statistics.mean(losses.values()):.3f} {spread} ({lr:g})"
 
     def cost(self, name: str, states: str) -> str:
         """Against fp32 states, each at its best learning rate."""
         found, exact = self.best(name, states), self.best(name, "fp32")
-        return "" if name in NO_STATES or not found or not exact else nano.interval(found[1], exact[1])
+        if name in NO_STATES or not found or not exact:
+            return ""
+        return nano.difference(stats.paired(found[1], exact[1]))
 
     def costs(self, states: str) -> list[float]:
         """The mean cost of each optimizer over all learning rates and seeds that both formats finished."""
@@ -106,9 +108,9 @@ class Losses:
                 for name in OPTIMIZERS if name not in NO_STATES
                 if (found := self.best(name, states)) and (exact := self.best(name, "fp32"))
             ]  # fmt: skip
-            verdicts = [d.verdict for d in every if d]
+            verdicts = [d.verdict for d in every if d and d.low is not None]
             costs = self.costs(states)
-            if len(costs) < 2:
+            if not verdicts or len(costs) < 2:
                 continue
             mean, half = statistics.mean(costs), stats.t_quantile(len(costs) - 1) * statistics.stdev(costs)
             half /= len(costs) ** 0.5
@@ -121,19 +123,18 @@ class Losses:
         return "\n".join(said)
 
     def divergences(self) -> str:
-        """Every run that diverged, and why."""
+        """Every run that diverged, of the search too, and why."""
         by: dict[tuple[str, str, float], list[dict[str, Any]]] = {}
-        for lines in self.by.values():
-            for line in lines:
-                if line["why"]:
-                    by.setdefault((line["case"], line["variant"], line["lr"]), []).append(line)
+        for line in self.results.runs.values():
+            if line["why"]:
+                by.setdefault((line["case"], line["variant"], line["lr"]), []).append(line)
         if not by:
-            return "No run diverged."
+            return "No run diverged." if self.results.runs else ""
         said = [
-            f"- {name}, {states}, lr {lr:g}: {len(lines)} of {len(SEEDS)} seeds; {lines[0]['why']}"
+            f"- {name}, {states}, lr {lr:g}, seed {', '.join(str(line['seed']) for line in lines)}: {lines[0]['why']}"
             for (name, states, lr), lines in sorted(by.items())
         ]
-        return "\n".join(["Runs that diverged (with the first one's reason):", "", *said])
+        return "\n".join(["Runs that diverged, with the first one's reason:", "", *said])
 
     def conditions(self) -> str:
         """The set-up, where and by which sources it was run."""
@@ -142,19 +143,24 @@ class Losses:
             return "Not run yet: `python benchmarks/optimizer_losses.py`."
         e, runs = every[-1], self.results.runs
         commits = ", ".join(dict.fromkeys(e["commit"] for e in every))
-        ends = sum(self.on_the_edge(name, s) for name in OPTIMIZERS for s in STATES)
+        cells = [self.rates(name, states) for name in OPTIMIZERS for states in STATES]
+        ends = sum(best in (least, most) for whole, least, best, most in cells if whole)
+        whole = sum(cell[0] for cell in cells)
         return (
             f"Nano LLaMA (0.14M parameters), {e['steps']} steps of {e['batch']} × {e['seq']} bytes, corpus sha256 "
             f"{e['corpus']['sha256'][:12]}; {len(runs)} runs, seeds {list(SEEDS)}; learning rates were looked for "
-            f"with fp32 states and seed {optimizer_losses.SCREENING}; {ends} of the best ones are the lowest or the "
-            f"highest of their three. Commit {commits}; {e['cpu']}, torch {e['torch']}."
+            f"with fp32 states and seed {optimizer_losses.SCREENING}. {whole} of the {len(cells)} cells have all seeds "
+            f"at all three rates, and in {ends} of these the lowest or the highest is the best; the others have only "
+            f"the rate that was found. Commits {commits}; {e['cpu']}, torch {e['torch']}."
         )
 
-    def on_the_edge(self, name: str, states: str) -> bool:
-        """Whether the best learning rate is not the middle one."""
-        lrs = sorted({line["lr"] for line in self.by.get((name, states), [])})
-        found = self.best(name, states)
-        return bool(found) and found[0] in (lrs[0], lrs[-1])
+    def rates(self, name: str, states: str) -> tuple[bool, float, float, float]:
+        """Whether all seeds were run at three learning rates; the lowest rate, the best one and the highest."""
+        lines, found = self.by.get((name, states), []), self.best(name, states)
+        lrs = sorted({line["lr"] for line in lines})
+        if found is None:
+            return False, 0.0, 0.0, 0.0
+        return len(lines) == 3 * len(SEEDS), lrs[0], found[0], lrs[-1]
 
     def section(self) -> str:
         """All of it."""

@@ -2,7 +2,7 @@
 
     python benchmarks/recipes.py [--processes 2] [--only "int4;store int4"] [--seeds 5]
     python benchmarks/recipes.py --rates        the same with other learning rates
-    python benchmarks/recipes.py --write        the tables of docs/recipes.md, from the committed results
+    python benchmarks/recipes.py --write        the tables of docs/recipe-costs.md, from the committed results
     python benchmarks/recipes.py --check        fail if they are not what the results say (a test does this)
 
 Muon is the probe: its runs repeat to .01 nats a byte, Adam's to .03, which hides most formats' differences. Learning
@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -34,7 +34,7 @@ from lowbit.bench.tables import Grid
 from lowbit.nn import Recipe, quantize_, recipes
 from lowbit.nn.convert import find_recipe
 
-PAGE, RESULTS = timing.ROOT / "docs" / "recipes.md", timing.RESULTS / "recipes.jsonl"
+PAGE, RESULTS = timing.ROOT / "docs" / "recipe-costs.md", timing.RESULTS / "recipes.jsonl"
 FLOAT = "float"
 SCREENING, FIRST, SEEDS, FEW = 0, 10, 5, 2
 NOT_TRAINED = ("qlora-nf4",)  # its base is frozen: there is nothing to train from scratch
@@ -126,16 +126,16 @@ class Costs:
         return stats.paired(self.losses(case, optimizer), self.losses(against, optimizer))
 
     def cell(self, case: str, optimizer: str, against: str = FLOAT) -> str:
-        """The same in words."""
+        """The same in words, with the count of seeds in which it was higher."""
         lines = self.by.get((case, optimizer, self.lr.get(optimizer, 0.0)), {})
         if why := next((line["why"] for line in lines.values() if line["why"]), ""):
             bad = sum(bool(line["why"]) for line in lines.values())
             return f"diverged, {bad} of {len(lines)}: {why}"
         d = self.cost(case, optimizer, against)
         if d is None or d.low is None:
-            return "not run"
-        mark = "" if d.verdict == "not significant" else "**"
-        return f"{mark}{d.mean:+.3f}{mark} [{d.low:+.3f}, {d.high:+.3f}], {d.n - d.better}/{d.n}"
+            return nano.difference(d)
+        said = f"{nano.difference(d)}, {d.n - d.better}/{d.n}"
+        return said if d.verdict == "not significant" else f"**{said}**"
 
     def best_lr(self, case: str) -> str:
         """The learning rate of the three with the lowest mean over the few seeds, and its gain over float's."""
@@ -185,17 +185,23 @@ class Costs:
             f"{o} at lr {lr:g}, {statistics.mean(its.values()):.3f}"
             for o, lr in self.lr.items() if (its := self.losses(FLOAT, o))
         )  # fmt: skip
-        contrasts = [d for case in cases for o in OPTIMIZERS if (d := self.cost(case, o)) and d.low is not None]
-        contrasts += [
-            d for case in cases for o in OPTIMIZERS
-            if case in SAME_CODES and (d := self.cost(case, o, SAME_CODES[case])) and d.low is not None
-        ]  # fmt: skip
-        found = sum(d.verdict != "not significant" for d in contrasts)
         return (
-            f"Float: {levels} nats a byte. {len(contrasts)} contrasts were looked at, {found} of them are significant "
-            f"at 5 % (bold); by chance alone {0.05 * len(contrasts):.1f} would be. Nano LLaMA, {e['steps']} steps of "
-            f"{e['batch']} × {e['seq']} bytes, corpus sha256 {e['corpus']['sha256'][:12]}. Commit {commits}; "
+            f"Float: {levels} nats a byte. {self.contrasts(cases)} Nano LLaMA, {e['steps']} steps of "
+            f"{e['batch']} × {e['seq']} bytes, corpus sha256 {e['corpus']['sha256'][:12]}. Commits {commits}; "
             f"{e['cpu']}, torch {e['torch']}."
+        )
+
+    def contrasts(self, cases: Iterable[str]) -> str:
+        """How many contrasts these cases are, and how many are significant."""
+        pairs = [(case, FLOAT) for case in cases] + [(case, SAME_CODES[case]) for case in cases if case in SAME_CODES]
+        every = [d for case, other in pairs for o in OPTIMIZERS if (d := self.cost(case, o, other))]
+        every = [d for d in every if d.low is not None]
+        if not every:
+            return "No contrast has two seeds yet."
+        found = sum(d.verdict != "not significant" for d in every)
+        return (
+            f"Contrasts: {len(every)}, of which {found} are significant at 5 % (bold); by chance alone about "
+            f"{0.05 * len(every):.1f} would be."
         )
 
     def sections(self) -> dict[str, str]:

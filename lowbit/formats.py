@@ -10,6 +10,7 @@ it, every optimizer can store its state in it, and every recipe can use it.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import math
 import struct
@@ -213,6 +214,14 @@ class Format:
         text = f"{self.name}/{self.bits}/{self.block}"
         return zlib.crc32((text if self.scaling == PLAIN else f"{text}/{self.scaling}").encode()) & 0x7FFFFFFF
 
+    def settled(self) -> Format:
+        """Itself, with all found that is otherwise found when it is asked for: some compilers cannot trace how."""
+        for name, value in vars(Format).items():
+            if isinstance(value, cached_property):
+                with contextlib.suppress(ValueError):
+                    getattr(self, name)
+        return self
+
     @property
     def compressed(self) -> bool:
         """Whether values are stored as uint8 codes with a scale, rather than as a torch dtype."""
@@ -231,8 +240,9 @@ class Format:
         if not self.compressed:
             return self.bits / 8
         scale = {"fp32": 4.0, "bf16": 2.0, "e8m0": 1.0, "e4m3": 1.0, "double": 1.0}[self.scaling.stored]
+        shared, outer = self.block[0] * self.block[1], self.scaling.outer
         sizes = {"scale": scale, "base": 4.0, "zero": 1.0, "scale_scale": 4 / DOUBLE_BLOCK}
-        shared = self.block[0] * self.block[1]
+        sizes["tensor_scale"] = 4 * shared / outer if outer else 0.0
         return self.bits / 8 + (sum(sizes.get(part, 0.0) for part in self.parts) / shared if shared else 0.0)
 
     def with_block(self, block: int | tuple[int, int]) -> Format:

@@ -29,7 +29,10 @@ class Packed:
 
     @property
     def scale(self) -> Tensor | None:
-        """fp32 [rows, ceil(cols / block)]; None for float formats."""
+        """One number per block, [rows, ceil(cols / block)]; None for float formats.
+
+        fp32, or as the format stores scales: bf16, or a byte (`Format.scaling`). Blocks of several rows have fewer.
+        """
         return self.parts.get("scale")
 
     @property
@@ -49,7 +52,8 @@ def quantize(x: Tensor, format: str | Format, *, stochastic: bool = False, seed:
     Args:
         x: any shape, float32, bfloat16 or float16. Blocks run along the last dimensions of each `x[i]`; a vector is one
             row. A non-finite value makes its block decode to NaN.
-        format: a name (`lowbit.formats()`), `name:block`, or a `Format`.
+        format: a name (`lowbit.formats()`), a `Format`, or a name with a block: `int4:32` (values of a row),
+            `e2m1:16x16` (rows and columns), `int8:row`, `int8:tensor`.
         stochastic: round up or down at random, unbiased, instead of to nearest.
         seed: of the random bits; equal seeds give equal codes on every machine.
 

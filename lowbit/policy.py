@@ -113,7 +113,7 @@ def resolve(storage: Storage, moment: str, signed: bool) -> Format:
             raise ValueError(f"states: {moment!r} is signed and format {fmt.name!r} is not")
         return fmt
     partner = find_format(fmt.partner)
-    return partner if fmt.block == find_format(fmt.name.split(":")[0]).block else partner.with_block(fmt.block[1])
+    return partner if fmt.block == find_format(fmt.name.split(":")[0]).block else partner.with_block(fmt.block)
 
 
 def check_storage(storage: Any, where: str, moments: Mapping[str, bool] | None = None) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from . import codec
 from .blocks import counts, halve, tiles, total
+from .compiler import constant
 from .formats import DOUBLE_BLOCK, TINY, Format, Rounding, Stored
 from .formats import format as find_format
 from .words import binade, reciprocal, sqrt
@@ -336,9 +337,9 @@ def _narrowed(scale: Tensor, rounding: Rounding) -> Tensor:
     return near
 
 
-@cache
+@constant
 def _dyn8() -> Format:
-    return find_format("dyn8")
+    return find_format("dyn8").settled()
 
 
 def _double(scale: Tensor) -> dict[str, Tensor]:

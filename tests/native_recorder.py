@@ -1,5 +1,6 @@
 """Records native calls into a file that tests/native/harness.cpp plays back: structs, operands before and after."""
 
+from collections.abc import Callable
 from ctypes import c_int64, sizeof, string_at
 from typing import Any, BinaryIO
 
@@ -8,7 +9,7 @@ from lowbit.native.library import Library
 
 SIZE = {0: 4, 1: 2, 2: 2}  # of an abi.DTYPE
 COMPANION = {0: 0, 1: 1, 2: 2, 3: 2, 4: 4}  # of an abi.MASTER
-STEP, ENCODE, DECODE = range(3)
+STEP, ENCODE, DECODE, MEASURE = range(4)
 
 
 class Recorder:
@@ -61,23 +62,28 @@ class Recorder:
         return result
 
     def encode(self, matrix: Any, threads: int) -> int:
-        return self._matrix(ENCODE, matrix)
+        return self._matrix(ENCODE, matrix, lambda: self.library.encode(matrix, self.threads))
 
     def decode(self, matrix: Any, threads: int) -> int:
-        return self._matrix(DECODE, matrix)
+        return self._matrix(DECODE, matrix, lambda: self.library.decode(matrix, self.threads))
 
-    def _matrix(self, kind: int, matrix: Any) -> int:
+    def measure(self, matrix: Any, what: int, to: int, threads: int) -> int:
+        return self._matrix(MEASURE, matrix, lambda: self.library.measure(matrix, what, to, self.threads), what, to)
+
+    def _matrix(self, kind: int, matrix: Any, call: Callable[[], int], what: int = 0, to: int = 0) -> int:
         m = matrix._obj
-        lines, across = (m.cols, m.rows) if m.columns else (m.rows, m.cols)
-        values, out = (
-            (address, SIZE[dtype] * ((lines - 1) * step + across))
-            for address, dtype, step in ((m.values, m.dtype, m.step), (m.out, m.out_dtype, m.out_step))
-        )
-        operands = self._operand(m.packed, m.rows, m.cols)
-        parts = [number(kind), number(self.threads), struct(m), chunk(*values), chunk(*out)]
+        lines, across = (m.filled, m.rows) if m.columns else (m.rows, m.filled)
+        values = m.values, SIZE[m.dtype] * ((lines - 1) * m.step + across)
+        out = m.out, SIZE[m.out_dtype] * m.rows * m.cols
+        blocks = 4 * -(-m.rows // m.tile) * m.packed.scales
+        found = to, (4 if what == abi.STATISTIC["absmax"] else 8) * m.rows * m.packed.scales
+        codes, _, extra = self._operand(m.packed, m.rows, m.cols)
+        operands = codes, (m.packed.scale, blocks), extra
+        parts = [number(kind), number(self.threads), number(what), struct(m)]
+        parts += [chunk(*operand) for operand in (values, (m.inverse, blocks), out, found)]
         parts += [self._format(m.packed.format), *(chunk(*operand) for operand in operands)]
-        result = (self.library.encode if kind == ENCODE else self.library.decode)(matrix, self.threads)
-        self.calls.append(b"".join([*parts, *(chunk(*operand) for operand in (out, *operands))]))
+        result = call()
+        self.calls.append(b"".join([*parts, *(chunk(*operand) for operand in (out, found, *operands))]))
         return result
 
     # ---- what calls share

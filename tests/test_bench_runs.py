@@ -169,11 +169,41 @@ def test_methods_by_name():
         (["adam"], None, ["int5"], "unknown recipe 'int5': did you mean 'int4'"),
         (["adam-4bit"], ["8bit"], None, "says its states and recipe"),
         (["adam/8bit"], None, None, "cannot read method"),
+        (["galore:rnk=8"], None, None, "unknown option of GaLore 'rnk': did you mean 'rank'"),
+        (["galore:8"], None, None, "cannot read '8': options of an optimizer are written NAME=VALUE"),
+        (["galore:rank=-1/8bit/none"], None, None, "galore:rank=-1: rank must be a whole number of at least 1, not -1"),
+        (["muon:aux_lr=fast"], None, None, "muon:aux_lr=fast: aux_lr must be a number, not 'fast'"),
+        (["galore:lr=1"], None, None, "lr is no option of an optimizer here: say --lr"),
+        (["galore:states=4bit"], None, None, "states is no option of an optimizer here"),
+        (["muon:betas=(0.9,0.95)", "muon:betas=0.9"], None, None, "betas must be"),
+        (["galoer:rank=8"], None, None, "unknown optimizer 'galoer': did you mean 'GaLore'"),
     ],
 )
 def test_unknown_methods(names: list[str], states: list[str] | None, recipes: list[str] | None, message: str):
     with pytest.raises(BenchError, match=message):
         methods.choose(names, states, recipes)
+
+
+def test_options_of_an_optimizer_are_part_of_its_name():
+    def built(name: str):
+        weights = [(n, torch.nn.Parameter(torch.ones(64, 64))) for n in ("layers.0.q_proj.weight", "lm_head.weight")]
+        return methods.build(parse_method(name), [{"params": weights}], 1e-3, steps=400, seed=7)[0].param_groups[0]
+
+    chosen = methods.choose(["galore:rank=8:scale=0.5", "galore:rank=16"], ["4bit"], ["none"])
+    names = [m.name for m in chosen if "galore" in m.name]
+    assert names == [
+        *("galore:rank=8:scale=0.5", "galore:rank=8:scale=0.5/4bit/none", "galore:rank=16", "galore:rank=16/4bit/none")
+    ]
+    assert "rank=8, scale=0.5" in chosen[-3].describe()["about"]
+    group = built("galore:rank=8:scale=0.5/4bit/none")
+    assert (group["rank"], group["scale"], group["states"]) == (8, 0.5, "4bit")
+    assert built("adammini:num_heads=4-4bit")["num_heads"] == 4
+    assert built("muon:aux_lr=1e-3:head_lr=None")["aux_lr"] == 1e-3
+    assert built("scale:norm=l2").items() >= {"norm": "l2"}.items()
+    assert built("galore:betas=(0.9, 0.5)")["betas"] == (0.9, 0.5)
+    assert not parse_method("adam:eps=1e-6").uses_torch and built("adam:eps=1e-6")["eps"] == 1e-6
+    group = built("stablespam:reset_interval=3:betas=(0.8, 0.9)")
+    assert (group["reset_interval"], group["betas"], group["total_steps"]) == (3, (0.8, 0.9), 400)
 
 
 def test_hyper_parameters_reach_the_optimizers():

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from cases import STATE_FORMATS
 
 from lowbit.__main__ import main
 from lowbit.formats import formats
@@ -99,8 +100,11 @@ def test_formats(capsys: pytest.CaptureFixture):
     rows = {r["name"]: r for r in json.loads(capsys.readouterr().out)}
     assert set(rows) == set(formats()) and rows["fp32"]["bytes_per_value"] == 4 and rows["fp32"]["block"] is None
     assert rows["int8"]["bits"] == 8 and rows["int8"]["signed"] and rows["int8"]["bytes_per_value"] > 1
+    assert rows["nvfp4"]["scale"] == "e4m3" and rows["fp32"]["scale"] is None
+    assert {n for n, r in rows.items() if r["state"]} == set(STATE_FORMATS)
     assert main(["formats"]) == 0
-    assert "int8" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "int8" in shown and "tensor" in shown and "16×16" in shown
 
 
 def test_doctor(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):

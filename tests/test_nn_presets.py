@@ -37,6 +37,15 @@ STATEMENTS: dict[str, Callable[..., Matmuls]] = {
 OPERANDS = {"dgrad gradient": 1, "dgrad weight": 2, "wgrad gradient": 3, "wgrad activation": 4}
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """These matmuls are too small for two: on a busy machine, waking the second takes most of the time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 class FromLowbit:
     """The random numbers of a layer's first call, and nothing else of lowbit."""
 

@@ -6,6 +6,7 @@ Python and torch cannot run under them, so calls are recorded here and played ba
 import re
 import shutil
 import subprocess
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ from native_recorder import Recorder
 import lowbit
 from lowbit.backends import native
 from lowbit.native import build
+from lowbit.rotation import Rotation
 
 HARNESS = Path(__file__).parent / "native" / "harness.cpp"
 THREADS = 4
@@ -78,6 +80,25 @@ STORED = [
     ]
 ]
 
+# What a layer asks for: scales of every kind, of blocks in rows and of tiles; sums over short blocks and long ones.
+NAMES = (
+    "mxfp4",
+    "nvfp4",
+    "nvfp4-46",
+    "nvfp4-2d",
+    "ternary",
+    "int4-quest",
+    "mxfp6-e2m3",
+    "int8:row",
+    "e2m1:16x16",
+    "nf4",
+)
+LAYERS = list(product(NAMES, [(7, 33), (130, 72), (3, 2500)]))
+
+
+def native_dtype(k: int) -> torch.dtype:
+    return (torch.float32, torch.bfloat16, torch.float16)[k % 3]
+
 
 def chosen() -> list[Setting]:
     """Settings until every value of every dimension has been there; no NaN, which may have any bits."""
@@ -109,11 +130,21 @@ def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 f = fmt.with_block(block) if block else fmt
                 for shape in [(7, 33), (3, 300), (1, 40001)]:
                     x = torch.randn(shape, generator=torch.Generator().manual_seed(k))
-                    x = x.to([torch.float32, torch.bfloat16, torch.float16][k % 3])
+                    x = x.to(native_dtype(k))
                     noise = (k, 7) if k % 2 else None
                     parts = native.encode(f, x if fmt.signed else x.abs(), noise, live=False)
                     native.decode(f, parts, shape[1])
                     native.fake(f, x if fmt.signed else x.abs(), noise)
+        for k, (name, shape) in enumerate(LAYERS):
+            x = torch.randn(shape, generator=torch.Generator().manual_seed(k)).to(native_dtype(k))
+            rotation = Rotation((16, 32, 64, 128)[k % 4], k) if k % 3 else None
+            for view in (x, x.t(), x[:, 1:].t()):
+                _, parts = native.quantized(
+                    lowbit.format(name), view, None, rotation=rotation, dtype=native_dtype(k + 1)
+                )
+                native.fake(lowbit.format(name), view, (k, 7), rotation=rotation)
+                cols = rotation.padded(view.shape[1]) if rotation else view.shape[1]
+                native.decode(lowbit.format(name), parts, cols, native_dtype(k + 1))
     with open(folder / "calls", "wb") as file:
         recorder.write(file)
     (folder / "own.h").write_text(recorder.own_kernels())

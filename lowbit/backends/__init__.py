@@ -7,10 +7,9 @@ compiler, no driver, a rule that cannot be printed), the reference does the work
 
 from __future__ import annotations
 
-import contextlib
 import os
 import warnings
-from functools import cache, cached_property
+from functools import cache
 from itertools import groupby
 from operator import attrgetter
 from types import ModuleType
@@ -179,10 +178,7 @@ def _for_layers(x: Tensor, fmt: Format) -> ModuleType:
 @constant
 def _is_operator(fmt: Format, device: torch.device) -> bool:
     """Whether `fake` is an operator of torch that can be told of the format; then it is registered."""
-    for name, value in vars(Format).items():  # compilers before Python 3.12 cannot trace how these are found
-        if isinstance(value, cached_property):
-            with contextlib.suppress(ValueError):
-                getattr(fmt, name)
+    fmt.settled()
     if _NATIVE.get(device.type) is not cuda or for_format(fmt, device) is not cuda:
         return False
     from . import operators  # noqa: F401  # not before it is needed: importing the library registers nothing

@@ -25,7 +25,7 @@ from ..layout import row_bytes, row_stride
 from ..native import abi
 from ..native.build import BuildError
 from ..native.library import Library, load
-from ..native.tables import table
+from ..native.tables import ALL, table
 from ..rotation import Rotation
 from ..rows import part_shapes
 from ..scales import Scales, best, block_of, last_power, multiplier
@@ -194,7 +194,7 @@ def _fill_weight(target: abi.Job, fmt: Format, parts: dict[str, Tensor], cols: i
     fill_operand(target.weight, fmt, parts, cols)
     way = fmt.scaling
     target.scaled, target.last = abi.SCALED[way.stored], last_power(fmt)
-    target.headroom, target.unroom, target.least_scale = way.headroom, 1 / way.headroom, way.least
+    target.least_scale = way.least
     for part in ("rest", "tensor_scale"):
         setattr(target, part, parts[part].data_ptr() if part in parts else None)
 
@@ -228,6 +228,13 @@ def _derives(fmt: Format) -> bool:
     return not fmt.compressed or (fmt.scaling == PLAIN and fmt.block[0] == 1)
 
 
+def _across(cols: int, width: int) -> int:
+    """Blocks of a row."""
+    if cols > ALL:
+        raise ValueError(f"a row of {cols} values is too long for the native backend: LOWBIT_BACKEND=reference takes it")
+    return -(-cols // width)
+
+
 class _Matrix:
     """A matrix that is to be encoded, rotated first if that is asked: the library's struct, and what can be measured.
 
@@ -244,7 +251,7 @@ class _Matrix:
         if rotation is not None:
             m.rotation, m.flips = rotation.size, rotation.seed is not None
             m.signs[:] = (0, 0) if rotation.seed is None else rotation.keys
-        m.packed.format, m.packed.scales = addressof(table(fmt)), -(-cols // self.block[1])
+        m.packed.format, m.packed.scales = addressof(table(fmt)), _across(cols, self.block[1])
         x = x.detach().resolve_neg()
         self._point(x if 1 in x.stride() else x.contiguous())
 
@@ -380,11 +387,12 @@ def decode(fmt: Format, parts: dict[str, Tensor], cols: int, dtype: torch.dtype 
     rows = codes.shape[0] if fmt.compressed or not cols else codes.numel() // cols
     values = torch.empty(rows, cols, dtype=dtype)
     m = abi.Matrix(out=values.data_ptr(), out_dtype=DTYPES[dtype], rows=rows, cols=cols, tile=1)
-    m.packed.format, m.packed.codes, m.packed.row_bytes = addressof(table(fmt)), codes.data_ptr(), codes.shape[-1]
+    m.packed.format, m.packed.codes = addressof(table(fmt)), codes.data_ptr()
     if fmt.compressed:
         scale = parts["scale"] if _derives(fmt) else multiplier(fmt, parts).contiguous()
         m.tile, width = block_of(fmt, rows, cols)
-        m.packed.scale, m.packed.scales = scale.data_ptr(), -(-cols // width)
+        m.packed.row_bytes = codes.shape[1]
+        m.packed.scale, m.packed.scales = scale.data_ptr(), _across(cols, width)
         m.packed.extra = parts[EXTRA[fmt.kind]].data_ptr() if fmt.kind in EXTRA else None
     if values.numel() and load().decode(byref(m), torch.get_num_threads()):
         raise MemoryError("the native library found no memory for a block")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import shlex
 import signal
 import sys
@@ -38,12 +39,15 @@ examples
   lowbit bench --data my.txt --steps 2000 --seeds 5      your own text, more seeds
   lowbit bench --optim adam-fair,stablespam --states 8bit,4bit --recipe none,int4 --lr 1e-3,3e-3
   lowbit bench --optim stablespam/4bit/stablespam-fp4    one method in full: OPTIMIZER/STATES/RECIPE
+  lowbit bench --optim galore:rank=8,muon:aux_lr=1e-3,adammini:num_heads=4
+                                                         options of an optimizer, by its arguments' names
   lowbit bench --spike whole:1000@50                     multiply the gradient by 1000 every 50 steps
   lowbit bench --preset 60m --data hf:allenai/c4:en      a published size; this wants a GPU
 
 methods: adam, adam-fair, stablespam (the paper's betas and gammas, resets scaled to the run), stablespam-b95 (β2
 .95, no reset), any class of
-lowbit.optim by name; NAME-4bit means 4-bit states and int4 layers.
+lowbit.optim by name, with options behind colons (galore:rank=8:scale=0.5); NAME-4bit means 4-bit states and int4
+layers.
 """
 DEMO = {"preset": "nano", "steps": 400, "seeds": "3", "optim": "stablespam-4bit"}
 FULL = {
@@ -221,7 +225,7 @@ def _folder(args: argparse.Namespace) -> Path:
 
 
 def _words(option: str, text: str) -> list[str]:
-    found = [w.strip() for w in text.split(",") if w.strip()]
+    found = [w.strip() for w in re.split(r",(?![^(]*\))", text) if w.strip()]  # commas in parentheses are a tuple's
     if not found:
         raise BenchError(f"{option} names nothing")
     return list(dict.fromkeys(found))

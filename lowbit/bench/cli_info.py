@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 def formats_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `lowbit formats`."""
     parser.description = (
-        "How numbers can be stored: pass a name as states= of an optimizer, or to lowbit.quantize(x, NAME).\n"
-        "A block is the (rows, columns) that share one scale; bytes/value counts codes and scales."
+        "How numbers can be stored: pass a name to lowbit.quantize(x, NAME), or in a recipe; formats marked as a\n"
+        "state's also as states= of an optimizer. A block is the (rows, columns) that share one scale: NAME:32,\n"
+        "NAME:16x16, NAME:row and NAME:tensor choose others. bytes/value counts codes and scales."
     )
     parser.epilog = "examples\n  lowbit formats\n  lowbit formats --json"
     parser.add_argument("--json", action="store_true", help="print as JSON")
@@ -32,6 +33,7 @@ def formats_main(args: argparse.Namespace, argv: list[str]) -> int:
         f = format(name)
         rows.append({
             "name": name, "bits": f.bits, "signed": f.signed, "block": list(f.block) if f.compressed else None,
+            "scale": f.scaling.stored if f.compressed else None, "state": f.plain and f.kind != "affine",
             "bytes_per_value": f.bytes_per_value, "about": f.about,
         })  # fmt: skip
     if args.json:
@@ -41,15 +43,22 @@ def formats_main(args: argparse.Namespace, argv: list[str]) -> int:
     from rich.table import Table
 
     table = Table(title="formats", title_justify="left")
-    for head in ("name", "bits", "sign", "block", "bytes/value", "what it is"):
+    for head in ("name", "bits", "sign", "block", "scale", "state", "bytes/value", "what it is"):
         table.add_column(head, justify="right" if head in ("bits", "block", "bytes/value") else "left", overflow="fold")
     for r in rows:
-        block = f"{r['block'][0]}×{r['block'][1]}" if r["block"] else "–"
         table.add_row(
-            r["name"], str(r["bits"]), "±" if r["signed"] else "≥ 0", block, f"{r['bytes_per_value']:.4g}", r["about"]
-        )
+            r["name"], str(r["bits"]), "±" if r["signed"] else "≥ 0", _block(r["block"]), r["scale"] or "–",
+            "yes" if r["state"] else "", f"{r['bytes_per_value']:.4g}", r["about"],
+        )  # fmt: skip
     Console().print(table, highlight=False)
     return 0
+
+
+def _block(block: list[int] | None) -> str:
+    if block is None:
+        return "–"
+    whole = {(1, 0): "row", (0, 0): "tensor"}
+    return whole.get((block[0], block[1]), f"{block[0]}×{block[1]}")
 
 
 def doctor_arguments(parser: argparse.ArgumentParser) -> None:

@@ -7,8 +7,9 @@ high-precision counterpart (the same optimizer, fp32 states, no quantized layers
 
 from __future__ import annotations
 
+import ast
 import inspect
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -75,7 +76,7 @@ class Method:
     @property
     def uses_torch(self) -> bool:
         """Whether torch.optim does the step: Adam with fp32 states, so that the baseline is not our code."""
-        return self.spec.cls == "AdamW" and self.states == "fp32"
+        return self.spec.cls == "AdamW" and self.states == "fp32" and not self.spec.extra
 
     @property
     def counterpart(self) -> Method:
@@ -102,23 +103,52 @@ class Method:
 
 
 def find_optimizer(name: str) -> OptimizerSpec:
-    """The optimizer called `name`: one of ours, or any class of `lowbit.optim` by its name (in any case)."""
-    if name in OPTIMIZERS:
-        return OPTIMIZERS[name]
+    """The optimizer called `name`: one of ours, or any class of `lowbit.optim` by its name (in any case).
+
+    Options of its constructor may follow, each behind a colon: `galore:rank=8:scale=0.5`.
+    """
     from .. import optim
 
-    classes = {
-        c.lower(): c for c in getattr(optim, "__all__", dir(optim))
-        if c != "Rule" and inspect.isclass(k := getattr(optim, c)) and issubclass(k, torch.optim.Optimizer)
-    }  # fmt: skip
-    if name.lower() not in classes:
-        raise unknown("optimizer", name, [*OPTIMIZERS, *classes.values()])
-    cls = classes[name.lower()]
-    return OptimizerSpec(name, cls, f"lowbit.optim.{cls} with its own defaults", betas=None)
+    base, *options = name.split(":")
+    spec = OPTIMIZERS.get(base)
+    if spec is None:
+        classes = {
+            c.lower(): c for c in getattr(optim, "__all__", dir(optim))
+            if c != "Rule" and inspect.isclass(k := getattr(optim, c)) and issubclass(k, torch.optim.Optimizer)
+        }  # fmt: skip
+        if base.lower() not in classes:
+            raise unknown("optimizer", base, [*OPTIMIZERS, *classes.values()])
+        cls = classes[base.lower()]
+        spec = OptimizerSpec(base, cls, f"lowbit.optim.{cls} with its own defaults", betas=None)
+    if not options:
+        return spec
+    given = dict(_option(spec.cls, option) for option in options)
+    return replace(spec, name=name, about=f"{spec.about}; {', '.join(options)}", extra={**spec.extra, **given})
+
+
+def _option(cls: str, option: str) -> tuple[str, Any]:
+    """`rank=8` as a name and a value: a number, None, True, a tuple …, or else the word itself."""
+    from .. import optim
+
+    key, equals, text = option.partition("=")
+    known = [n for n in inspect.signature(getattr(optim, cls)).parameters if n not in (*ELSEWHERE, *NOT_IN_WORDS)]
+    if not equals:
+        raise BenchError(f"cannot read {option!r}: options of an optimizer are written NAME=VALUE, as in galore:rank=8")
+    if key in ELSEWHERE:
+        raise BenchError(f"{key} is no option of an optimizer here: {ELSEWHERE[key]}")
+    if key not in known:
+        raise unknown(f"option of {cls}", key, known)
+    try:
+        return key, ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return key, text
 
 
 def parse_method(name: str) -> Method:
-    """A method from its name: `adam`, `adam-4bit`, or in full `adam/8bit/fp4` (optimizer/states/recipe)."""
+    """A method from its name: `adam`, `adam-4bit`, or in full `adam/8bit/fp4` (optimizer/states/recipe).
+
+    An optimizer may bring options: `galore:rank=8-4bit`, `muon:aux_lr=1e-3/8bit/none`.
+    """
     if name.endswith("-4bit"):
         return Method(name, name.removesuffix("-4bit"), LOW_BIT_STATES, LOW_BIT_RECIPE)
     optimizer, *rest = name.split("/")
@@ -135,6 +165,13 @@ def method(optimizer: str, states: str = "fp32", recipe: str = "none") -> Method
         return Method(f"{optimizer}-4bit", optimizer, states, recipe)
     return Method(f"{optimizer}/{states}/{recipe}", optimizer, states, recipe)
 
+
+# Arguments of optimizers that are said otherwise, and those that no word can say.
+ELSEWHERE = {
+    "params": "the model has them", "lr": "say --lr", "seed": "say --seeds",
+    "states": "say --states, or OPTIMIZER/STATES/RECIPE", "master": "fp32 states have one, smaller ones none",
+}  # fmt: skip
+NOT_IN_WORDS = ("stabilize", "policy", "roles", "partition", "dims")
 
 BASELINES = tuple(parse_method(n) for n in ("adam", "adam-fair", "adam-4bit"))
 
@@ -175,6 +212,11 @@ def check(m: Method) -> None:
         raise unknown("state format", m.states, known)
     if not hasattr(optim, spec.cls):
         raise BenchError(f"{m.name} needs lowbit.optim.{spec.cls}, which this version does not have")
+    if ":" in m.optimizer:  # options may be out of range
+        try:
+            build(m, [{"params": [("weight", torch.nn.Parameter(torch.zeros(2, 2)))]}], lr=1e-3, steps=100, seed=0)
+        except (TypeError, ValueError) as error:
+            raise BenchError(f"{m.name}: {error}") from error
 
 
 def build(
@@ -188,13 +230,14 @@ def build(
     from .. import optim
 
     cls = getattr(optim, spec.cls)
-    wanted: dict[str, Any] = {"lr": lr, "states": m.states, "seed": seed, "weight_decay": 0.0, **spec.extra}
+    wanted: dict[str, Any] = {"lr": lr, "states": m.states, "seed": seed, "weight_decay": 0.0}
     if spec.betas is not None:
         wanted["betas"] = spec.betas
     if spec.reset_fraction is not None:
         wanted["reset_interval"] = max(1, round(spec.reset_fraction * steps))
     if spec.anneal:
         wanted["total_steps"] = steps
+    wanted |= spec.extra
     if spec.clip is not None:
         wanted["stabilize"] = (optim.GlobalClip(spec.clip),)
     if "weight_decay" not in inspect.signature(cls).parameters:

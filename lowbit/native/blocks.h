@@ -107,6 +107,42 @@ static void get_bits(const uint8_t *row, int bits, int64_t start, int n, uint8_t
   }
 }
 
+// 8 codes are one number of BITS bytes; to a byte each, in three rounds of halving, and back.
+template <int BITS> LB_FN uint64_t spread(uint64_t x) {
+  constexpr uint64_t FOUR = (1ull << 4 * BITS) - 1, TWO = (1ull << 2 * BITS) - 1, ONE = (1ull << BITS) - 1;
+  x = (x & FOUR) | (x & FOUR << 4 * BITS) << (32 - 4 * BITS);
+  x = (x & TWO * 0x100000001ull) | (x & (TWO << 2 * BITS) * 0x100000001ull) << (16 - 2 * BITS);
+  return (x & ONE * 0x1000100010001ull) | (x & (ONE << BITS) * 0x1000100010001ull) << (8 - BITS);
+}
+
+template <int BITS> LB_FN uint64_t gathered(uint64_t x) {
+  constexpr uint64_t FOUR = (1ull << 4 * BITS) - 1, TWO = (1ull << 2 * BITS) - 1, ONE = (1ull << BITS) - 1;
+  x = (x & ONE * 0x1000100010001ull) | (x >> (8 - BITS) & (ONE << BITS) * 0x1000100010001ull);
+  x = (x & TWO * 0x100000001ull) | (x >> (16 - 2 * BITS) & (TWO << 2 * BITS) * 0x100000001ull);
+  return (x & FOUR) | (x >> (32 - 4 * BITS) & FOUR << 4 * BITS);
+}
+
+template <int BITS> static void unpack_eights(const uint8_t *packed, int n, uint8_t *codes) {
+  for (; n >= 8; n -= 8, codes += 8, packed += BITS) {
+    uint64_t word = 0;
+    memcpy(&word, packed, BITS);
+    word = spread<BITS>(word);
+    memcpy(codes, &word, 8);
+  }
+  get_bits(packed, BITS, 0, n, codes);
+}
+
+template <int BITS> static void pack_eights(const uint8_t *codes, int n, uint8_t *packed) {
+  for (; n >= 8; n -= 8, codes += 8, packed += BITS) {
+    uint64_t word;
+    memcpy(&word, codes, 8);
+    word = gathered<BITS>(word);
+    memcpy(packed, &word, BITS);
+  }
+  memset(packed, 0, (n * BITS + 7) / 8);
+  put_bits(codes, BITS, n, packed, 0);
+}
+
 static void unpack(const uint8_t *packed, int bits, int n, uint8_t *codes) {
   if (bits == 4) {
     LB_IVDEP for (int i = 0; i < n / 2; ++i) {
@@ -117,7 +153,7 @@ static void unpack(const uint8_t *packed, int bits, int n, uint8_t *codes) {
   } else if (bits == 8) {
     memcpy(codes, packed, n);
   } else {
-    get_bits(packed, bits, 0, n, codes);
+    (bits == 2 ? unpack_eights<2> : unpack_eights<6>)(packed, n, codes);
   }
 }
 
@@ -132,8 +168,7 @@ static void pack(const uint8_t *codes, int bits, int n, uint8_t *packed) {
   } else if (bits == 8) {
     memcpy(packed, codes, n);
   } else {
-    memset(packed, 0, (n * bits + 7) / 8);
-    put_bits(codes, bits, n, packed, 0);
+    (bits == 2 ? pack_eights<2> : pack_eights<6>)(codes, n, packed);
   }
 }
 

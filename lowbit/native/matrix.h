@@ -11,7 +11,6 @@ struct Desk {  // room for one thread
   alignas(64) float values[SPAN];
   alignas(64) float out[SPAN];
   alignas(64) float absmax[SPAN], scale[SPAN], inverse[SPAN];  // of short blocks
-  alignas(64) int32_t peaks[SPAN];
   alignas(64) uint8_t codes[SPAN];
   Draws draws;
 };
@@ -31,6 +30,15 @@ static const float *roots(const lb_format &f, const float *x, int n, float *room
   if (!f.square) return x;
   LB_IVDEP for (int k = 0; k < n; ++k) room[k] = lb::sqrt(x[k]);
   return room;
+}
+
+static uint32_t peak_of(const float *x, int64_t n) {  // of any number of values
+  uint32_t most = 0;
+  for (int64_t i = 0; i < n; i += SPAN) {
+    const uint32_t found = peak(x + i, part_of(n - i));
+    most = found > most ? found : most;
+  }
+  return most;
 }
 
 // The scale and what else a block of n values needs. It may be longer than a span.
@@ -79,15 +87,25 @@ struct Scales {
   const float *inverse, *scale;
 };
 
-static Scales derive_short(const lb_format &f, const float *x, int n, Desk &desk) {
-  const int block = f.block, count = (n + block - 1) / block;
-  int32_t *peaks = desk.peaks;
-  LB_IVDEP for (int i = 0; i < n; ++i) peaks[i] = (int32_t)magnitude_bits(x[i]);
-  for (int i = n; i < count * block; ++i) peaks[i] = 0;
-  for (int left = count * block / 2; left >= count; left /= 2) {
-    for (int i = 0; i < left; ++i) peaks[i] = peaks[2 * i] > peaks[2 * i + 1] ? peaks[2 * i] : peaks[2 * i + 1];
+// The largest magnitude of each block of n values. Fills up to a multiple of 16.
+static void peaks(const float *x, int n, int block, float *to) {
+  int b = 0;
+#ifdef LB_AVX2
+  if (block % 16 == 0) {
+    for (; (b + 1) * block <= n; ++b) {
+      Peak most;
+      for (int i = b * block; i < (b + 1) * block; i += Lanes::COUNT) most.see(Lanes::load(x + i));
+      to[b] = float_of(most.of_all());
+    }
   }
-  for (int b = 0; b < (count + 15) / 16 * 16; ++b) desk.absmax[b] = b < count ? float_of((uint32_t)peaks[b]) : 1.0f;
+#endif
+  for (; b * block < n; ++b) to[b] = float_of(peak(x + b * block, n - b * block < block ? n - b * block : block));
+  for (; b % 16; ++b) to[b] = 1.0f;
+}
+
+static Scales derive_short(const lb_format &f, const float *x, int n, Desk &desk) {
+  const int count = (n + f.block - 1) / f.block;
+  peaks(x, n, f.block, desk.absmax);
   scales(f, desk.absmax, count, desk.scale, desk.inverse);
   return {desk.inverse, desk.scale};
 }
@@ -100,7 +118,16 @@ static Scales given(const lb_matrix &m, int64_t row, int64_t col) {
 // to[i] = x[i] * by[its block]. A span may begin and end inside a block.
 static void multiply(const lb_format &f, const float *x, int64_t col, int n, const float *by, float *to) {
   const int64_t block = f.block;
-  for (int64_t i = 0, end = block - col % block; i < n; i = end, end += block, ++by) {
+  int64_t i = 0;
+  if (block % 16 == 0 && col % block == 0) {
+    for (; i + block <= n; ++by) {
+      const float number = *by;
+      for (const int64_t end = i + block; i < end; i += 16) {
+        LB_IVDEP for (int k = 0; k < 16; ++k) to[i + k] = x[i + k] * number;
+      }
+    }
+  }
+  for (int64_t end = i + block - (col + i) % block; i < n; i = end, end += block, ++by) {
     const float number = *by;
     const int64_t stop = end < n ? end : n;
     LB_IVDEP for (int64_t k = i; k < stop; ++k) to[k] = x[k] * number;
@@ -202,7 +229,7 @@ static bool encode_line(const lb_matrix &m, const Line &line, Desk &desk) {
     encode_many(m, line, desk);
     return true;
   }
-  if (o.codes && f.block * f.bits % 8) {  // blocks share bytes
+  if (o.codes && (int64_t)f.block * f.bits % 8) {  // blocks share bytes
     uint8_t *codes = (uint8_t *)o.codes + line.row * o.row_bytes;
     memset(codes + line.col * f.bits / 8, 0, (line.n * f.bits + 7) / 8);
   }

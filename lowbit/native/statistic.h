@@ -11,16 +11,18 @@ struct Asked {  // which statistic, and where it goes
   void *to;
 };
 
-// Terms of a sum for n values of one block: squares or magnitudes in units of its scale, or squares of losses.
-static void terms(const lb_matrix &m, int what, const float *x, int64_t col, int n, const Scales &s, float *to,
-                  Desk &desk) {
+// Terms of sums for n values: squares or magnitudes in units of the given scales, or squares of losses. `to` has room
+// up to a power of two, and zeros there.
+static void terms(const lb_matrix &m, int what, const Line &line, int n, float *to, Desk &desk) {
   const lb_format &f = *m.packed.format;
+  const Scales s = given(m, line.row, line.col);
+  const float *x = line.x;
   if (what == LB_LOSSES) {
-    encode_units(f, x, col, n, s, nullptr, desk);
-    decode_units(f, col, n, s, to, desk);
+    encode_units(f, x, line.col, n, s, nullptr, desk);
+    decode_units(f, line.col, n, s, to, desk);
     LB_IVDEP for (int i = 0; i < n; ++i) to[i] = to[i] - x[i];
   } else {
-    multiply(f, x, col, n, s.inverse, to);
+    multiply(f, x, line.col, n, s.inverse, to);
   }
   if (what == LB_MAGNITUDES) {
     LB_IVDEP for (int i = 0; i < n; ++i) to[i] = lb::abs(to[i]);
@@ -29,40 +31,70 @@ static void terms(const lb_matrix &m, int what, const float *x, int64_t col, int
   }
 }
 
-// A sum over a part of a row in one block, as blocks.total has it. `work` is for a number for each 256 values.
-static double sum_block(const lb_matrix &m, int what, const Line &block, double *work, Desk &desk) {
-  alignas(64) float each[LB_BLOCK];
-  const Scales s = given(m, block.row, block.col);
-  int64_t count = 0;
-  for (int64_t i = 0; i < block.n; i += LB_BLOCK) {
-    const int n = (int)(block.n - i < LB_BLOCK ? block.n - i : LB_BLOCK);
-    terms(m, what, block.x + i, block.col + i, n, s, each, desk);
-    int width = 1;
-    while (width < n) width *= 2;
-    for (int k = n; k < width; ++k) each[k] = 0.0f;
-    work[count++] = (double)halve(each, width);
+static Line part_of_line(const Line &line, int64_t from, int64_t n) {
+  return {line.row, line.col + from, n, line.x + from, nullptr};
+}
+
+// The sum of n values, at most 256, by halving. Zeros are put after them, up to a power of two.
+static float sum_few(float *x, int n) {
+  int width = 1;
+  while (width < n) width *= 2;
+  for (int k = n; k < width; ++k) x[k] = 0.0f;
+  return halve(x, width);
+}
+
+// Sums over the blocks of a line, as blocks.total has them: of short blocks, many at once.
+static void sum_short(const lb_matrix &m, int what, const Line &line, double *to, Desk &desk) {
+  alignas(64) float each[SPAN], one[LB_BLOCK];
+  const int block = m.packed.format->block, many = SPAN / block * block;
+  for (int64_t i = 0; i < line.n; i += many) {
+    const int n = (int)(line.n - i < many ? line.n - i : many);
+    terms(m, what, part_of_line(line, i, n), n, each, desk);
+    for (int k = 0; k < n; k += block) {
+      const int count = n - k < block ? n - k : block;
+      memcpy(one, each + k, sizeof(float) * count);
+      *to++ = (double)sum_few(one, count);
+    }
   }
-  return halve(work, count);
+}
+
+// Of long ones. `work` is for a number for each 256 values.
+static void sum_long(const lb_matrix &m, int what, const Line &line, double *to, double *work, Desk &desk) {
+  alignas(64) float each[LB_BLOCK];
+  const int64_t block = m.packed.format->block;
+  for (int64_t first = 0; first < line.n; first += block) {
+    const int64_t last = first + block < line.n ? first + block : line.n;
+    int64_t count = 0;
+    for (int64_t i = first; i < last; i += LB_BLOCK) {
+      const int n = (int)(last - i < LB_BLOCK ? last - i : LB_BLOCK);
+      terms(m, what, part_of_line(line, i, n), n, each, desk);
+      work[count++] = (double)sum_few(each, n);
+    }
+    *to++ = halve(work, count);
+  }
+}
+
+static void find_peaks(const Line &line, int64_t block, float *to, Desk &desk) {
+  if (block > SPAN) {
+    for (int64_t i = 0; i < line.n; i += block) *to++ = float_of(peak_of(line.x + i, line.n - i < block ? line.n - i : block));
+    return;
+  }
+  const int64_t many = SPAN / block * block;
+  for (int64_t i = 0; i < line.n; i += many) {
+    const int n = (int)(line.n - i < many ? line.n - i : many), count = (int)((n + block - 1) / block);
+    peaks(line.x + i, n, (int)block, desk.absmax);
+    memcpy(to, desk.absmax, sizeof(float) * count);
+    to += count;
+  }
 }
 
 static void measure_line(const lb_matrix &m, const Asked &asked, const Line &line, double *work, Desk &desk) {
   const lb_operand &o = m.packed;
-  const int64_t block = o.format->block;
+  const int64_t block = o.format->block, number = line.row * o.scales + line.col / block;
   if (line.to && line.to != line.x) memcpy(line.to, line.x, sizeof(float) * line.n);
-  for (int64_t i = 0; i < line.n; i += block) {
-    const int64_t n = line.n - i < block ? line.n - i : block, number = line.row * o.scales + (line.col + i) / block;
-    const Line part = {line.row, line.col + i, n, line.x + i, nullptr};
-    if (asked.what != LB_PEAKS) {
-      ((double *)asked.to)[number] = sum_block(m, asked.what, part, work, desk);
-      continue;
-    }
-    uint32_t most = 0;
-    for (int64_t k = 0; k < n; k += SPAN) {
-      const uint32_t found = peak(part.x + k, part_of(n - k));
-      most = found > most ? found : most;
-    }
-    ((float *)asked.to)[number] = float_of(most);
-  }
+  if (asked.what == LB_PEAKS) find_peaks(line, block, (float *)asked.to + number, desk);
+  else if (block <= LB_BLOCK) sum_short(m, asked.what, line, (double *)asked.to + number, desk);
+  else sum_long(m, asked.what, line, (double *)asked.to + number, work, desk);
 }
 
 static bool measure_piece(const lb_matrix &m, const Piece &p, const Asked &asked, float *room, double *work,

@@ -13,7 +13,7 @@ from ..formats import Format
 from . import abi
 
 INFINITE = math.inf
-ALL = 2**31 - 1  # values of a row: one block
+ALL = 2**31 - 128  # values of a row: one block
 
 
 @lru_cache(maxsize=256)

@@ -13,6 +13,8 @@ template <> float halve_all<1>(float *x) { return x[0]; }
 
 static float halve(float *x, int n) {
   if (n == LB_BLOCK) return halve_all<LB_BLOCK>(x);
+  if (n == 16) return halve_all<16>(x);
+  if (n == 32) return halve_all<32>(x);
   for (int half = n / 2; half >= 1; half /= 2) {
     LB_IVDEP for (int i = 0; i < half; ++i) x[i] = x[i] + x[i + half];
   }

@@ -1,6 +1,7 @@
 """Layers whose matmuls run on low-bit operands: recipes, the layer, and the conversion of a model."""
 
 from .convert import quantize_, to_dense_
+from .counts import call_counts, load_call_counts_
 from .dense import high_precision_
 from .embedding import QuantEmbedding
 from .linear import QuantLinear
@@ -21,7 +22,9 @@ __all__ = [
     "Report",
     "StoredFlat",
     "StoredWeight",
+    "call_counts",
     "high_precision_",
+    "load_call_counts_",
     "materialize_",
     "quantize_",
     "recipes",

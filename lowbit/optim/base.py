@@ -102,7 +102,8 @@ class Rule(torch.optim.Optimizer, Part):
 
     Args:
         params: parameters, (name, parameter) pairs, or groups, as in `torch.optim`. Names make policies, roles and
-            rounding seeds independent of the order.
+            rounding seeds independent of the order. A group may also carry what `hyper.EXTRAS` lists (labels, what
+            schedulers write) and keys of your own that begin with an underscore.
         defaults: hyper-parameters and their default values; every one can be set per group.
         states: "fp32", "bf16", "8bit", "4bit", a format name, a Format, or a dict from moment names to those. Also per
             group.
@@ -117,9 +118,9 @@ class Rule(torch.optim.Optimizer, Part):
             it does not name go by their own names and shapes.
 
     Raises:
-        ValueError: a hyper-parameter out of range, an unknown name, a parameter given twice, or roles that name no
-            parameter.
-        TypeError: a parameter that is not float32, bfloat16 or float16.
+        ValueError: a hyper-parameter out of range, an unknown name or key of a group, a parameter given twice, or roles
+            that name no parameter.
+        TypeError: a hyper-parameter of a wrong type, or a parameter that is not float32, bfloat16 or float16.
     """
 
     moments: ClassVar[dict[str, Moment]] = {}
@@ -636,8 +637,9 @@ class Rule(torch.optim.Optimizer, Part):
         """Load hyper-parameters, counters and states; a state stored in another format is converted.
 
         How states are stored (`states`, `master`) stays what this optimizer was built with. Also takes the state dict
-        of the `torch.optim` namesake. Raises `ValueError` (or `KeyError`) before anything has changed when the
-        checkpoint is not an optimizer's, belongs to other parameters, or is damaged.
+        of the `torch.optim` namesake, and those of classes that this one derives from or that derive from it. Raises
+        `ValueError` (or `KeyError`) before anything has changed when the checkpoint is not an optimizer's, is another
+        optimizer's, belongs to other parameters, or is damaged.
         """
         with checkpoint.checked_and_kept(self):
             super().load_state_dict(state_dict)

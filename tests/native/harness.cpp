@@ -119,16 +119,21 @@ static void step(int64_t call, int threads) {
   for (const Bytes &b : written) (void)b;  // kept: LeakSanitizer is off, the process ends soon
 }
 
-enum { STEP, ENCODE, DECODE };
+enum { STEP, ENCODE, DECODE, MEASURE };
 
 static void matrix(int64_t call, int64_t kind, int threads) {
+  const int what = (int)number();
   lb_matrix m = record<lb_matrix>();
-  const Bytes values = bytes(), out = bytes();
+  const Bytes values = bytes(), inverse = bytes(), out = bytes(), found = bytes();
   m.values = values.data;
+  m.inverse = (const float *)inverse.data;
   m.out = out.data;
-  std::vector<Bytes> written = {out};
+  std::vector<Bytes> written = {out, found};
   operand(m.packed, written);
-  if ((kind == DECODE ? LB_NAME(decode) : LB_NAME(encode))(&m, threads)) stop("no memory");
+  const int failed = kind == DECODE   ? LB_NAME(decode)(&m, threads)
+                     : kind == ENCODE ? LB_NAME(encode)(&m, threads)
+                                      : LB_NAME(measure)(&m, what, found.data, threads);
+  if (failed) stop("no memory");
   compare(written, call);
 }
 
