@@ -239,13 +239,16 @@ static bool judge(const Drafts &drafts, const uint32_t *peaks, Draft &d) {
     absmax[2 * w] = drafts.whole[w] ? most : a;
     absmax[2 * w + 1] = drafts.whole[w] ? most : b;
   }
-  alignas(64) float scale[16], inverses[16];  // arrays of its own, or the compiler does not see that they are apart
-  LB_IVDEP for (int k = 0; k < 16; ++k) {
-    scale[k] = derive_scale(float_of(absmax[k]), drafts.top[k], drafts.least[k], drafts.most[k]);
-    inverses[k] = inverse(scale[k]);
+#ifdef LB_AVX2
+  for (int k = 0; k < 16; k += Lanes::COUNT) {  // derive_scale and inverse, which the compiler would take one by one
+    const Lanes most = Lanes::load((const float *)absmax + k), held = most / Lanes::load(drafts.top + k);
+    Lanes scale = lb::clip(held, Lanes::load(drafts.least + k), Lanes::load(drafts.most + k));
+    scale = where(most < __builtin_inff(), scale, __builtin_nanf(""));
+    scale = where(most == 0.0f, 0.0f, scale);
+    scale.store(d.scale + k);
+    where(scale > 0.0f, 1.0f / scale, 0.0f).store(d.inverse + k);
   }
-  memcpy(d.scale, scale, sizeof scale);
-  memcpy(d.inverse, inverses, sizeof inverses);
+#endif
   return worst < 0x7F7F0000u;  // so much fits whatever is stored, however it is rounded
 }
 

@@ -54,6 +54,7 @@ LB_FN Mask operator|(Mask a, Mask b) { return {(__mmask16)(a.m | b.m)}; }
 LB_FN Mask operator!(Mask a) { return {(__mmask16)~a.m}; }
 LB_FN Lanes where(Mask condition, Lanes a, Lanes b) { return _mm512_mask_blend_ps(condition.m, b.v, a.v); }
 LB_FN Lanes sqrt(Lanes a) { return _mm512_sqrt_ps(a.v); }
+LB_FN bool any(Mask a) { return a.m != 0; }
 LB_FN Lanes nearest_whole(Lanes a) { return _mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 LB_FN Lanes whole_below(Lanes a) { return _mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
 LB_FN Lanes held(Lanes a, Lanes low, Lanes high) { return _mm512_max_ps(_mm512_min_ps(a.v, high.v), low.v); }  // no NaN
@@ -236,6 +237,7 @@ LB_FN Mask operator|(Mask a, Mask b) { return {_mm256_or_ps(a.m, b.m)}; }
 LB_FN Mask operator!(Mask a) { return {_mm256_xor_ps(a.m, _mm256_castsi256_ps(_mm256_set1_epi32(-1)))}; }
 LB_FN Lanes where(Mask condition, Lanes a, Lanes b) { return _mm256_blendv_ps(b.v, a.v, condition.m); }
 LB_FN Lanes sqrt(Lanes a) { return _mm256_sqrt_ps(a.v); }
+LB_FN bool any(Mask a) { return _mm256_movemask_ps(a.m) != 0; }
 LB_FN Lanes nearest_whole(Lanes a) { return _mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 LB_FN Lanes whole_below(Lanes a) { return _mm256_round_ps(a.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
 LB_FN Lanes held(Lanes a, Lanes low, Lanes high) { return _mm256_max_ps(_mm256_min_ps(a.v, high.v), low.v); }  // no NaN

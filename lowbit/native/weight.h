@@ -19,8 +19,15 @@ static bool check_weight(const Run &run, const Span &s, int piece, bool *good, R
   return kept;
 }
 
-// Whether a value of a block would clip.
-static bool any_clips(const float *x, int n, float limit) {
+// Whether a value of a block would clip. `finite`: all of them are.
+static bool any_clips(const float *x, int n, float limit, [[maybe_unused]] bool finite) {
+#ifdef LB_AVX2
+  if (finite && n % 16 == 0) {
+    Lanes largest = 0.0f;
+    for (int i = 0; i < n; i += Lanes::COUNT) largest = lb::maximum(largest, lb::abs(Lanes::load(x + i)));
+    return any(!(largest <= limit));
+  }
+#endif
   const int32_t most = (int32_t)bits_of(limit);
   int32_t over = !(limit >= 0.0f);
   LB_IVDEP for (int i = 0; i < n; ++i) over |= (int32_t)magnitude_bits(x[i]) > most ? 1 : 0;
@@ -110,7 +117,7 @@ static void encode_blocks(const Run &run, const Encoder &encoder, const Span &s,
     const int n = s.n - i < each ? s.n - i : each;
     uint32_t raw = stored_scale(job, number);
     float scale = multiplier_of(scaling, raw);
-    if (any_clips(p + i, n, reach * scale)) {
+    if (any_clips(p + i, n, reach * scale, room.finite)) {
       raw = covering_scale(scaling, float_of(peak(p + i, n)));
       scale = multiplier_of(scaling, raw);
       if (good[i >> run.cut.shift]) store_scale(job, number, raw);
