@@ -138,8 +138,7 @@ def step(jobs: list[Job]) -> None:
         raise MemoryError("the native step found no memory for its measurements; nothing has been changed")
     for original, copy in back:
         original.copy_(copy)
-    increment_version([job.param for job in jobs])  # a graph that saved an old value must notice
-    increment_version([part for job in jobs if job.stored for part in job.stored[1].values()])
+    increment_version([x for job in jobs for x in job.written])  # a graph that saved an old value must notice
 
 
 CONSTANTS = slice(abi.Job.constants.offset, abi.Job.constants.offset + abi.Job.constants.size)
@@ -195,7 +194,7 @@ def _fill_weight(target: abi.Job, fmt: Format, parts: dict[str, Tensor], cols: i
     fill_operand(target.weight, fmt, parts, cols)
     way = fmt.scaling
     target.scaled, target.last = abi.SCALED[way.stored], last_power(fmt)
-    target.least_scale = way.least
+    target.headroom, target.unroom, target.least_scale = way.headroom, 1 / way.headroom, way.least
     for part in ("rest", "tensor_scale"):
         setattr(target, part, parts[part].data_ptr() if part in parts else None)
 

@@ -153,7 +153,7 @@ typedef struct lb_job {
   // Its scales, as lowbit/scales.py has them: `weight.scale` points to floats, bf16 numbers or bytes.
   const float *tensor_scale;  // what all of them are multiplied with; null: nothing
   int32_t scaled, last;       // how they are stored; the largest code of a power of two
-  float least_scale;          // the least of e4m3
+  float headroom, unroom, least_scale;  // times powers of two, and its inverse; the least of e4m3
 } lb_job;
 
 // A whole matrix to codes and back, or to the values that its codes stand for.

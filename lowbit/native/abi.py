@@ -94,7 +94,7 @@ class Job(Structure):
         ("weight", Operand),
         *((name, c_void_p) for name in ("rest", "tensor_scale")),
         *((name, c_int32) for name in ("scaled", "last")),
-        ("least_scale", c_float),
+        *((name, c_float) for name in ("headroom", "unroom", "least_scale")),
     )
 
 
