@@ -48,7 +48,7 @@ template <int K> struct StoredWeight {
   };
 
   LB_FN Scaling scaling(float whole) {
-    return {SCALED, LAST_POWER, HEADROOM, UNROOM, LEAST_SCALE, F::TOP, F::MIN_SCALE, F::MAX_SCALE, OUTER, whole};
+    return {SCALED, LAST_POWER, LEAST_SCALE, F::TOP, F::MIN_SCALE, F::MAX_SCALE, OUTER, whole};
   }
 
   LB_FN Old fetch(const Job &job, const Place &place) {

@@ -40,7 +40,7 @@ def test_every_pair_of_settings_has_the_references_bits(k: int):
 
 FAULTS = {
     "a scale that stays when a value clips": ("int8", "if (fresh.renewed[part]) store_scale", "if (false) store_scale"),
-    "a scale that each step derives": ("int8", "clips(absmax, REACH, multiplier_of(way, old.scale[part]))", "true"),
+    "a scale that each step derives": ("int8", "clips(absmax, REACH,", "clips(absmax, -REACH,"),
     "each lane its own scale": ("int8", "largest<SCALE_LANES<K>>(magnitude_bits(most))", "magnitude_bits(most)"),
     "a rest that is lost": ("split", "if (REST) put<V, 1>(job.rest", "if (false) put<V, 1>(job.rest"),
     "a rest without its sign": ("split8", "(int8_t)(uint8_t)(rest.word", "(uint8_t)(rest.word"),

@@ -123,13 +123,11 @@ def _stored(it: Special) -> list[str]:
     """How a parameter that is codes and scales has them: lowbit/native/scaling.h."""
     way = PLAIN if it.stored is None else it.stored.scaling
     last = last_power(it.stored) if way.stored == "e8m0" and it.stored is not None else 0
-    numbers = {"HEADROOM": way.headroom, "UNROOM": 1 / way.headroom, "LEAST_SCALE": way.least}
-    floats = ", ".join(f"{name} = (float){number!r}" for name, number in numbers.items())
     return [
         f"constexpr bool STORED = {_bool(it.stored is not None)}, REST = {_bool(it.rest)};",
         f"constexpr bool OUTER = {_bool(way.peak > 0)};  // whether there is a scale of the tensor",
         f"constexpr int SCALED = {SCALED[way.stored]}, LAST_POWER = {last};",
-        f"constexpr float {floats};",
+        f"constexpr float LEAST_SCALE = (float){way.least!r};",
     ]
 
 

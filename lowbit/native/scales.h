@@ -7,7 +7,7 @@ namespace LB_SPACE {
 
 static Scaling scaling_of(const lb_job &job) {
   const lb_format &f = *job.weight.format;
-  return {job.scaled, job.last, job.headroom, job.unroom, job.least_scale, f.top, f.min_scale, f.max_scale,
+  return {job.scaled, job.last, job.least_scale, f.top, f.min_scale, f.max_scale,
           job.tensor_scale != nullptr, job.tensor_scale ? *job.tensor_scale : 1.0f};
 }
 

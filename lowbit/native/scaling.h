@@ -11,7 +11,6 @@ enum { E8M0_NAN = 255, E4M3_NAN = 0x7F };
 struct Scaling {
   int32_t stored;  // enum lb_scaled
   int32_t last;    // e8m0: the largest code
-  float headroom, unroom;  // e8m0: times powers of two, and its inverse
   float least;             // e4m3
   float top, min_scale, max_scale;  // the format's
   bool outer;  // whether there is a scale of the tensor
@@ -40,14 +39,14 @@ LB_FN uint32_t e4m3_above(float x) {
 
 LB_FN float multiplier_of(const Scaling &s, uint32_t raw) {
   if (s.stored == LB_SCALE_FP32) return float_of(raw);
-  if (s.stored == LB_SCALE_E8M0) return (raw == E8M0_NAN ? no_number() : power_of_two((int32_t)raw)) * s.headroom;
+  if (s.stored == LB_SCALE_E8M0) return raw == E8M0_NAN ? no_number() : power_of_two((int32_t)raw);
   float held = s.stored == LB_SCALE_BF16 ? widen_bf16((uint16_t)raw) : widen_e4m3(raw);
   if (s.outer) held = held * s.whole;
   return held > s.max_scale ? s.max_scale : held;
 }
 
 LB_FN float inverse_of(const Scaling &s, uint32_t raw, float multiplier) {
-  if (s.stored == LB_SCALE_E8M0) return power_of_two(254 - (int32_t)raw) * s.unroom;
+  if (s.stored == LB_SCALE_E8M0) return power_of_two(254 - (int32_t)raw);
   float found = inverse(multiplier);
   if (s.outer) {
     const float both = 1.0f / s.whole / widen_e4m3(raw);
