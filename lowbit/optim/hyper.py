@@ -73,16 +73,17 @@ def types_of(owner: type) -> dict[str, str]:
 
 
 def check_types(owner: type, group: Mapping[str, Any]) -> None:
-    """Raise `TypeError` for a hyper-parameter that is no number, or neither True nor False, where one is asked for."""
+    """Raise `TypeError` (`ValueError` for whole numbers) for a hyper-parameter that is of another type than asked."""
     for name, annotation in types_of(owner).items():
         wanted, *others = annotation.split(" | ")
         value = group.get(name)
         if name not in group or (value is None and "None" in others):
             continue
         none = ", or None" if "None" in others else ""
-        if wanted in ("int", "float") and not is_number(value):
-            kind = "an int" if wanted == "int" else "a number"
-            raise TypeError(f"{name} must be {kind}{none}, not {value!r}")
+        if wanted == "int" and not is_number(value):
+            raise ValueError(f"{name} must be a whole number{none}, not {value!r}")
+        if wanted == "float" and not is_number(value):
+            raise TypeError(f"{name} must be a number{none}, not {value!r}")
         if wanted == "bool" and value not in (True, False):
             raise TypeError(f"{name} must be True or False{none}, not {value!r}")
 
@@ -116,6 +117,8 @@ def check_finite(group: Mapping[str, Any], like: Mapping[str, Any]) -> None:
 
 def check(rule: Rule, group: Mapping[str, Any]) -> None:
     """Raise for anything that a group asks of an optimizer and cannot have, before anything has changed."""
+    if not isinstance(group["seed"], int):
+        raise TypeError(f"seed must be an int, not {group['seed']!r}")
     check_types(type(rule), group)
     for part in rule.stabilize:
         check_types(type(part), group)
@@ -126,8 +129,6 @@ def check(rule: Rule, group: Mapping[str, Any]) -> None:
     check_storage(group["states"], "states", signed)
     for match, storage in rule.policy.rules:
         check_storage(storage, f"policy {match!r}", signed)
-    if not isinstance(group["seed"], int):
-        raise TypeError(f"seed must be an int, not {group['seed']!r}")
     for part in rule.stabilize:
         part.check(group)
         for moments, _ in plans:
