@@ -276,7 +276,7 @@ def _integers(fmt: Format, x: Tensor, found: scales.Scales, u: Tensor | None, st
         r = ((x - (q / steps) * scale) * inverse) * steps
         q = q + (r + u).floor()
     limit = fmt.limit * steps + (_MOST if steps > 1 else 0)
-    return q.clamp(-limit, limit).to(torch.int32)
+    return q.nan_to_num(0.0).clamp(-limit, limit).to(torch.int32)  # NaN, of a block whose scale is: any code will do
 
 
 def _codes(fmt: Format, k: Tensor) -> Tensor:

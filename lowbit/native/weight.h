@@ -46,6 +46,7 @@ template <int STEPS> struct Steps {
       const float u = x[i] * inverse * MANY;
       float q = lb::rint(u == u ? u : 0.0f);
       if (draws) q = q + lb::floor((x[i] - q * ONE * scale) * inverse * MANY + uniform(draws[i]));
+      q = q == q ? q : 0.0f;
       q = q < limit ? q : limit;
       q = q > -limit ? q : -limit;
       const int32_t k = (int32_t)q, code = STEPS > 1 ? (k + 128) >> 8 : k;
@@ -118,7 +119,8 @@ static void encode_blocks(const Run &run, const Encoder &encoder, const Span &s,
       if (good[i >> run.cut.shift]) store_scale(job, number, raw);
     }
     const float inverse = inverse_of(job, raw, scale);
-    encoder.encode(p + i, n, scale, inverse, finite, draws ? draws + i : nullptr, codes + i, rest + i);
+    // A block that has a value that is not finite has a scale of NaN.
+    encoder.encode(p + i, n, scale, inverse, finite && scale == scale, draws ? draws + i : nullptr, codes + i, rest + i);
     room.feed.some();
   }
 }
