@@ -1,10 +1,11 @@
 """What do states in few bits cost each optimizer? Final losses of a nano LLaMA, and the time of a step.
 
-    python benchmarks/optimizer_losses.py [--processes 2] [--only "AdamW;Lion"] [--states fp32,8bit,4bit]
+    python benchmarks/optimizer_losses.py [--processes 2] [--only "AdamW;Lion"] [--rates]
 
-It looks for each optimizer's learning rate with fp32 states on a seed of its own, then trains at that and at the rates
-half and twice it, with three other seeds and every state format: one line of optimizer_losses.jsonl a run. A second
-call goes on where the first stopped. optimizers.py writes the table.
+It looks for each optimizer's learning rate with fp32 states on a seed of its own (at least three, factors of two apart,
+until both neighbours of the best lose more), then trains at that with three other seeds and every state format; with
+`--rates` also at half and twice it, so that each format has the best of three of its own. One line of
+optimizer_losses.jsonl a run; a second call goes on where the first stopped. optimizers.py writes the table.
 
 Matrices of the layers get the states that are asked for even where they are small (the built-in policy would keep the
 projected gradients of so small a model in fp32); embeddings' are in 8 bits at least and vectors' in fp32 as always.
@@ -169,6 +170,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--processes", type=int, default=1, help="of one thread each; 0: this one")
     parser.add_argument("--only", help="optimizers, separated by semicolons")
     parser.add_argument("--states", default=",".join(STATES))
+    parser.add_argument("--rates", action="store_true", help="all three learning rates with every seed and format")
     parser.add_argument("--steps", type=int, default=nano.STEPS)
     args = parser.parse_args(words)
     names = args.only.split(";") if args.only else list(OPTIMIZERS)
@@ -187,7 +189,7 @@ def main(words: Sequence[str] | None = None) -> None:
         for late in (False, True) for seed in SEEDS for run in cells if (run.case in VARIANTS) == late
     ]  # fmt: skip
     others = [replace(run, lr=lr) for run in middle for lr in nano.neighbours(run.lr)]
-    results.do([*middle, *others], build, args.processes)
+    results.do(others if args.rates else middle, build, args.processes)
 
 
 if __name__ == "__main__":

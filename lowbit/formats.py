@@ -240,8 +240,9 @@ class Format:
         if not self.compressed:
             return self.bits / 8
         scale = {"fp32": 4.0, "bf16": 2.0, "e8m0": 1.0, "e4m3": 1.0, "double": 1.0}[self.scaling.stored]
+        shared, outer = self.block[0] * self.block[1], self.scaling.outer
         sizes = {"scale": scale, "base": 4.0, "zero": 1.0, "scale_scale": 4 / DOUBLE_BLOCK}
-        shared = self.block[0] * self.block[1]
+        sizes["tensor_scale"] = 4 * shared / outer if outer else 0.0
         return self.bits / 8 + (sum(sizes.get(part, 0.0) for part in self.parts) / shared if shared else 0.0)
 
     def with_block(self, block: int | tuple[int, int]) -> Format:

@@ -7,7 +7,8 @@ cancels: (x R^T)(w R^T)^T = x w^T. What is computed is fixed to the bit: signs a
 1 / sqrt(size), in fp32.
 
 The sign of a column is a bit of the hash that stochastic rounding uses (rounding.py), so it depends on nothing but seed
-and column. A seed of None changes no sign: the plain Hadamard rotation of QuEST. See QuaRot (https://arxiv.org/abs/2404.00456) for what rotations are good for.
+and column. A seed of None changes no sign: the plain Hadamard rotation of QuEST. See QuaRot
+(https://arxiv.org/abs/2404.00456) for what rotations are good for.
 """
 
 from __future__ import annotations

@@ -274,7 +274,7 @@ def _integers(fmt: Format, x: Tensor, found: scales.Scales, u: Tensor | None, st
     q = ((x * inverse) * steps).nan_to_num(0.0).round()
     if u is not None:
         r = ((x - (q / steps) * scale) * inverse) * steps
-        q = q + (r + u).floor()
+        q = q + (r + u).floor().nan_to_num(0.0)
     limit = fmt.limit * steps + (_MOST if steps > 1 else 0)
     return q.clamp(-limit, limit).to(torch.int32)
 

@@ -279,3 +279,15 @@ def dequantized(opt: Rule, p: Parameter, name: str) -> Tensor:
     fmt, shape = slot.formats[letter], slot.shape_of(letter)
     parts = {part: state[name if part == "codes" else f"{name}_{part}"] for part in fmt.parts}
     return backends.decode(fmt, parts, layout.rows_of(shape)[1]).reshape(shape)
+
+
+def as_reference(opt: Rule, p: Parameter, case: Case) -> dict:
+    """A tensor's state as the float64 reference has it."""
+    state = opt.state[p]
+    s = oracles_optim.fresh(p.detach().double().numpy())
+    for name in s:
+        if name in case.signed and name in state:
+            s[name] = dequantized(opt, p, name).double().numpy()
+        elif name in state:
+            s[name] = float(state[name])
+    return s

@@ -1,9 +1,16 @@
+import contextlib
 import importlib.util
 import os
+import signal
 
 # One thread, here and in processes that tests start: several tests run at once, and what a matmul returns depends on
 # the number. Tests that are about threads ask for more.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+# Shells start what runs in the background deaf to Ctrl-C, and so would be the processes that tests interrupt.
+with contextlib.suppress(ValueError):  # in no main thread
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 import torch

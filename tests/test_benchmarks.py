@@ -25,7 +25,7 @@ def run(script: str, *arguments: str) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.mark.parametrize("script", ["cpu_tables", "gpu_tables", "optimizers", "recipes"])
+@pytest.mark.parametrize("script", ["cpu_tables", "gpu_tables", "one_billion", "optimizers", "recipes"])
 def test_tables_are_current(script: str):
     done = run(script, "--check")
     assert done.returncode == 0, done.stderr

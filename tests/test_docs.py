@@ -21,6 +21,8 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_examples_run(path: Path, capsys):
+    for needed in re.findall(r"^# needs: (\w+)$", path.read_text(), re.MULTILINE):
+        pytest.importorskip(needed, reason=f"{needed} is not installed")
     threads = torch.get_num_threads()
     runpy.run_path(str(path), run_name="__main__")
     torch.set_num_threads(threads)
@@ -38,6 +40,16 @@ def test_readme_python_runs(capsys):
         exec(compile(block, "README.md", "exec"), names)
     out = capsys.readouterr().out
     assert "2 of 2 weights" in out and "exp_avg_sq log4" in out
+
+
+def test_the_page_on_stored_weights_runs(capsys, tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    page = (ROOT / "docs" / "stored-weights.md").read_text().partition("## Memory")[0]  # what follows needs a model
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(compile(block, "stored-weights.md", "exec"), names)
+    assert "stored as int4, 4.50 bits" in capsys.readouterr().out and (tmp_path / "model.pt").stat().st_size > 0
+    assert names["model"][7].weight.store == "int4"
 
 
 def test_tables_are_current():

@@ -29,7 +29,9 @@ FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 ADVICE = "has no floor: give it a floor in tests/test_floors.py"
 
 ROOT = Path(__file__).parents[1] / "lowbit"
-OPTIONAL = ["matplotlib", "datasets", "transformers", "torchao", "bitsandbytes", "triton"]
+OPTIONAL = [
+    "matplotlib", "datasets", "transformers", "torchao", "bitsandbytes", "triton", "peft", "compressed_tensors",
+]  # fmt: skip
 
 
 def module_name(path: Path) -> str:

@@ -49,7 +49,7 @@ def test_bytes_per_value_counts_every_part(fmt: Format):
     shape = (256, 4096)
     whole = sum(math.prod(size) * dtype.itemsize for size, dtype in part_shapes(fmt, shape).values())
     once = (
-        4 * len({"tensor_scale", "scale_offset"} & set(fmt.parts))
+        4 * len({"" if fmt.scaling.outer else "tensor_scale", "scale_offset"} & set(fmt.parts))
         + 4 * (fmt.block == (0, 0))
         + 4 * 256 * (fmt.block == (1, 0))
     )
@@ -58,7 +58,8 @@ def test_bytes_per_value_counts_every_part(fmt: Format):
 
 @pytest.mark.parametrize(
     ("name", "bits"),
-    [("mxfp4", 4.25), ("mxfp6-e2m3", 6.25), ("mxfp8", 8.25), ("nvfp4", 4.5), ("nvfp4-2d", 4 + 8 / 256), ("int8", 8.125),
+    [("mxfp4", 4.25), ("mxfp6-e2m3", 6.25), ("mxfp8", 8.25), ("nvfp4", 4.5), ("nvfp4-2d", 4 + 8 / 256),
+     ("nvfp4-128", 4.75), ("int8", 8.125),
      ("int4-bf16", 4.5), ("nf4", 4.5), ("nf4-dq", 4 + 8 / 64 + 32 / (64 * 256)), ("int8:row", 8), ("ternary", 2)],
 )  # fmt: skip
 def test_bits_per_value_as_published(name: str, bits: float):
@@ -103,7 +104,7 @@ def test_thresholds_lie_between_neighbours(fmt: Format):
 def test_tags_name_one_format_and_block_each():
     tags = {}
     for fmt in ALL:
-        for block in (16, 32, 64, 128, 256) if fmt.compressed else (1,):
+        for block in (8, 16, 32, 64, 128) if fmt.compressed else (1,):
             variant = format(f"{fmt.name}:{block}") if fmt.compressed else fmt
             assert 0 <= variant.tag < 2**31, "a tag must survive as an int32"
             assert tags.setdefault(variant.tag, variant) == variant
@@ -162,6 +163,7 @@ def test_a_scaling_is_part_of_what_a_format_is(fmt: Format):
         ({"stored": "bf16", "least": 1.0}, "peak and least"),
         ({"gain": 0.0}, "gain and headroom must be above 0"),
         ({"headroom": 4 / 3}, "headroom is for .* e8m0; with fp32 use gain"),
+        ({"outer": 32}, "outer .* needs a peak"),
         ({"candidates": ()}, "candidates"),
         ({"candidates": (1.0, -1.0)}, "candidates"),
     ],

@@ -387,6 +387,13 @@ def test_growth_may_be_left_free():
     assert max(new / old for old, new in itertools.pairwise(norms)) > 1.05
 
 
+def test_apollo_minis_defaults_are_those_of_its_runs():
+    """Rank 1, one scale for the tensor, times the root of 128, lr 0.01, a projector every 200 steps, as released."""
+    group = APOLLOMini([("w", Parameter(torch.ones(8, 6)))]).param_groups[0]
+    names = ("lr", "rank", "scale_type", "scale", "update_interval", "weight_decay")
+    assert [group[name] for name in names] == [0.01, 1, "tensor", 128.0, 200, 0.0]
+
+
 def test_apollo_mini_is_apollo_of_rank_1():
     hyper = {"rank": 1, "scale_type": "tensor", "scale": 128.0}
     one, two = parameters([(20, 30), (9,)]), parameters([(20, 30), (9,)])

@@ -5,6 +5,7 @@ import importlib
 import json
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -51,6 +52,19 @@ bnb_case = pytest.mark.parametrize(
 )
 
 
+def decoded(data: Tensor, state: Any) -> Tensor:
+    """What bitsandbytes decodes, asked for one long row.
+
+    Where rows are not whole blocks, the CPU kernel of 0.50.2 reads scales of other blocks: of a Gaussian 30 × 96 in
+    blocks of 64 the mean error is .18 instead of .074. A flat tensor has no rows.
+    """
+    from bitsandbytes.functional import dequantize_4bit
+
+    flat = copy.copy(state)
+    flat.shape = torch.Size((1, state.shape.numel()))
+    return dequantize_4bit(data, flat).view(state.shape)
+
+
 @pytest.mark.rivals
 @bnb_case
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -69,11 +83,11 @@ def test_bitsandbytes_decodes_what_we_decode(name: str, shape: tuple[int, int], 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize("shape, block", [((48, 128), 64), ((30, 96), 64), ((2, 4096), 4096), ((64, 32), 128)])
 def test_we_decode_what_bitsandbytes_made(nested: bool, kind: str, shape: tuple[int, int], block: int):
-    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+    from bitsandbytes.functional import quantize_4bit
 
     data, state = quantize_4bit(values(shape), blocksize=block, quant_type=kind, compress_statistics=nested)
     weight = to_bnb.import_weight(data, state)
-    assert torch.equal(weight.dequantize(), dequantize_4bit(data, state))
+    assert torch.equal(weight.dequantize(), decoded(data, state))
     whole = shape[1] % block == 0
     assert weight.format.name.startswith("nf4-dq") == (nested and whole and kind == "nf4")
     if whole and (kind == "nf4" or not nested):
@@ -123,7 +137,7 @@ class Small(nn.Module):
 
 
 def stored(store: str) -> Small:
-    model = Small()
+    model = Small().requires_grad_(store != "nf4-dq")  # which is for weights that are not trained
     lowbit.quantize_(model, lowbit.Recipe(store=store))
     return model
 
@@ -169,11 +183,14 @@ def same_state(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 def test_linear4bit_of_others_is_trained_here():
     import bitsandbytes as bnb
 
-    model = nn.Sequential(bnb.nn.Linear4bit(128, 128, bias=True, quant_type="nf4", compute_dtype=torch.float32))
+    model = nn.Sequential(
+        bnb.nn.Linear4bit(128, 128, quant_type="nf4", compute_dtype=torch.float32, compress_statistics=False)
+    )
     model.to("cpu")
     wanted = model(X)
     to_bnb.import_(model)
     torch.testing.assert_close(model(X), wanted, atol=1e-4, rtol=1e-4)
+    assert model[0].weight.store == "nf4"
     model[0].weight.requires_grad_(True)
     codes = model[0].weight.parts["codes"].clone()
     opt = lowbit.optim.AdamW(model.named_parameters(), lr=1e-1)
@@ -224,8 +241,8 @@ def test_we_decode_what_torchao_made():
     ]
     for theirs in made:
         assert torch.equal(to_ao.import_weight(theirs).dequantize(), theirs.dequantize().float()), type(theirs)
-    nf4 = to_nf4(x, 64, 256)
-    assert torch.equal(to_ao.import_weight(nf4).dequantize(), nf4.get_original_weight())
+    with pytest.raises(ValueError, match="NF4Tensor is no tensor of torchao that can be imported: its table"):
+        to_ao.import_weight(to_nf4(x, 64, 256))
 
 
 @pytest.mark.rivals
@@ -257,7 +274,7 @@ def test_a_plain_model_takes_torchaos_checkpoint(store: str):
     assert type(state["first.weight"]).__module__.startswith("torchao.")
     plain = Small()
     plain.load_state_dict(state, assign=True)
-    if store != "nvfp4":  # torchao's own product wants a GPU
+    if store == "int4:32":  # torchao's products with FP4 weights alone want a GPU, or are not there yet
         torch.testing.assert_close(plain(X), model(X), atol=1e-5, rtol=1e-4)
     fresh = stored(store)
     fresh.load_state_dict(to_ao.import_state_dict(state), strict=True)
@@ -294,14 +311,13 @@ def test_compressed_tensors_decode_what_we_decode(name: str, kind: str):
     weight = lowbit.quantize(values((48, 128)), name)
     tensors = to_ct.export_weight(weight)
     found = theirs.decompress(tensors, scheme(layer))["weight"].float()
-    if name == "nvfp4":  # 1 / (1 / tensor_scale)
-        torch.testing.assert_close(found, weight.dequantize(), rtol=3e-7, atol=0)
+    if name == "nvfp4":  # they compute in bf16 here
+        torch.testing.assert_close(found, weight.dequantize(), rtol=2**-7, atol=0)
     else:
         assert torch.equal(found, weight.dequantize())
     back = to_ct.import_weight(tensors)
-    assert torch.equal(back.codes, weight.codes) and torch.equal(
-        back.parts["scale"], weight.parts["scale"].to(back.parts["scale"].dtype)
-    )
+    scale = back.parts["scale"]
+    assert torch.equal(back.codes, weight.codes) and torch.equal(scale, weight.parts["scale"].to(scale.dtype))
 
 
 @pytest.mark.parametrize("name, kind", CT)
@@ -318,8 +334,9 @@ def test_we_decode_what_compressed_tensors_made(name: str, kind: str):
     if "weight_global_scale" in ours:
         given["weight_global_scale"] = ours["weight_global_scale"]
     made = theirs.compress(given, scheme(layer))
-    for part in ("weight_packed", "weight_scale"):
-        assert torch.equal(made[part].float(), ours[part].float()), part
+    assert torch.equal(made["weight_scale"].float(), ours["weight_scale"].float())
+    if kind == "pack-quantized":  # FP4 has two zeros, and they keep the sign of one that is given
+        assert torch.equal(made["weight_packed"], ours["weight_packed"])
     made = {k: v for k, v in made.items() if k in to_ct.PARTS}
     torch.testing.assert_close(to_ct.import_weight(made).dequantize(), weight.dequantize(), rtol=3e-7, atol=0)
 
@@ -395,10 +412,14 @@ def test_transformers_read_what_was_saved(store: str, tmp_path: Path):
     to_ct.save_pretrained(model, tmp_path)
     told = json.loads((tmp_path / "config.json").read_text())
     assert told["quantization_config"]["ignore"] == ["lm_head"]
-    read = type(model).from_pretrained(tmp_path, dtype=torch.float32)
+    dtype = torch.float32 if store == "int4:32" else torch.bfloat16  # what they decode MXFP4 to
+    read = type(model).from_pretrained(tmp_path, dtype=dtype).to(dtype)
     tokens = torch.arange(10).unsqueeze(0)
     with torch.no_grad():
-        torch.testing.assert_close(read(tokens).logits, model(tokens).logits, atol=1e-5, rtol=1e-4)
+        theirs, ours = read(tokens).logits, lowbit.to_dense_(model, dtype).to(dtype)(tokens).logits
+    torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=1e-4)
+    found = read.model.layers[1].mlp.up_proj.weight
+    assert torch.equal(found, model.model.layers[1].mlp.up_proj.weight)
 
 
 def test_a_library_that_is_missing_is_named():

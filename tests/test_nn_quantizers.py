@@ -356,7 +356,7 @@ def test_flat_blocks_number_their_random_bits_along_the_flat_tensor(backend: str
 def test_what_has_no_memory_is_the_business_of_the_reference(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    def refuse(*_: object) -> Tensor:
+    def refuse(*_: object, **__: object) -> Tensor:
         raise AssertionError("asked")
 
     monkeypatch.setattr(backends.native, "fake", refuse)

@@ -12,6 +12,7 @@ from cases import (
     SHAPES,
     SMALL_SHAPES,
     Case,
+    as_reference,
     assert_close,
     assert_same,
     dequantized,
@@ -31,7 +32,6 @@ from torch.nn import Parameter
 from lowbit import backends, layout
 from lowbit.optim import (
     AdamW,
-    Rule,
     StableSPAM,
 )  # fmt: skip
 from lowbit.words import abs
@@ -334,18 +334,6 @@ def test_the_default_dtype_and_device_change_nothing(dtype: torch.dtype):
 
 
 # --- compressed states ---------------------------------------------------------------------------------------------
-
-
-def as_reference(opt: Rule, p: Parameter, case: Case) -> dict:
-    """A tensor's state as the float64 reference has it."""
-    state = opt.state[p]
-    s = oracles_optim.fresh(p.detach().double().numpy())
-    for name in s:
-        if name in case.signed and name in state:
-            s[name] = dequantized(opt, p, name).double().numpy()
-        elif name in state:
-            s[name] = float(state[name])
-    return s
 
 
 @every_case

@@ -40,6 +40,10 @@ def round_trip(fmt: Format, x: Tensor, noise: tuple[int, int] | None = None) -> 
     return rows.decode_rows(fmt, rows.encode_rows(fmt, x, noise), x.shape[1])
 
 
+def measured(fmt: Format, x: Tensor) -> Tensor:
+    return scales.statistic(fmt, scales.Tiles(fmt, x))
+
+
 def relative_error(fmt: Format, x: Tensor) -> float:
     return float((round_trip(fmt, x) - x).double().square().sum() / x.double().square().sum())
 
@@ -155,7 +159,7 @@ def test_bf16_scales_are_rounded_up():
 def test_stored_scales_say_all(fmt: Format):
     """Parts alone give back what encoding multiplied by (a doubly quantized scale is not what it was)."""
     x = wide((40, 256))
-    found = scales.derive(fmt, scales.statistic(fmt, x))
+    found = scales.derive(fmt, measured(fmt, x))
     assert torch.equal(scales.multiplier(fmt, found.parts), found.multiplier)
     if fmt.scaling.stored != "double":
         assert torch.equal(scales.inverse(fmt, found.parts), found.inverse)
@@ -294,7 +298,7 @@ def statistics(x: np.ndarray) -> dict[str, float]:
 def test_statistics_are_those_of_float64(kind: str, block: tuple[int, int]):
     fmt = Format("probe", 8, True, "", "integer", block, limit=127, scaling=Scaling(statistic=kind))  # pyright: ignore
     for x in (wide((21, 300)), wide((21, 300)) * 1e30, ordinary((3, 17)) * 1e-38, ordinary((1, 1)), torch.zeros(4, 40)):
-        found = scales.statistic(fmt, x)
+        found = measured(fmt, x)
         height, width = scales.block_of(fmt, *x.shape)
         for i in range(found.shape[0]):
             for j in range(found.shape[1]):
@@ -302,7 +306,7 @@ def test_statistics_are_those_of_float64(kind: str, block: tuple[int, int]):
                 want = statistics(part)
                 near = 1e-5 * want["rms"] if kind == "sawb" else 2e-6 * want[kind]
                 assert abs(float(found[i, j]) - want[kind]) <= near + 1e-44
-        again = scales.statistic(fmt, x * 2.0**-3)
+        again = measured(fmt, x * 2.0**-3)
         assert torch.equal(again, found / 8) or float(x.abs().max()) < 1e-30
 
 
@@ -348,7 +352,7 @@ def test_sawb_is_near_the_clip_that_loses_least():
     """https://arxiv.org/abs/1807.06964: the coefficients are fitted so that of all clips this one loses about least."""
     x = ordinary((64, 512))
     fmt = format("int4-sawb")
-    found = float(scales.derive(fmt, scales.statistic(fmt, x)).multiplier) * 7
+    found = float(scales.derive(fmt, measured(fmt, x)).multiplier) * 7
     step = torch.linspace(1.5, 4.0, 51)
     losses = [float((x - (x / (a / 7)).round().clamp(-7, 7) * (a / 7)).square().mean()) for a in step]
     best = min(losses)
@@ -390,7 +394,7 @@ def test_a_block_that_outgrows_the_tensors_scale_gets_the_largest():
 def test_a_given_tensor_scale_is_kept():
     x = wide((8, 64))
     fmt = format("nvfp4")
-    own = scales.derive(fmt, scales.statistic(fmt, x))
-    given = scales.derive(fmt, scales.statistic(fmt, x), tensor_scale=own.parts["tensor_scale"] * 2)
+    own = scales.derive(fmt, measured(fmt, x))
+    given = scales.derive(fmt, measured(fmt, x), tensor_scale=own.parts["tensor_scale"] * 2)
     assert torch.equal(given.parts["tensor_scale"], own.parts["tensor_scale"] * 2)
     assert (given.parts["scale"].view(torch.float8_e4m3fn).float().max()) == 224

@@ -28,9 +28,8 @@ from ..native.library import Library, load
 from ..native.tables import ALL, stores, table
 from ..rotation import Rotation
 from ..rows import part_shapes
-from ..scales import Scales, best, block_of, every_byte, multiplier, outer_scale, statistic, times
+from ..scales import Scales, best, block_of, every_byte, last_power, multiplier, outer_scale, statistic, times
 from ..stages import Job, Program
-from . import reference
 
 EXTRA = {"affine": "zero", "log": "base"}
 
@@ -117,8 +116,6 @@ def unsupported(program: Program) -> str:
 @torch.no_grad()
 def step(jobs: list[Job]) -> None:
     """Step every job, those of a program in a row: parameters, moments, scalars and skip counts, in place."""
-    if any(job.stored is not None and job.stored[0].scaling != PLAIN for job in jobs):
-        return reference.step(jobs)  # the library finds fp32 scales only
     structs: list[bytearray] = []
     kept: list[Tensor] = []  # contiguous copies, for as long as the library works on them
     back: list[tuple[Tensor, Tensor]] = []
@@ -141,8 +138,7 @@ def step(jobs: list[Job]) -> None:
         raise MemoryError("the native step found no memory for its measurements; nothing has been changed")
     for original, copy in back:
         original.copy_(copy)
-    increment_version([job.param for job in jobs])  # a graph that saved an old value must notice
-    increment_version([part for job in jobs if job.stored for part in job.stored[1].values()])
+    increment_version([x for job in jobs for x in job.written])  # a graph that saved an old value must notice
 
 
 CONSTANTS = slice(abi.Job.constants.offset, abi.Job.constants.offset + abi.Job.constants.size)
@@ -164,8 +160,7 @@ class _Struct:
             target.param, target.param_dtype = job.param.data_ptr(), DTYPES[job.param.dtype]
         else:
             fmt, parts = job.stored
-            fill_operand(target.weight, fmt, parts, job.cols)
-            target.rest = parts["rest"].data_ptr() if "rest" in parts else None
+            _fill_weight(target, fmt, parts, job.cols)
         if job.companion is not None:
             target.master, target.companion = abi.MASTER[job.master], job.companion.data_ptr()
         for k, letter in enumerate(program.moments):
@@ -193,6 +188,15 @@ class _Struct:
 
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def _fill_weight(target: abi.Job, fmt: Format, parts: dict[str, Tensor], cols: int) -> None:
+    fill_operand(target.weight, fmt, parts, cols)
+    way = fmt.scaling
+    target.scaled, target.last = abi.SCALED[way.stored], last_power(fmt)
+    target.headroom, target.unroom, target.least_scale = way.headroom, 1 / way.headroom, way.least
+    for part in ("rest", "tensor_scale"):
+        setattr(target, part, parts[part].data_ptr() if part in parts else None)
 
 
 def fill_operand(target: abi.Operand, fmt: Format, parts: dict[str, Tensor], cols: int) -> None:
@@ -402,7 +406,7 @@ def decode(fmt: Format, parts: dict[str, Tensor], cols: int, dtype: torch.dtype 
     if fmt.compressed:
         m.tile, width = block_of(fmt, rows, cols)
         m.packed.row_bytes, m.packed.scales = codes.shape[1], _across(cols, width)
-        if fmt.scaling.stored in abi.STORED and not fmt.scaling.outer:
+        if fmt.scaling.stored in ("e8m0", "e4m3") and not fmt.scaling.outer:
             scale = every_byte(fmt, parts.get("tensor_scale")).multiplier
             m.bytes, m.multipliers = parts["scale"].data_ptr(), scale.data_ptr()
         else:

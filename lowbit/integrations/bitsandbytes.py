@@ -45,7 +45,7 @@ def export_weight(weight: Packed, dtype: torch.dtype = torch.bfloat16) -> tuple[
     if block not in BLOCKS:
         raise ValueError(
             f"rows of {cols} values in blocks of {length} have no counterpart: bitsandbytes' blocks run on into the"
-            f" next row and have {BLOCKS[0]} to {BLOCKS[-1]} values. Its own quantize_4bit(weight.dequantize()) rounds anew"
+            f" next row and have {BLOCKS[0]} to {BLOCKS[-1]} values; quantize_4bit(weight.dequantize()) rounds anew"
         )
     codes = rows.unpack(weight.codes, 4, cols).flatten()
     codes = torch.nn.functional.pad(codes, (0, len(codes) % 2))
@@ -87,9 +87,12 @@ def import_weight(data: Tensor, state: Any) -> Packed:
     block = state.blocksize if count == 1 else block
     parts = {"codes": rows.pack(codes, 4)}
     name = _KINDS[state.quant_type]
-    nested = state.state2
-    same = block == state.blocksize and name == "nf4" and nested is not None and nested.blocksize == DOUBLE_BLOCK
-    if same and torch.equal(nested.code.cpu(), torch.tensor(find_format("dyn8").table)):
+    nested, own = state.state2, torch.tensor(find_format("dyn8").table)
+    if (
+        nested is not None
+        and (name, nested.blocksize, block) == ("nf4", DOUBLE_BLOCK, state.blocksize)
+        and torch.equal(nested.code.cpu(), own)
+    ):
         parts["scale"] = state.absmax.view(count, -1).clone()
         parts["scale_scale"], parts["scale_offset"] = nested.absmax.clone(), state.offset.reshape(1).clone()
         return Packed(find_format("nf4-dq").with_block(block), (count, cols), parts)

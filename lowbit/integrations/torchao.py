@@ -6,7 +6,7 @@
     nvfp4 (every 1x16 variant)      NVFP4Tensor
 
 Their tensors take the place of `nn.Linear.weight`. Codes lie as ours do: the first value is in the low half of a byte.
-torchao's NF4Tensor quantizes scales in a way of its own, so there is a way in and none out.
+torchao's NF4Tensor is none of them: its table is rounded to four digits.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import rows
 from ..formats import catalogue
 from ..formats import format as find_format
 from ..packed import Packed
@@ -29,6 +28,7 @@ _INTX = ("torchao.quantization", "IntxUnpackedToInt8Tensor")
 _MX = ("torchao.prototype.mx_formats.mx_tensor", "MXTensor")
 _NVFP4 = ("torchao.prototype.mx_formats.nvfp4_tensor", "NVFP4Tensor")
 _PREFERENCE = ("torchao.quantization.quantize_.common", "KernelPreference")
+_WHY = {"NF4Tensor": ": its table is QLoRA's rounded to four digits, which no format here has; dequantize it"}
 
 _FP8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
@@ -50,7 +50,7 @@ def export_weight(weight: Packed, dtype: torch.dtype = torch.bfloat16) -> Tensor
 
 
 def import_weight(theirs: Any) -> Packed:
-    """A tensor of torchao: one of those that `export_weight` makes, or an NF4Tensor.
+    """A tensor of torchao: one of those that `export_weight` makes.
 
     Raises:
         ValueError: it is none of them, or has zero points, transposed data or swizzled scales.
@@ -76,9 +76,7 @@ def import_weight(theirs: Any) -> Packed:
         one = torch.ones(1, device=theirs.qdata.device)
         level = one if theirs.per_tensor_scale is None else theirs.per_tensor_scale.float().reshape(1)
         return Packed(find_format("nvfp4"), shape, {**parts, "tensor_scale": level.clone()})
-    if kind == "NF4Tensor":
-        return _from_nf4(theirs)
-    raise ValueError(f"{kind} is no tensor of torchao that can be imported")
+    raise ValueError(f"{kind} is no tensor of torchao that can be imported{_WHY.get(kind, '')}")
 
 
 def export_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -152,16 +150,3 @@ def _packed_integers(codes: Tensor, scale: Tensor, bits: int, length: int) -> Pa
     fmt = find_format(f"{fmt.name}:row") if length == cols else fmt.with_block(length)
     parts = {"codes": weights.from_integers(codes, bits), "scale": scale.float().contiguous()}
     return Packed(fmt, tuple(codes.shape), parts)
-
-
-def _from_nf4(theirs: Any) -> Packed:
-    count, cols = theirs.shape
-    block = weights.flat_block(cols, theirs.block_size)
-    if block < weights.SHORTEST:
-        raise ValueError(f"rows of {cols} values in flat blocks of {theirs.block_size} have no counterpart here")
-    plain = theirs.quantized_data.flatten()
-    codes = torch.stack((plain >> 4, plain & 15), 1).flatten().view(count, cols)
-    scales = theirs.dequantize_scalers(theirs.quantized_scalers, theirs.quantization_factor, theirs.scaler_block_size)
-    first = torch.arange(count * (cols // block)) * block
-    scale = scales.float()[first // theirs.block_size].view(count, -1)
-    return Packed(find_format("nf4").with_block(block), (count, cols), {"codes": rows.pack(codes, 4), "scale": scale})

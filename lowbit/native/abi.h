@@ -13,10 +13,10 @@ enum { LB_BLOCK = 256 };  // values of the largest step block
 enum lb_dtype { LB_FLOAT32, LB_BFLOAT16, LB_FLOAT16 };
 enum lb_kind { LB_KIND_FLOAT, LB_KIND_INTEGER, LB_KIND_CODEBOOK, LB_KIND_AFFINE, LB_KIND_LOG };
 enum lb_power { LB_POWER_UP, LB_POWER_FLOOR, LB_POWER_CEIL, LB_POWER_EVEN };  // how a scale becomes one, e8m0
-enum lb_stored { LB_FP32_SCALE, LB_E8M0_SCALE, LB_E4M3_SCALE };
 enum lb_master { LB_NONE, LB_SPLIT8, LB_SPLIT16, LB_KAHAN, LB_MASTER32 };
 enum lb_stage_kind { LB_MEASURE, LB_FOLD, LB_UPDATE };
 enum lb_reduce { LB_MAX, LB_SUM, LB_MEAN };
+enum lb_scaled { LB_SCALE_FP32, LB_SCALE_BF16, LB_SCALE_E8M0, LB_SCALE_E4M3 };
 enum lb_over { LB_TENSOR, LB_ALL, LB_ROW, LB_COLUMN, LB_GROUP };
 
 // The operands of one call of a printed stage. Arrays are by position: `in[k]` is the stage's k-th array argument (all
@@ -99,7 +99,7 @@ typedef struct lb_format {
   // each rung to the next.
   float below[32], gaps[16];
   // Scales that are stored in a byte, and that the library derives itself (lowbit/scales.py has the rules).
-  int32_t stored, power;
+  int32_t stored, power;       // an lb_scaled, 0: it does not; an lb_power
   int32_t exponent, mantissa;  // of the largest value: its exponent, and the bits below
   int32_t last;                // the largest byte
   int32_t tries;               // how many candidates there are
@@ -157,6 +157,10 @@ typedef struct lb_job {
   float constants[LB_CONSTANTS];
   lb_operand weight;  // the parameter, if it is codes and scales (lowbit/stored.py); format null: it is `param`
   int8_t *rest;       // of a split weight: [rows, cols]
+  // Its scales, as lowbit/scales.py has them: `weight.scale` points to floats, bf16 numbers or bytes.
+  const float *tensor_scale;  // what all of them are multiplied with; null: nothing
+  int32_t scaled, last;       // how they are stored; the largest code of a power of two
+  float headroom, unroom, least_scale;  // times powers of two, and its inverse; the least of e4m3
 } lb_job;
 
 // A whole matrix to codes and back, or to the values that its codes stand for.

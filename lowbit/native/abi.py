@@ -8,12 +8,12 @@ ARRAYS, SCALARS, CONSTANTS, STAGES, MOMENTS = 12, 32, 48, 32, 6
 BLOCK = 256  # values of the largest step block
 DTYPE = {"float32": 0, "bfloat16": 1, "float16": 2}
 KIND = {"float": 0, "integer": 1, "codebook": 2, "affine": 3, "log": 4}
-STORED = {"e8m0": 1, "e4m3": 2}
 POWER = {"up": 0, "floor": 1, "ceil": 2, "even": 3}
 MASTER = {"none": 0, "split8": 1, "split16": 2, "kahan": 3, "fp32": 4}
 STAGE = {"measure": 0, "fold": 1, "update": 2}
 REDUCE = {"": 0, "max": 0, "sum": 1, "mean": 2}
 STATISTIC = {"absmax": 0, "squares": 1, "magnitudes": 2, "losses": 3}
+SCALED = {"fp32": 0, "bf16": 1, "e8m0": 2, "e4m3": 3}
 OVER = {"tensor": 0, "all": 1, "row": 2, "column": 3, "group": 4}
 
 
@@ -97,7 +97,9 @@ class Job(Structure):
         ("scalars", c_void_p * SCALARS),
         ("constants", c_float * CONSTANTS),
         ("weight", Operand),
-        ("rest", c_void_p),
+        *((name, c_void_p) for name in ("rest", "tensor_scale")),
+        *((name, c_int32) for name in ("scaled", "last")),
+        *((name, c_float) for name in ("headroom", "unroom", "least_scale")),
     )
 
 

@@ -1,6 +1,6 @@
 // A span from memory to fp32 in the first-level cache, and the printed stages on it.
 #pragma once
-#include "span.h"
+#include "scales.h"
 
 namespace LB_SPACE {
 
@@ -12,7 +12,8 @@ static const float *read_floats(const void *from, int dtype, const Span &s, floa
 }
 
 // A span of an operand: where it lies, or decoded to `to`.
-static const float *read_operand(const Run &run, const Span &s, const lb_operand &o, float *to, Room &room) {
+static const float *read_operand(const Run &run, const Span &s, const lb_operand &o, const float *scales, float *to,
+                                 Room &room) {
   const lb_format &f = *o.format;
   if (f.kind == LB_KIND_FLOAT) return read_floats(o.codes, f.dtype, s, to);
   const uint8_t *codes = (const uint8_t *)o.codes + s.row * o.row_bytes + s.col * f.bits / 8;
@@ -22,13 +23,14 @@ static const float *read_operand(const Run &run, const Span &s, const lb_operand
     unpack(codes, f.bits, s.n, room.codes);
     codes = room.codes;
   }
-  int64_t scale = s.row * o.scales + (s.col >> block_shift(f));
-  for (int i = 0; i < s.n; i += each, ++scale) {
+  const int64_t first = s.row * o.scales + (s.col >> block_shift(f));
+  for (int i = 0, k = 0; i < s.n; i += each, ++k) {
     const int n = s.n - i < each ? s.n - i : each;
+    const float scale = scales ? scales[k] : o.scale[first + k];
     room.feed.some();
-    const void *extra = o.extra ? (const float *)o.extra + scale : nullptr;
-    if (apart) decode(f, codes + i, n, o.scale[scale], extra, to + i);
-    else decode_packed(f, codes + i * f.bits / 8, n, o.scale[scale], extra, to + i, room.codes);
+    const void *extra = o.extra ? (const float *)o.extra + first + k : nullptr;
+    if (apart) decode(f, codes + i, n, scale, extra, to + i);
+    else decode_packed(f, codes + i * f.bits / 8, n, scale, extra, to + i, room.codes);
   }
   return to;
 }
@@ -39,28 +41,29 @@ static void load_weight(const Run &run, const Span &s, float *to, Room &room) {
   const lb_operand &o = job.weight;
   const lb_format &f = *o.format;
   const uint8_t *codes = (const uint8_t *)o.codes + s.row * o.row_bytes + s.col * f.bits / 8;
+  const float *scales = multipliers(run, s, room);
 #ifdef LB_AVX2
   if (!job.rest && f.bits == 4 && s.n % 16 == 0 && sub_block(f, run.cut) % 16 == 0) {
     const Table table(f.values);
-    const float *scales = o.scale + s.row * o.scales + (s.col >> block_shift(f));
     const int shift = __builtin_ctz((unsigned)sub_block(f, run.cut));
     for (int i = 0; i < s.n; i += Lanes::COUNT) (table.look_up(codes + i / 2) * scales[i >> shift]).store(to + i);
     return;
   }
 #endif
   if (!job.rest) {
-    read_operand(run, s, o, to, room);
+    read_operand(run, s, o, scales, to, room);
     return;
   }
   const int8_t *rest = job.rest + s.at;
   const int each = sub_block(f, run.cut), sign = 1 << (f.bits - 1);
   unpack(codes, f.bits, s.n, room.codes);
   const uint8_t *code = room.codes;
-  int64_t number = s.row * o.scales + (s.col >> block_shift(f));
-  for (int i = 0; i < s.n; i += each, ++number) {
+  for (int i = 0, k = 0; i < s.n; i += each, ++k) {
     const int end = s.n - i < each ? s.n : i + each;
-    const float scale = o.scale[number];
-    LB_IVDEP for (int j = i; j < end; ++j) to[j] = (float)(((code[j] ^ sign) - sign) * 256 + rest[j]) * 0x1p-8f * scale;
+    const float scale = scales[k];
+    LB_IVDEP for (int j = i; j < end; ++j) {
+      to[j] = value_of_steps(((code[j] ^ sign) - sign) * 256 + rest[j], scale);
+    }
   }
 }
 
@@ -131,7 +134,7 @@ static void load(const Run &run, const Span &s, int wanted, Room &room) {
   if (wanted & 1) load_parameter(run, s, room);
   room.at[1] = read_floats(run.job->grad, run.job->grad_dtype, s, room.array[1]);
   for (int k = 0; k < program.moments; ++k) {
-    if (wanted >> (2 + k) & 1) room.at[2 + k] = read_operand(run, s, run.job->moments[k], room.array[2 + k], room);
+    if (wanted >> (2 + k) & 1) room.at[2 + k] = read_operand(run, s, run.job->moments[k], nullptr, room.array[2 + k], room);
   }
   const int first = 2 + program.moments;
   for (int k = 0; k < program.vectors + program.temporaries; ++k) {

@@ -2,7 +2,7 @@
 // of short blocks.
 #pragma once
 #include "blocks.h"
-#include "scale.h"
+#include "scale_bytes.h"
 #include "trees.h"
 
 namespace LB_SPACE {

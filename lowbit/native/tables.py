@@ -54,7 +54,7 @@ def stores(fmt: Format) -> bool:
 
 def _scaling(made: abi.Format, fmt: Format) -> None:
     way = fmt.scaling
-    made.stored, made.power = abi.STORED[way.stored], abi.POWER.get(way.rounding, 0)
+    made.stored, made.power = abi.SCALED[way.stored], abi.POWER.get(way.rounding, 0)
     made.exponent, made.mantissa = exponents(fmt)
     made.last, made.tries = last_power(fmt), len(way.candidates)
     made.gain, made.smallest = way.gain, way.least

@@ -29,7 +29,7 @@ from .presets import find_recipe
 from .recipe import Recipe
 from .report import Entry, Report
 from .stored import StoredWeight
-from .stored_state import dense_parameter_
+from .stored_state import check_free, dense_parameter_
 
 
 def quantize_(
@@ -97,7 +97,7 @@ def quantize_(
         reasons[name] = reason
 
     for name, module in chosen.items():
-        _check_trained(module, name, found.store if isinstance(module, nn.Linear) else found.embedding)
+        _check_stored(module, name, found.store if isinstance(module, nn.Linear) else found.embedding)
     report = _report(model, found, chosen, reasons, _unused(model, patterns))
     for name, module in chosen.items():
         if isinstance(module, nn.Linear):
@@ -134,15 +134,20 @@ def to_dense_(model: nn.Module, dtype: torch.dtype | None = torch.bfloat16) -> n
     layers = [module for module in model.modules() if isinstance(module, QuantLinear | QuantEmbedding)]
     if not layers:
         raise ValueError("to_dense_: no layer of this model is quantized")
+    for layer in layers:
+        if isinstance(layer.weight, StoredWeight):
+            check_free(layer.weight, "a stored weight", "to_dense_")
     done: set[int] = set()  # a tied weight is dequantized once: doing it twice may change it
     for layer in layers:
-        linear = isinstance(layer, QuantLinear)
-        values = layer.weight if linear and layer.high_precision else layer.quantized_weight()
-        for parameter, dense in ((layer.weight, values), (layer.bias, layer.bias) if linear else (None, None)):
-            if parameter is not None and dense is not None and id(parameter) not in done:
-                _store(parameter, dense, dtype)
-                done.add(id(parameter))
-        layer.__class__ = nn.Linear if linear else nn.Embedding  # pyright: ignore[reportAttributeAccessIssue]
+        high = isinstance(layer, QuantLinear) and layer.high_precision
+        if id(layer.weight) not in done:
+            _store(layer.weight, layer.weight if high else layer.quantized_weight(), dtype)
+        bias = layer.bias if isinstance(layer, QuantLinear) else None
+        if bias is not None and id(bias) not in done:
+            _store(bias, bias, dtype)
+        done |= {id(layer.weight), id(bias)}
+        plain = nn.Linear if isinstance(layer, QuantLinear) else nn.Embedding
+        layer.__class__ = plain  # pyright: ignore[reportAttributeAccessIssue]
         for name in ("recipe", "_layer_id", "_calls", "high_precision"):
             layer.__dict__.pop(name, None)
     return model
@@ -158,11 +163,12 @@ def _store(parameter: Tensor, values: Tensor, dtype: torch.dtype | None) -> None
     parameter.data = values.to(dtype)
 
 
-def _check_trained(module: nn.Linear | nn.Embedding, name: str, store: str | None) -> None:
-    """Some formats are for frozen weights only."""
-    if store in (None, "master") or not module.weight.requires_grad:
+def _check_stored(module: nn.Linear | nn.Embedding, name: str, store: str | None) -> None:
+    """Whether the weight can become a stored one; some formats are for frozen weights only."""
+    if store in (None, "master"):
         return
-    if reason := frozen(find_store(store).format):
+    check_free(module.weight, f"{name or 'the model'}.weight", "quantize_")
+    if module.weight.requires_grad and (reason := frozen(find_store(store).format)):
         raise ValueError(f"quantize_: {name or 'the model'}.weight requires a gradient, and {reason}")
 
 

@@ -6,7 +6,7 @@ The others depend on u, a value in units of its block's scale, of which g is the
     clip    1 where |u| <= top, else 0: what was clipped learns nothing. The mask M of Quartet's algorithm 1
             (https://arxiv.org/abs/2505.14669).
     trust   1 where |u| <= top + half the last step, else 0: QuEST's trust mask |Q(x) - x| <= T (equation 3 and section
-            3.2 of https://arxiv.org/abs/2502.05003), with the T of the release, half a step, which only clipping exceeds.
+            3.2 of https://arxiv.org/abs/2502.05003); T is the release's, half a step, which only clipping exceeds.
     dge     min(3, |2t - 1|^(1/k - 1) / k) with k = 5, where t is how far u has come from one grid point to the next:
             equations 7 and 8 of https://arxiv.org/abs/2501.17116, in each interval of the grid. It is steep half way,
             where a small change of the value changes its code. Beyond the top t is 1.
@@ -28,10 +28,10 @@ ROUNDED = 2.0**-20  # a block's largest value over its own scale may come out a 
 
 
 def factor(x: Tensor, operand: Operand) -> Tensor:
-    """fp32, like the matrix x: by what the gradient of each value is multiplied. x is what is rounded, after turning."""
+    """fp32, like the matrix x, which is what is rounded (turned already): what multiplies each value's gradient."""
     fmt = operand.codes
     assert fmt is not None
-    u = in_units(fmt, x.float() * operand.prescale)
+    u = in_units(fmt, x.float())
     if operand.estimator == "dge":
         return _slope(fmt, u)
     last, before = fmt.ladder[-1][0], fmt.ladder[-2][0]

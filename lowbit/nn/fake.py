@@ -37,8 +37,8 @@ def fake_quantize(
         return decode(encode(x, operand, noise, rotation), operand, padded(x.shape[1], rotation))
     if operand.outliers or operand.flat or operand.spec is None:
         return _with_outliers(turned(x, rotation), operand, noise)
-    x, noise = _prescaled(_zeros_appended(x, rotation), operand), noise if operand.rounding == "stochastic" else None
-    return _unscaled(backends.fake(operand.spec, x, noise, rotation=rotation), operand)
+    x, noise = _zeros_appended(x, rotation), noise if operand.rounding == "stochastic" else None
+    return backends.fake(operand.spec, x, noise, rotation=rotation)
 
 
 def encode(
@@ -52,7 +52,7 @@ def encode(
         return {}
     if operand.rounding == "eden":
         assert noise is not None
-        return eden.encode(operand.codes, _prescaled(turned(x, rotation), operand).float(), operand.hadamard, noise)
+        return eden.encode(operand.codes, turned(x, rotation).float(), operand.hadamard, noise)
     return quantized(x, operand, noise, rotation)[1]
 
 
@@ -64,9 +64,8 @@ def quantized(
         parts = encode(x, operand, noise, rotation)
         values = decode(parts, operand, padded(x.shape[1], rotation)) if parts else None
         return fake_quantize(x, operand, noise, rotation) if values is None else values, parts
-    x, noise = _prescaled(_zeros_appended(x, rotation), operand), noise if operand.rounding == "stochastic" else None
-    values, parts = backends.quantized(operand.codes, x, noise, rotation=rotation)
-    return _unscaled(values, operand), parts
+    x, noise = _zeros_appended(x, rotation), noise if operand.rounding == "stochastic" else None
+    return backends.quantized(operand.codes, x, noise, rotation=rotation)
 
 
 def decode(parts: dict[str, Tensor], operand: Operand, cols: int) -> Tensor:
@@ -74,7 +73,7 @@ def decode(parts: dict[str, Tensor], operand: Operand, cols: int) -> Tensor:
     codes = parts["codes"]
     assert operand.codes is not None
     traced = torch.compiler.is_compiling() or codes.is_meta or type(codes) is not Tensor
-    return _unscaled((backends.reference if traced else backends).decode(operand.codes, parts, cols), operand)
+    return (backends.reference if traced else backends).decode(operand.codes, parts, cols)
 
 
 def turned(x: Tensor, rotation: Rotation | None) -> Tensor:
@@ -100,14 +99,6 @@ def _zeros_appended(x: Tensor, rotation: Rotation | None) -> Tensor:
     return F.pad(x.detach(), (0, more)) if more else x
 
 
-def _prescaled(x: Tensor, operand: Operand) -> Tensor:
-    return x if operand.prescale == 1 else x.detach().float() * operand.prescale
-
-
-def _unscaled(values: Tensor, operand: Operand) -> Tensor:
-    return values if operand.prescale == 1 else values * (1 / operand.prescale)
-
-
 def _with_outliers(x: Tensor, operand: Operand, noise: Noise | None) -> Tensor:
     """Operands that no codes hold: largest magnitudes stay as they are, blocks of the flat tensor cross rows."""
     rows = x.reshape(1, -1) if operand.flat else x
@@ -122,8 +113,7 @@ def _with_outliers(x: Tensor, operand: Operand, noise: Noise | None) -> Tensor:
         values = RELEASED[str(operand.format)].values
         result = joined([values(block) for block in _blocks(rows.float().contiguous(), operand)])
     else:
-        rows, noise = _prescaled(rows, operand), noise if operand.rounding == "stochastic" else None
-        result = _unscaled(backends.fake(operand.spec, rows, noise), operand)
+        result = backends.fake(operand.spec, rows, noise if operand.rounding == "stochastic" else None)
     if taken:
         for block, (where, exact) in zip(_blocks(result, operand), taken, strict=True):
             block.scatter_(-1, where, exact)

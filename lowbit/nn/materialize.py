@@ -118,11 +118,12 @@ def _read(tensors: Mapping[str, Tensor], names: list[str], old: Tensor, device: 
     except ValueError as error:
         raise ValueError(f"materialize_: {error}") from None
     if isinstance(old, StoredWeight) and saved.stored is not None and saved.stored.alike(old):
-        return saved.stored.mapped(lambda part: part.to(device, copy=True))
+        return saved.stored.mapped(lambda part: part.to(device, copy=not isinstance(tensors, _Lazy)))
     value = saved.stored.load() if saved.stored is not None else saved.value
     assert value is not None
-    value = value.to(device, old.dtype, copy=True)
-    return StoredWeight.of(value, old.store, stream=old.stream) if isinstance(old, StoredWeight) else value
+    if isinstance(old, StoredWeight):
+        return StoredWeight.of(value.to(device, old.dtype), old.store, stream=old.stream)
+    return value.to(device, old.dtype, copy=not isinstance(tensors, _Lazy))
 
 
 class _Lazy(Mapping[str, Tensor]):

@@ -35,8 +35,9 @@ class Operand:
             not divide the contraction, zeros are appended to it: that changes no product.
         signs: of the rotation: "auto" draws them anew in each backward pass and keeps them in the forward pass; "fixed"
             keeps them always; "none" changes no sign.
-        prescale: what values are multiplied by before they are rounded, and divided by after: less than 1 leaves room
-            under the format's top for stochastic rounding (3/4 in https://arxiv.org/abs/2502.20586).
+        prescale: what values are multiplied by before they are rounded, and divided by after, at the scale that they
+            have without it: less than 1 leaves room under the format's top for stochastic rounding (3/4 in
+            https://arxiv.org/abs/2502.20586).
         estimator: what multiplies the gradient on its way through the rounding (`lowbit.nn.estimators`): "ste" nothing,
             "clip" and "trust" a mask, "dge" the slope of a smooth step. For operands of the forward matmul.
         of: what a backward matmul quantizes: the "original" weight or activation, or the values that the "forward"
@@ -66,11 +67,11 @@ class Operand:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         object.__setattr__(self, "spec", None if released else self._spec())
+        if released:
+            self._check_released()
         self._check_choices()
         if not isinstance(self.outliers, int) or self.outliers < 0:
             raise ValueError(f"outliers must be a whole number, 0 or more, not {self.outliers!r}")
-        if released:
-            self._check_released()
 
     def _check_choices(self) -> None:
         for name, alias in (("rounding", Rounding), ("signs", Signs), ("estimator", Estimator), ("of", Source)):
@@ -147,9 +148,12 @@ class Operand:
             return fmt
         if fmt.kind not in ("integer", "codebook"):
             raise ValueError(f"format {fmt.name!r} is {fmt.kind}, and prescale= is for scaled grids")
-        # Of prescaled values, the scale that the values themselves would have.
-        scaling = replace(fmt.scaling, gain=fmt.scaling.gain / self.prescale)
-        return replace(fmt, scaling=scaling, name=f"{fmt.name}×{self.prescale:g}")
+        way = fmt.scaling
+        if way.stored == "e8m0":  # a power of two is found first, and the factor is apart from it
+            way = replace(way, headroom=way.headroom / self.prescale)
+        else:
+            way = replace(way, gain=way.gain / self.prescale)
+        return replace(fmt, scaling=way, name=f"{fmt.name}×{self.prescale:g}")
 
     @property
     def bits(self) -> int:

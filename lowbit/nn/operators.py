@@ -85,7 +85,8 @@ def linear_layer_backward(
     """The gradients of x and of the weight, those that are needed."""
     call, named = Call(_recipes[recipe], dtype, _int(number), layer), dict(zip(names.split(","), kept, strict=True))
     found = [call.dgrad(gy, named, cols)] if needs_x else []
-    return [g.contiguous() for g in (found + [call.wgrad(gy, named, cols)] if needs_weight else found)]
+    found += [call.wgrad(gy, named, cols)] if needs_weight else []
+    return [g.contiguous() for g in found]
 
 
 @linear_layer_backward.register_fake

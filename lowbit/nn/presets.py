@@ -65,8 +65,8 @@ def _four_bits() -> Iterator[Recipe]:
     backward = Operand("mxfp4", rounding="stochastic", hadamard=64, prescale=3 / 4)
     yield Recipe(name="mxfp4", forward=(None, None), dgrad=(backward, backward), wgrad=(backward, backward))
 
-    # Pretraining LLMs with NVFP4, https://arxiv.org/abs/2509.25149, section 4 and appendix C: 1 x 16 blocks, 16 x 16 for
-    # weights, so that W and its transpose are the same; a rotation of 16 with fixed signs for the operands of wgrad
+    # Pretraining LLMs with NVFP4, https://arxiv.org/abs/2509.25149, section 4 and appendix C: 1 x 16 blocks, 16 x 16
+    # for weights, so that W and its transpose are the same; a rotation of 16 with fixed signs for the operands of wgrad
     # only; gradients alone are rounded stochastically. 2 first and 8 last of 62 blocks stay in high precision (the
     # 12B model): here the last 13 per cent.
     gradient = Operand("nvfp4", rounding="stochastic")
@@ -94,11 +94,11 @@ def _four_bits() -> Iterator[Recipe]:
     again = Operand("nvfp4-eden", rounding="eden", hadamard=128, of="forward")
     yield Recipe(name="quartet2", forward=("nvfp4-46", "nvfp4-46"), dgrad=(gradient, again), wgrad=(gradient, again))
 
-    # TetraJet-v2, https://arxiv.org/abs/2510.27527, section 4, the release's TJv2-base: 1 x 16 blocks whose E4M3 scales
-    # share one fp32 scale in 128 values (double-block); backward, rotations of 16, stochastic rounding of both operands,
-    # and the forward's values quantized again (aligned activations). Its two other parts belong to a training loop, not
-    # to a layer: OutControl keeps the channels in MXFP8 that were largest in some steps early on, OsciReset writes
-    # master weights.
+    # TetraJet-v2, https://arxiv.org/abs/2510.27527, section 4, the release's TJv2-base: 1 x 16 blocks whose E4M3
+    # scales share one fp32 scale in 128 values (double-block); backward, rotations of 16, stochastic rounding of both
+    # operands, and the forward's values quantized again (aligned activations). Its two other parts belong to a training
+    # loop, not to a layer: OutControl keeps the channels in MXFP8 that were largest in some steps early on, OsciReset
+    # writes master weights.
     gradient = Operand("nvfp4-128", rounding="stochastic", hadamard=16)
     again = Operand("nvfp4-128", rounding="stochastic", hadamard=16, of="forward")
     yield Recipe(name="tetrajet2", forward=("nvfp4-128", "nvfp4-128"), dgrad=(gradient, again), wgrad=(gradient, again))

@@ -152,7 +152,12 @@ class StoredWeight(StoredTensor):
             self.parts["scale"].zero_()
             stored.store_(self.format, self.parts, values.detach().reshape(rows_of(self.shape)), None)
             return
-        stored.assign_(self.format, self.parts, values.detach().reshape(rows_of(self.shape)))
+        matrix = values.detach().reshape(rows_of(self.shape))
+        if type(matrix) is Tensor and self.parts.keys().isdisjoint(("rest", "tensor_scale")) and matrix.numel():
+            for part, tensor in backends.encode(self.format, matrix).items():  # the same, and faster
+                self.parts[part].copy_(tensor)
+        else:
+            stored.assign_(self.format, self.parts, matrix)
 
     def rescale_(self) -> None:
         """Derive every scale anew (they only grow otherwise) and round the codes to nearest."""

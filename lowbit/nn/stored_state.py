@@ -12,6 +12,7 @@ fit is an error, and this module has then not changed (torch reports after all m
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -168,6 +169,20 @@ def store_parameter_(parameter: Tensor, store: str, stream: int) -> None:
 def dense_parameter_(parameter: Tensor, values: Tensor) -> None:
     """Make a stored weight a plain parameter with these values. It stays the same object."""
     become(parameter, values)
+
+
+def check_free(parameter: Tensor, name: str, doing: str) -> None:
+    """Only a parameter that nothing in C++ holds on to can become another tensor.
+
+    Raises:
+        RuntimeError: a live graph, DistributedDataParallel or a compiled function does.
+    """
+    count: int = parameter._use_count()  # pyright: ignore[reportAttributeAccessIssue]  # 2: with the node of a graph that adds to its gradient
+    if weakref.getweakrefs(parameter) or count > 2 or (count == 2 and not parameter.requires_grad):
+        raise RuntimeError(
+            f"{doing}: {name} cannot become another tensor while something else holds it: a graph that is still "
+            "to be differentiated, DistributedDataParallel or torch.compile; do this before, or drop those first"
+        )
 
 
 def become(parameter: Tensor, value: Tensor) -> None:

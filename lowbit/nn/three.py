@@ -28,8 +28,8 @@ from ..rotation import Rotation
 from ..rounding import key
 from ..rows import part_shapes
 from . import estimators
-from .fake import decode, encode, fake_quantize, padded, quantized, turned, turned_back
-from .matmul import product
+from .fake import encode, fake_quantize, padded, quantized, turned, turned_back
+from .matmul import Coded, Kind, kind_of, product
 from .operand import Operand
 from .recipe import FORWARD, Recipe, Reused
 from .stored import decoded, is_stored
@@ -52,6 +52,20 @@ def forward_weight(weight: Tensor, recipe: Recipe) -> Tensor:
     if is_stored(weight, operand) and rotation is None:  # rounding it once more could only move it
         return decoded(weight)
     return fake_quantize(decoded(weight), operand, rotation=rotation)
+
+
+def _made(
+    x: Tensor,
+    operand: Operand | None,
+    noise: tuple[int, int] | None,
+    rotation: Rotation | None,
+    kind: Kind | None,
+) -> Tensor | Coded:
+    """An operand of a product: as codes where those are multiplied (`matmul.kind_of`), else as values."""
+    parts = encode(x, operand, noise, rotation) if kind and operand is not None else {}
+    if parts and operand is not None:
+        return Coded(operand, parts, padded(x.shape[1], rotation))
+    return fake_quantize(x, operand, noise, rotation)
 
 
 def as_matrix(x: Tensor) -> Tensor:
@@ -89,11 +103,14 @@ class Call:
         activation, other = self.recipe.forward[0], self.recipe.wgrad[1]
         needs_x, needs_weight = needs
         rotation, codes = forward_rotation(self.recipe), {}
+        kind = kind_of(*self.recipe.forward, rows.device)
         if activation is not None and needs_weight and other == FORWARD:
             values, codes = quantized(rows, activation, rotation=rotation)
+            first = Coded(activation, codes, padded(rows.shape[1], rotation)) if kind and codes else values
         else:
-            values = fake_quantize(rows, activation, rotation=rotation)
+            first = _made(rows, activation, None, rotation, kind)
         if needs_weight and isinstance(other, Operand):
+            values = first.values() if isinstance(first, Coded) else first
             source = (values if other.of == FORWARD else rows).t()
             codes = encode(source, other, self.noise(_WGRAD[1]), self.rotation("wgrad"))
         kept = {f"x.{name}": part for name, part in codes.items()}
@@ -105,12 +122,17 @@ class Call:
             assert activation is not None
             dge = activation.estimator == "dge"
             kept |= {"x": rows} if dge else {"mask": estimators.masked(turned(rows, rotation), activation)}
-        y = product(values, forward_weight(weight, self.recipe), self.dtype, bias)
-        return y, kept
+        return product(first, self._weight(weight, kind), self.dtype, bias), kept
+
+    def _weight(self, weight: Tensor, kind: Kind | None) -> Tensor | Coded:
+        """Of the forward matmul."""
+        if kind is None or is_stored(weight, self.recipe.forward[1]):
+            return forward_weight(weight, self.recipe)
+        return _made(decoded(weight), self.recipe.forward[1], None, forward_rotation(self.recipe), kind)
 
     def keeps(self, needs: tuple[bool, bool], empty: bool) -> tuple[str, ...]:
         """The names of what `forward` keeps, of an input that has values or none."""
-        (activation, operand), other = self.recipe.forward, self.recipe.wgrad[1]
+        activation, operand = self.recipe.forward
         needs_x, needs_weight = needs
         coded = self._coded() is not None and needs_weight and not empty
         names = [f"x.{part}" for part in _part_names(self._coded())] if coded else []
@@ -146,30 +168,37 @@ class Call:
         """gx = Q(gy) Q(W), contracted over output features: [tokens, cols]."""
         gradient, other = self.recipe.dgrad
         rotation = self.rotation("dgrad")
-        weight = kept["weight"]
-        weight = (forward_weight(weight, self.recipe) if _of_forward(other) else decoded(weight)).t()
-        if isinstance(other, Operand):
-            weight = fake_quantize(weight, other, self.noise(_DGRAD[1]), rotation)
-        g = fake_quantize(gy, gradient, self.noise(_DGRAD[0]), rotation)
-        gx = product(g, weight, self.dtype)
+        again = other == FORWARD
+        second = self.recipe.forward[1] if again else other
+        kind = kind_of(gradient, second, gy.device, b_across=again) if isinstance(second, Operand) else None
+        if again:
+            weight = self._weight(kept["weight"], kind).t()
+        else:
+            source = forward_weight(kept["weight"], self.recipe) if _of_forward(other) else decoded(kept["weight"])
+            assert other is None or isinstance(other, Operand)
+            weight = _made(source.t(), other, self.noise(_DGRAD[1]), rotation, kind)
+        gx = product(_made(gy, gradient, self.noise(_DGRAD[0]), rotation, kind), weight, self.dtype)
         return self._through(gx, self.recipe.forward[0], kept, "x", _of_forward(other), cols)
 
     def wgrad(self, gy: Tensor, kept: dict[str, Tensor], cols: int) -> Tensor:
         """gW = Q(gy)ᵀ Q(x), contracted over tokens: [output features, cols]."""
         gradient, other = self.recipe.wgrad
-        g = fake_quantize(gy.t(), gradient, self.noise(_WGRAD[0]), self.rotation("wgrad"))
-        gw = product(g, self._wgrad_activation(kept, gy.shape[0], cols), self.dtype)
-        return self._through(gw, self.recipe.forward[1], kept, "weight", _of_forward(other), cols)
+        x = self._wgrad_activation(kept, gy.shape[0], cols)
+        kind = kind_of(gradient, x.operand, gy.device, b_across=x.across) if isinstance(x, Coded) else None
+        g = _made(gy.t(), gradient, self.noise(_WGRAD[0]), self.rotation("wgrad"), kind)
+        return self._through(
+            product(g, x, self.dtype), self.recipe.forward[1], kept, "weight", _of_forward(other), cols
+        )
 
-    def _wgrad_activation(self, kept: dict[str, Tensor], tokens: int, cols: int) -> Tensor:
+    def _wgrad_activation(self, kept: dict[str, Tensor], tokens: int, cols: int) -> Tensor | Coded:
         """Q(x) as wgrad multiplies with it, [features, tokens], from what was kept."""
         activation, other = self.recipe.forward[0], self.recipe.wgrad[1]
         codes = {name[2:]: part for name, part in kept.items() if name.startswith("x.")}
         if codes and isinstance(other, Operand):
-            return decode(codes, other, padded(tokens, self.rotation("wgrad")))
+            return Coded(other, codes, padded(tokens, self.rotation("wgrad")))
         if codes:
             assert activation is not None
-            return decode(codes, activation, padded(cols, forward_rotation(self.recipe))).t()
+            return Coded(activation, codes, padded(cols, forward_rotation(self.recipe))).t()
         x = kept["x"]
         if _of_forward(other):
             x = fake_quantize(x, activation, rotation=forward_rotation(self.recipe))

@@ -41,7 +41,7 @@ from .adamw import AdamW, debias, descend, weigh
 from .annealing import AnnealedBetas
 from .base import Options, Params
 from .galore import check_whole, is_tall, leading
-from .matrices import is_matrix
+from .matrices import is_matrix, is_stack
 
 HEADS = ("full", "lowrank", "none")
 SECONDS = ("full", "mini")
@@ -138,8 +138,9 @@ class AdaPM(AnnealedBetas):
     """AdamW whose momentum is left out, low-rank or full, by the role of the tensor (see the module).
 
     Roles decide (`roles=` overrides them, `explain()` shows them): embeddings and attention outputs "no momentum";
-    values, vectors, routers, convolutions and the head "full momentum"; all other matrices "low rank", of a fused qkv
-    projection only queries and keys. A matrix whose shorter side is no longer than `rank` is "full rank".
+    values, vectors, routers, convolutions, experts in one tensor and the head "full momentum"; all other matrices
+    "low rank", of a fused qkv projection only queries and keys. A matrix whose shorter side is no longer than `rank` is
+    "full rank".
 
     Args:
         params: see `lowbit.optim.Rule`, as all keyword arguments not listed here.
@@ -218,7 +219,7 @@ class AdaPM(AnnealedBetas):
             wanted = "full" if role in FULL or not is_matrix(shape, role) else "lowrank"
         if wanted == "none" or (wanted == "lowrank" and group["rank"] == 0):
             return "no momentum"
-        if wanted == "full":
+        if wanted == "full" or is_stack(shape, role):
             return "full momentum"
         rows, cols = rows_of(shape)
         if group["rank"] >= min(rows, cols):

@@ -132,6 +132,8 @@ class APOLLO(GaLore):
 class APOLLOMini(APOLLO):
     """APOLLO-Mini: rank 1, one scale for the tensor, the update multiplied by the root of 128.
 
+    The defaults are those of the authors' pretraining runs; at 130M parameters they take a scale of 192.
+
     Args:
         params: see `lowbit.optim.Rule`.
         lr: learning rate.

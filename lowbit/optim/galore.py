@@ -35,7 +35,7 @@ from ..words import sqrt
 from .adamw import AdamW, average, weigh
 from .annealing import AnnealedBetas
 from .base import Options, Params
-from .matrices import is_matrix
+from .matrices import is_matrix, is_stack
 
 QUEUE = 5  # similarities of subspaces that lazy refresh looks back on
 NONE = -2.0  # where there is no similarity yet
@@ -135,7 +135,8 @@ class GaLore(AnnealedBetas):
     Args:
         params: see `lowbit.optim.Rule`, as all keyword arguments not listed here.
         lr: learning rate.
-        rank: of the subspace; a matrix whose shorter side is no longer than this has full rank.
+        rank: of the subspace; a matrix whose shorter side is no longer than this has full rank. Experts that are fused
+            in one tensor have no subspace in common: Adam steps them.
         update_interval: steps between two projectors.
         scale: what the direction of projected matrices is multiplied by.
         betas, eps: Adam's.
@@ -201,8 +202,8 @@ class GaLore(AnnealedBetas):
 
     def kind(self, group: Mapping[str, Any], name: str, shape: tuple[int, ...], role: str) -> str:
         """See `Rule.kind`."""
-        if not is_matrix(shape, role):
-            return "other"
+        if is_stack(shape, role) or not is_matrix(shape, role):
+            return "other"  # experts in one tensor have no subspace in common
         return "projected" if group["rank"] < min(rows_of(shape)) else "full rank"
 
     def plan(self, group: Mapping[str, Any], kind: str = "") -> tuple[Mapping[str, Moment], tuple[Stage, ...]]:

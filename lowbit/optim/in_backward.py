@@ -7,6 +7,9 @@ ordinary one, tensor by tensor: same counts, learning rates and random bits, so 
 
 from __future__ import annotations
 
+import ctypes
+import os
+import sys
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +28,7 @@ from .slot import asked_of
 if TYPE_CHECKING:
     from types import TracebackType
 
+_M_MMAP_THRESHOLD, _LARGE = -3, 1 << 20
 REMOVE = "remove() what step_in_backward returned, and call step() after backward()"
 
 
@@ -44,6 +48,10 @@ def step_in_backward(opt: Rule, *, averaged: bool = False) -> InBackward:
     What looks at all gradients between `backward()` and `step()` finds none: `clip_grad_norm_` does nothing (use the
     optimizer's `stabilize=` with AdaClip or AdaGN, which look at one tensor), and accumulating gradients over several
     backward passes is an error. A step that fails half-way leaves the tensors that were stepped before as they are.
+
+    On a CPU, glibc is told to give large blocks back to the system when they are freed (`mallopt`, for the process and
+    for good): it would keep hundreds of megabytes of what a forward pass has decoded, in holes between what it keeps
+    for the backward pass. That costs some time; with `MALLOC_MMAP_THRESHOLD_` in the environment it is left alone.
 
     Args:
         opt: an optimizer of this library.
@@ -74,6 +82,8 @@ def step_in_backward(opt: Rule, *, averaged: bool = False) -> InBackward:
                     "and in backward there is one gradient at a time; leave GlobalClip out, or use AdaClip or AdaGN"
                 )
     _check_alone(opt, averaged)
+    if any(device.type == "cpu" for device in opt.devices):
+        _give_back_freed_memory()
     return InBackward(opt, averaged)
 
 
@@ -180,6 +190,17 @@ class InBackward:
             for count in its.counts:
                 count.copy_(its.then)  # pyright: ignore[reportArgumentType]  # they have begun
         self.stepped.add(p)
+
+
+def _give_back_freed_memory() -> None:
+    """Of a step of a 1.3B model in 4 bits, half a gigabyte (benchmarks/one_billion.py).
+
+    glibc raises the size from which blocks are mapped, and so given back, to 32 MB as it goes; see mallopt(3).
+    """
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim") and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
+        libc.mallopt(_M_MMAP_THRESHOLD, _LARGE)
+        libc.malloc_trim(0)
 
 
 def _check_alone(rule: Rule, averaged: bool) -> None:

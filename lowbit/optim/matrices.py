@@ -47,6 +47,11 @@ def is_matrix(shape: tuple[int, ...], role: str) -> bool:
     return len(shape) > 1 and min(layout.rows_of(shape)) > 1 and role not in ("embedding", "head", "norm", "bias")
 
 
+def is_stack(shape: tuple[int, ...], role: str) -> bool:
+    """Whether a tensor holds a matrix for each expert: flattened, it would be one that mixes them."""
+    return role == "expert" and len(shape) == 3 and min(shape[1:]) > 1
+
+
 class Chain:
     """The segments and matrix stages of one tensor; it lasts like a `Job`, but for `turn` and `state`."""
 

@@ -26,7 +26,7 @@ from ..words import binade, lerp
 from . import adamw
 from .adamw import AdamW
 from .base import Options, Params, Rule
-from .matrices import is_matrix
+from .matrices import is_matrix, is_stack
 
 QUINTIC = (3.4445, -4.7750, 2.0315)  # slope at zero as steep as it can be; singular values end near 1, not at it
 ADJUST = (None, "original", "match_rms_adamw")
@@ -162,9 +162,9 @@ class Muon(Rule):
         """See `Rule.kind`."""
         if role in ("embedding", "head"):
             return role
-        if not is_matrix(shape, role):
-            return "other"
-        return "experts" if role == "expert" and len(shape) == 3 else "matrix"
+        if is_stack(shape, role):
+            return "experts"
+        return "matrix" if is_matrix(shape, role) else "other"
 
     def plan(self, group: Mapping[str, Any], kind: str = "") -> tuple[Mapping[str, Moment], tuple[Stage, ...]]:
         """See `Rule.plan`."""

@@ -15,7 +15,7 @@ from ..formats import format as find_format
 from ..policy import Decision
 from ..roles import role_of
 from ..stages import Job, Program, Turn
-from ..stored import Store, name_of, resolution
+from ..stored import Store, frozen, name_of, resolution
 from . import sparse
 from .matrices import Chain, over
 
@@ -95,6 +95,8 @@ class Slot:
                 f"{self.label}: was {was} when the optimizer was built and is {now} now; "
                 "change the model's dtype, device, shape or store first and build the optimizer after"
             )
+        if self.store is not None and (reason := frozen(self.store.format)):
+            raise ValueError(f"{self.label}: {reason}")
         if grad.layout != torch.strided:
             raise TypeError(f"{self.label}: sparse gradients are not supported; use nn.Embedding(sparse=False)")
         if grad.dtype not in FLOATS:
@@ -116,6 +118,8 @@ class Slot:
                 f'as {fmt.name}: give it a group with master="none"; store="split" keeps what codes alone lose'
             )
         parts = parts_of(self.param)
+        if self.param.requires_grad and (reason := frozen(fmt)):
+            raise ValueError(f"{self.label}: {reason}")
         store = Store(name_of(fmt, "rest" in parts), fmt, "rest" in parts)
         shapes = store.part_shapes(tuple(self.param.shape))
         if shapes.keys() != parts.keys():

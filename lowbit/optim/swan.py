@@ -22,23 +22,23 @@ from . import adamw
 from .adamw import AdamW
 from .base import Options, Params, Rule
 from .galore import check_whole
-from .matrices import is_matrix
+from .matrices import is_matrix, is_stack
 from .muon import descend
 
 
 def normalized(g: Tensor) -> Tensor:
     """Rows of mean 0 and deviation 1; a row of one value over and over becomes 0."""
     g = g / g.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)  # of any magnitude
-    centred = g - g.mean(1, keepdim=True)
-    deviation = centred.square().mean(1, keepdim=True).sqrt()
+    centred = g - g.mean(-1, keepdim=True)
+    deviation = centred.square().mean(-1, keepdim=True).sqrt()
     return centred / deviation.clamp(min=1e-6)
 
 
 def whitened(g: Tensor, steps: int) -> Tensor:
     """(g g')^(-1/2) g by Newton-Schulz: singular values go to 1, those of 0 stay."""
-    wide = g.shape[0] <= g.shape[1]
+    wide = g.shape[-2] <= g.shape[-1]
     x = g if wide else g.mT
-    x = x / torch.linalg.matrix_norm(x).clamp(min=torch.finfo(torch.float32).tiny)
+    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
     for _ in range(steps):
         gram = x @ x.mT  # x <- (15 x - 10 x x'x + 3 (x x')^2 x) / 8
         x = 1.875 * x + (0.375 * gram @ gram - 1.25 * gram) @ x
@@ -46,16 +46,19 @@ def whitened(g: Tensor, steps: int) -> Tensor:
 
 
 @matrix("u")
-def whiten(g, c):
-    """The direction: normalized, whitened, and as long as before the whitening."""
-    rows = normalized(g)
+def whiten(g, c, shape):
+    """The direction: normalized, whitened, and as long as before the whitening; of each expert, if there are any."""
+    rows = normalized(g.view(shape) if c.experts else g)
     u = whitened(rows, int(c.ns_steps))
-    length = torch.linalg.matrix_norm(u)
-    return u * (torch.linalg.matrix_norm(rows) / length.clamp(min=torch.finfo(torch.float32).tiny))
+    before, length = (torch.linalg.matrix_norm(x, keepdim=True) for x in (rows, u))
+    return (u * (before / length.clamp(min=torch.finfo(torch.float32).tiny))).view(g.shape)
 
 
 class SWAN(Rule):
     """Normalized and whitened gradients, without a state; AdamW for what is no matrix.
+
+    Tensors of more than two dimensions are flattened to (first, rest), but those of the role "expert" hold a matrix for
+    each expert.
 
     Args:
         params: see `lowbit.optim.Rule`, as all keyword arguments not listed here.
@@ -67,7 +70,7 @@ class SWAN(Rule):
     """
 
     by_role: ClassVar = True
-    kinds: ClassVar = ("matrix", "other")
+    kinds: ClassVar = ("matrix", "experts", "other")
     scalars: ClassVar = AdamW.scalars
 
     def __init__(
@@ -91,13 +94,19 @@ class SWAN(Rule):
 
     def kind(self, group: Mapping[str, Any], name: str, shape: tuple[int, ...], role: str) -> str:
         """See `Rule.kind`."""
+        if is_stack(shape, role):
+            return "experts"
         return "matrix" if is_matrix(shape, role) else "other"
 
     def plan(self, group: Mapping[str, Any], kind: str = "") -> tuple[Mapping[str, Moment], tuple[Stage, ...]]:
         """See `Rule.plan`."""
-        return ({}, (whiten, descend)) if kind == "matrix" else (AdamW.moments, (*AdamW.folds, adamw.adamw))
+        return (AdamW.moments, (*AdamW.folds, adamw.adamw)) if kind == "other" else ({}, (whiten, descend))
 
     def constants(self, group: Mapping[str, Any], t: int) -> dict[str, float]:
         """See `Part.constants`."""
+        return self.kind_constants(group, t, "matrix")
+
+    def kind_constants(self, group: Mapping[str, Any], t: int, kind: str) -> dict[str, float]:
+        """See `Rule.kind_constants`."""
         adam = adamw.constants(float(group["lr"]), group["betas"], group["eps"], group["weight_decay"])
-        return {**adam, "ns_steps": group["ns_steps"]}
+        return {**adam, "ns_steps": group["ns_steps"], "experts": kind == "experts"}

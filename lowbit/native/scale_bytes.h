@@ -1,12 +1,11 @@
-// Scales that are stored in a byte: which byte, from the largest magnitude of a block. The rules are those of
-// lowbit/scales.py, bit for bit; what a byte stands for comes from there.
+// Scales that are stored in a byte: which byte, from the largest magnitude of a block, by the format's own rule. The rules
+// are those of lowbit/scales.py, bit for bit; what a byte stands for comes from there.
 #pragma once
-#include "arithmetic.h"
+#include "scaling.h"
 
 namespace lb {
 
 constexpr float LARGEST = 3.4028234663852886e38f;
-enum { E8M0_NAN = 255, E4M3_NAN = 0x7F };
 
 LB_FN float times(float x, float factor) {
   const float product = x * factor;
@@ -41,9 +40,9 @@ LB_FN int32_t byte_e4m3(const lb_format &f, float wanted, float outer, float can
 
 // Of a block whose largest magnitude is absmax, with one of the format's candidates.
 LB_FN int32_t byte_of(const lb_format &f, float absmax, float outer, float candidate) {
-  const float statistic = finite_bits(magnitude_bits(absmax)) ? absmax : float_of(0x7FC00000u);
+  const float statistic = finite_bits(magnitude_bits(absmax)) ? absmax : no_number();
   const float wanted = times(statistic, f.gain);
-  return f.stored == LB_E8M0_SCALE ? byte_e8m0(f, times(wanted, candidate)) : byte_e4m3(f, wanted, outer, candidate);
+  return f.stored == LB_SCALE_E8M0 ? byte_e8m0(f, times(wanted, candidate)) : byte_e4m3(f, wanted, outer, candidate);
 }
 
 }  // namespace lb
