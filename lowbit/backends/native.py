@@ -25,10 +25,10 @@ from ..layout import row_bytes, row_stride
 from ..native import abi
 from ..native.build import BuildError
 from ..native.library import Library, load
-from ..native.tables import ALL, table
+from ..native.tables import ALL, stores, table
 from ..rotation import Rotation
 from ..rows import part_shapes
-from ..scales import Scales, best, block_of, last_power, multiplier
+from ..scales import Scales, best, block_of, every_byte, last_power, multiplier, outer_scale, statistic, times
 from ..stages import Job, Program
 
 EXTRA = {"affine": "zero", "log": "base"}
@@ -262,13 +262,16 @@ class _Matrix:
 
     def encode(self, dtype: torch.dtype | None, parts: dict[str, Tensor] | None, live: bool = False) -> Tensor | None:
         """Fill the parts, if there are any, and return what codes stand for, if it has a dtype."""
-        m, given = self.struct, self.x
+        m, given, found = self.struct, self.x, None
         m.packed.live = live
-        found = None if _derives(self.fmt) else best(self.fmt, self)
+        if stores(self.fmt):
+            self._find_outer(parts)
+        elif not _derives(self.fmt):
+            found = best(self.fmt, self)
         if parts is not None:
             parts |= found.parts if found else {}
             m.packed.codes, m.packed.row_bytes = parts["codes"].data_ptr(), row_bytes(self.shape[1], self.fmt.bits)
-            m.packed.scale = parts["scale"].data_ptr() if self.fmt.compressed else None
+            m.packed.scale = m.bytes = parts["scale"].data_ptr() if self.fmt.compressed else None
             m.packed.extra = parts[EXTRA[self.fmt.kind]].data_ptr() if self.fmt.kind in EXTRA else None
         values = None
         if dtype is not None:
@@ -278,6 +281,17 @@ class _Matrix:
         with self._given(found) if found else contextlib.nullcontext():
             self._run(load().encode)
         return values
+
+    def _find_outer(self, parts: dict[str, Tensor] | None) -> None:
+        """What is left to say where the library derives scales that are stored in bytes."""
+        outer, m = None, self.struct
+        if self.fmt.scaling.peak:
+            outer = outer_scale(self.fmt, times(statistic(self.fmt, self), self.fmt.scaling.gain))
+            m.outer = float(outer)
+            if parts is not None:
+                parts["tensor_scale"] = outer
+        self.table = every_byte(self.fmt, outer)  # alive for as long as this is
+        m.multipliers, m.inverses = self.table.multiplier.data_ptr(), self.table.inverse.data_ptr()
 
     @contextlib.contextmanager
     def _given(self, found: Scales) -> Iterator[None]:
@@ -376,7 +390,8 @@ def rotate(x: Tensor, rotation: Rotation, *, back: bool = False, dtype: torch.dt
 
 def _parts(fmt: Format, shape: tuple[int, int]) -> dict[str, Tensor]:
     shapes = part_shapes(fmt, shape)
-    made = shapes if _derives(fmt) else {"codes": shapes["codes"]}
+    # Where the library is given scales, they are made with them.
+    made = shapes if _derives(fmt) or stores(fmt) else {"codes": shapes["codes"]}
     return {part: torch.empty(shape, dtype=dtype) for part, (shape, dtype) in made.items()}
 
 
@@ -389,10 +404,14 @@ def decode(fmt: Format, parts: dict[str, Tensor], cols: int, dtype: torch.dtype 
     m = abi.Matrix(out=values.data_ptr(), out_dtype=DTYPES[dtype], rows=rows, cols=cols, tile=1)
     m.packed.format, m.packed.codes = addressof(table(fmt)), codes.data_ptr()
     if fmt.compressed:
-        scale = parts["scale"] if _derives(fmt) else multiplier(fmt, parts).contiguous()
         m.tile, width = block_of(fmt, rows, cols)
-        m.packed.row_bytes = codes.shape[1]
-        m.packed.scale, m.packed.scales = scale.data_ptr(), _across(cols, width)
+        m.packed.row_bytes, m.packed.scales = codes.shape[1], _across(cols, width)
+        if fmt.scaling.stored in ("e8m0", "e4m3") and not fmt.scaling.outer:
+            scale = every_byte(fmt, parts.get("tensor_scale")).multiplier
+            m.bytes, m.multipliers = parts["scale"].data_ptr(), scale.data_ptr()
+        else:
+            scale = parts["scale"] if _derives(fmt) else multiplier(fmt, parts).contiguous()
+            m.packed.scale = scale.data_ptr()
         m.packed.extra = parts[EXTRA[fmt.kind]].data_ptr() if fmt.kind in EXTRA else None
     if values.numel() and load().decode(byref(m), torch.get_num_threads()):
         raise MemoryError("the native library found no memory for a block")

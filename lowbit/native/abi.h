@@ -12,6 +12,7 @@ enum { LB_BLOCK = 256 };  // values of the largest step block
 
 enum lb_dtype { LB_FLOAT32, LB_BFLOAT16, LB_FLOAT16 };
 enum lb_kind { LB_KIND_FLOAT, LB_KIND_INTEGER, LB_KIND_CODEBOOK, LB_KIND_AFFINE, LB_KIND_LOG };
+enum lb_power { LB_POWER_UP, LB_POWER_FLOOR, LB_POWER_CEIL, LB_POWER_EVEN };  // how a scale becomes one, e8m0
 enum lb_master { LB_NONE, LB_SPLIT8, LB_SPLIT16, LB_KAHAN, LB_MASTER32 };
 enum lb_stage_kind { LB_MEASURE, LB_FOLD, LB_UPDATE };
 enum lb_reduce { LB_MAX, LB_SUM, LB_MEAN };
@@ -97,6 +98,12 @@ typedef struct lb_format {
   // Up to 16 rungs: what `tree` is to `thresholds`, of the rungs that may be at or below u with one above; and from
   // each rung to the next.
   float below[32], gaps[16];
+  // Scales that are stored in a byte, and that the library derives itself (lowbit/scales.py has the rules).
+  int32_t stored, power;       // an lb_scaled, 0: it does not; an lb_power
+  int32_t exponent, mantissa;  // of the largest value: its exponent, and the bits below
+  int32_t last;                // the largest byte
+  int32_t tries;               // how many candidates there are
+  float gain, smallest, candidates[2];  // smallest: of e4m3 scales
 } lb_format;
 
 // One per-value moment of one tensor, as rows (lowbit/rows.py).
@@ -175,6 +182,11 @@ typedef struct lb_matrix {
   // are written to packed.scale.
   const float *inverse;
   lb_operand packed;  // codes may be null: values are enough
+  // Scales that are stored in bytes, [ceil(rows / tile), packed.scales], and what each of the 256 stands for; the library
+  // derives those of blocks in rows. An outer scale that all have in common, or 0.
+  uint8_t *bytes;
+  const float *multipliers, *inverses;
+  float outer;
 } lb_matrix;
 
 // What can be found out about each part of a row that lies in one block, [rows, packed.scales]: the largest magnitude

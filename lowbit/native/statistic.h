@@ -2,7 +2,6 @@
 // values themselves are written there, rotated: to be encoded in rows, once their scales are known.
 #pragma once
 #include "matrix.h"
-#include "trees.h"
 
 namespace LB_SPACE {
 
@@ -33,14 +32,6 @@ static void terms(const lb_matrix &m, int what, const Line &line, int n, float *
 
 static Line part_of_line(const Line &line, int64_t from, int64_t n) {
   return {line.row, line.col + from, n, line.x + from, nullptr};
-}
-
-// The sum of n values, at most 256, by halving. Zeros are put after them, up to a power of two.
-static float sum_few(float *x, int n) {
-  int width = 1;
-  while (width < n) width *= 2;
-  for (int k = n; k < width; ++k) x[k] = 0.0f;
-  return halve(x, width);
 }
 
 // Sums over the blocks of a line, as blocks.total has them: of short blocks, many at once.
