@@ -103,6 +103,7 @@ typedef struct lb_format {
   int32_t exponent, mantissa;  // of the largest value: its exponent, and the bits below
   int32_t last;                // the largest byte
   int32_t tries;               // how many candidates there are
+  int32_t rms;                 // from the root of the mean square, not from the largest magnitude
   float gain, smallest, candidates[2];  // smallest: of e4m3 scales
 } lb_format;
 
