@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from . import codec
-from .blocks import counts, halve, tiles, total
+from .blocks import counts, halve, matrix, tiles, total
 from .compiler import constant
 from .formats import DOUBLE_BLOCK, TINY, Format, Rounding, Stored
 from .formats import format as find_format
@@ -89,6 +89,18 @@ class Measured(Protocol):
         """`blocks.total` of the squares of what rounding to nearest loses, with these scales."""
         ...
 
+    def products(self, inverse: Tensor) -> Tensor:
+        """`blocks.total` of values in units of their scales, times what they are rounded to."""
+        ...
+
+    def units(self, inverse: Tensor) -> Tensor:
+        """Values in units of their scales, fp32 [rows, columns]; NaN, of a block that is not finite, is 0."""
+        ...
+
+    def codes(self, found: Scales) -> Tensor:
+        """The part `codes`, to nearest with these scales."""
+        ...
+
 
 class Tiles:
     """A matrix in torch that can be measured."""
@@ -104,8 +116,18 @@ class Tiles:
         scaled = self.inside * inverse[..., None, None]
         return total(scaled * scaled if of == "squares" else scaled.abs())
 
+    def products(self, inverse: Tensor) -> Tensor:
+        rounded = codec.values(self.fmt, self._nearby(inverse), torch.ones_like(inverse)).view(self.inside.shape)
+        return total(self.inside * inverse[..., None, None] * rounded)
+
+    def units(self, inverse: Tensor) -> Tensor:
+        return matrix((self.inside * inverse[..., None, None]).nan_to_num(0.0), *self.shape)
+
+    def _nearby(self, inverse: Tensor) -> Tensor:
+        return codec.nearby(self.fmt, self.inside.flatten(2), inverse)
+
     def losses(self, found: Scales) -> Tensor:
-        codes = codec.nearby(self.fmt, self.inside.flatten(2), found.inverse)
+        codes = self._nearby(found.inverse)
         apart = codec.values(self.fmt, codes, found.multiplier).view(self.inside.shape) - self.inside
         return total(apart * apart)
 

@@ -325,6 +325,25 @@ class _Matrix:
         with self._given(found):
             return halve(self._by_block("losses", torch.float64).transpose(1, 2))
 
+    def products(self, inverse: Tensor) -> Tensor:
+        with self._given(Scales(inverse, inverse, {})):
+            return halve(self._by_block("products", torch.float64).transpose(1, 2))
+
+    def units(self, inverse: Tensor) -> Tensor:
+        values, m = torch.empty(self.shape), self.struct
+        m.out, m.out_dtype = values.data_ptr(), DTYPES[values.dtype]
+        with self._given(Scales(inverse, inverse, {})):
+            self._run(load().measure, abi.STATISTIC["units"], None)
+        m.out = None
+        return values
+
+    def codes(self, found: Scales) -> Tensor:
+        parts = {"codes": torch.empty(self.shape[0], row_bytes(self.shape[1], self.fmt.bits), dtype=torch.uint8)}
+        self.struct.packed.codes, self.struct.packed.row_bytes = parts["codes"].data_ptr(), parts["codes"].shape[1]
+        with self._given(found):
+            self._run(load().encode)
+        return parts["codes"]
+
     def _by_block(self, what: str, dtype: torch.dtype) -> Tensor:
         """A statistic of each row in each block: [block rows, rows of a block, block columns]."""
         height, across = self.block[0], self.struct.packed.scales
@@ -376,6 +395,11 @@ def quantized(
     values = matrix.encode(dtype, parts)
     assert values is not None
     return values, parts
+
+
+def measured(fmt: Format, x: Tensor, *, rotation: Rotation | None = None) -> _Matrix:
+    """See `backends.measured`."""
+    return _Matrix(fmt, x, None, rotation)
 
 
 def rotate(x: Tensor, rotation: Rotation, *, back: bool = False, dtype: torch.dtype = torch.float32) -> Tensor:

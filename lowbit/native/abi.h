@@ -103,6 +103,7 @@ typedef struct lb_format {
   int32_t exponent, mantissa;  // of the largest value: its exponent, and the bits below
   int32_t last;                // the largest byte
   int32_t tries;               // how many candidates there are
+  int32_t rms;                 // from the root of the mean square, not from the largest magnitude
   float gain, smallest, candidates[2];  // smallest: of e4m3 scales
 } lb_format;
 
@@ -191,5 +192,6 @@ typedef struct lb_matrix {
 
 // What can be found out about each part of a row that lies in one block, [rows, packed.scales]: the largest magnitude
 // (fp32; NaN > infinity > finite); and sums (float64; blocks.total in Python), in units of the given scales: of squares,
-// of magnitudes; and of the squares of what rounding to nearest loses.
-enum lb_statistic { LB_PEAKS, LB_SQUARES, LB_MAGNITUDES, LB_LOSSES };
+// of magnitudes; of the squares of what rounding to nearest loses; of products with what it makes. Or no number: values
+// in units of the given scales are written to `out`.
+enum lb_statistic { LB_PEAKS, LB_SQUARES, LB_MAGNITUDES, LB_LOSSES, LB_PRODUCTS, LB_UNITS };

@@ -12,7 +12,7 @@ POWER = {"up": 0, "floor": 1, "ceil": 2, "even": 3}
 MASTER = {"none": 0, "split8": 1, "split16": 2, "kahan": 3, "fp32": 4}
 STAGE = {"measure": 0, "fold": 1, "update": 2}
 REDUCE = {"": 0, "max": 0, "sum": 1, "mean": 2}
-STATISTIC = {"absmax": 0, "squares": 1, "magnitudes": 2, "losses": 3}
+STATISTIC = {"absmax": 0, "squares": 1, "magnitudes": 2, "losses": 3, "products": 4, "units": 5}
 SCALED = {"fp32": 0, "bf16": 1, "e8m0": 2, "e4m3": 3}
 OVER = {"tensor": 0, "all": 1, "row": 2, "column": 3, "group": 4}
 
@@ -40,7 +40,7 @@ class Format(Structure):
         ("cell_high", c_uint32),
         ("below", c_float * 32),
         ("gaps", c_float * 16),
-        *((name, c_int32) for name in ("stored", "power", "exponent", "mantissa", "last", "tries")),
+        *((name, c_int32) for name in ("stored", "power", "exponent", "mantissa", "last", "tries", "rms")),
         *((name, c_float) for name in ("gain", "smallest")),
         ("candidates", c_float * 2),
     )

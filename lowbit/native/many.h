@@ -104,6 +104,18 @@ static void losses(const lb_format &f, const float *x, int64_t col, int n, const
   }
 }
 
+// From the largest magnitude of each block of n values to the root of its mean square (scales.statistic).
+static void root_mean_squares(const float *x, int n, int block, float *statistic) {
+  alignas(64) float each[LB_BLOCK];
+  for (int i = 0; i < n; i += block, ++statistic) {
+    const int count = n - i < block ? n - i : block;
+    const float unit = *statistic > 0.0f ? lb::binade(*statistic) : 1.0f, by = 1.0f / unit;
+    LB_IVDEP for (int k = 0; k < count; ++k) each[k] = x[i + k] * by * (x[i + k] * by);
+    const float root = lb::sqrt((float)((double)sum_few(each, count) / count)) * unit;
+    *statistic = finite_bits(magnitude_bits(*statistic)) ? root : no_number();
+  }
+}
+
 // Bytes of whole blocks; of two candidates the one that loses less, the first of equals.
 static Scales derive_bytes(const lb_matrix &m, const float *x, int64_t col, int n, uint8_t *bytes, Desk &desk) {
   const lb_format &f = *m.packed.format;
@@ -111,6 +123,7 @@ static Scales derive_bytes(const lb_matrix &m, const float *x, int64_t col, int 
   float first[SPAN / 8], second[SPAN / 8];
   uint8_t other[SPAN / 8];
   peaks(x, n, f.block, desk.absmax);
+  if (f.rms) root_mean_squares(x, n, f.block, desk.absmax);
   for (int b = 0; b < count; ++b) bytes[b] = (uint8_t)byte_of(f, desk.absmax[b], m.outer, f.candidates[0]);
   if (f.tries > 1) {
     for (int b = 0; b < count; ++b) other[b] = (uint8_t)byte_of(f, desk.absmax[b], m.outer, f.candidates[1]);

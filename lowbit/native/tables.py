@@ -49,7 +49,7 @@ def stores(fmt: Format) -> bool:
     way, (rows, columns) = fmt.scaling, fmt.block
     known = way.stored == "e8m0" or (way.stored == "e4m3" and way.rounding == "nearest" and not way.outer)
     short = rows == 1 and columns % 8 == 0 and 0 < columns <= abi.BLOCK
-    return known and short and way.statistic == "absmax" and len(way.candidates) <= 2
+    return known and short and way.statistic in ("absmax", "rms") and len(way.candidates) <= 2
 
 
 def _scaling(made: abi.Format, fmt: Format) -> None:
@@ -57,6 +57,7 @@ def _scaling(made: abi.Format, fmt: Format) -> None:
     made.stored, made.power = abi.SCALED[way.stored], abi.POWER.get(way.rounding, 0)
     made.exponent, made.mantissa = exponents(fmt)
     made.last, made.tries = last_power(fmt), len(way.candidates)
+    made.rms = way.statistic == "rms"
     made.gain, made.smallest = way.gain, way.least
     made.candidates[: made.tries] = way.candidates
 
