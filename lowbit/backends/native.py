@@ -231,7 +231,9 @@ def _derives(fmt: Format) -> bool:
 def _across(cols: int, width: int) -> int:
     """Blocks of a row."""
     if cols > ALL:
-        raise ValueError(f"a row of {cols} values is too long for the native backend: LOWBIT_BACKEND=reference takes it")
+        raise ValueError(
+            f"a row of {cols} values is too long for the native backend: LOWBIT_BACKEND=reference takes it"
+        )
     return -(-cols // width)
 
 
