@@ -1,4 +1,4 @@
-"""Write the tables of docs/cpu-speed.md from the committed results of step.py, codec.py and many_tensors.py.
+"""Write the tables of docs/cpu-speed.md from the committed results of step.py, codec.py, layers.py and many_tensors.py.
 
 python benchmarks/cpu_tables.py            write them
 python benchmarks/cpu_tables.py --check    fail if they are not what the results say (a test does this)
@@ -50,6 +50,9 @@ class Goal:
 OURS, SLOW = "ours and torch", "slow rivals"
 FRESH, KEPT, LAYERS = "fresh memory", "kept memory", "layers"
 MANY, HOST = "58M parameters", "host"
+PASSES, LINEAR = "forward and backward", "torch nn.Linear"
+FORWARD_ONLY = ("int4", "fp4", "bitnet", "quest", "qlora-nf4")  # no operand of a backward matmul is quantized for it
+ALL_THREE = ("int8", "jetfire", "fp8", "mxfp4", "nvfp4", "quartet", "quartet2", "tetrajet2", "luq")
 GOALS = {
     "step": [
         Goal("AdamW 8bit / torch", OURS, "lowbit AdamW 8bit", YARDSTICK, 0.80, 0.55),
@@ -76,6 +79,10 @@ GOALS = {
             Goal(f"{name} / matmul", LAYERS, name, "torch matmul", 0.05, 0.05)
             for name in ("layers int4", "layers fp4", "lowbit fake int4:16", "lowbit fake e2m1:16")
         ),
+    ],
+    "layers": [
+        *(Goal(f"{n} / nn.Linear", PASSES, f"lowbit {n}", LINEAR, 1.10, 1.05) for n in FORWARD_ONLY),
+        *(Goal(f"{n} / nn.Linear", PASSES, f"lowbit {n}", LINEAR, 1.25, 1.15) for n in ALL_THREE),
     ],
     "many_tensors": [
         Goal(f"lowbit {n}, {count} tensors / one", MANY, f"lowbit {n}, {count}", f"lowbit {n}, 1", 1.05, 1.01)
@@ -170,6 +177,23 @@ def many_tensors(results: dict[str, Any]) -> list[Grid]:
     return [*made, Grid("What a step costs the host", *host)]
 
 
+def layers(results: dict[str, Any]) -> list[Grid]:
+    """Forward and backward of a layer: milliseconds, and times nn.Linear's in the same round."""
+    side, batch, threads = results["layer"], results["batch"], _threads(results)
+    heads = [f"{side} × {side}, batch {batch}, fp32", *(f"{h}, threads: {t}" for t in threads for h in ("ms", "×"))]
+    rows = []
+    for group in results["groups"]:
+        plain = group["cases"][LINEAR]["seconds"]
+        for name, case in group["cases"].items():
+            if name == LINEAR and group["title"] != PASSES:
+                continue
+            own = case["seconds"]
+            cells = [(spread(own[t], 1e3), f"{timing.median_ratio(own[t], plain[t]):.3f}") for t in threads]
+            rows.append([name, *(cell for pair in cells for cell in pair)])
+    about = "Median [quartiles]; ×: time over that of nn.Linear, median of the ratios within each round."
+    return [Grid("A layer forward and backward", heads, rows, about)]
+
+
 def _by_threads(
     head: str, cases: dict[str, Any], scale: float, results: dict[str, Any]
 ) -> tuple[list[str], list[list[str]]]:
@@ -214,7 +238,7 @@ def _number(value: float | None, spec: str) -> str:
     return NONE if value is None else format(value, spec)
 
 
-TABLES = {"step": step, "codec": codec, "many_tensors": many_tensors}
+TABLES = {"step": step, "codec": codec, "layers": layers, "many_tensors": many_tensors}
 
 
 def show(name: str, results: dict[str, Any]) -> None:

@@ -108,9 +108,9 @@ class Losses:
                 for name in OPTIMIZERS if name not in NO_STATES
                 if (found := self.best(name, states)) and (exact := self.best(name, "fp32"))
             ]  # fmt: skip
-            verdicts = [d.verdict for d in every if d]
+            verdicts = [d.verdict for d in every if d and d.low is not None]
             costs = self.costs(states)
-            if len(costs) < 2:
+            if not verdicts or len(costs) < 2:
                 continue
             mean, half = statistics.mean(costs), stats.t_quantile(len(costs) - 1) * statistics.stdev(costs)
             half /= len(costs) ** 0.5
@@ -123,19 +123,18 @@ class Losses:
         return "\n".join(said)
 
     def divergences(self) -> str:
-        """Every run that diverged, and why."""
+        """Every run that diverged, of the search too, and why."""
         by: dict[tuple[str, str, float], list[dict[str, Any]]] = {}
-        for lines in self.by.values():
-            for line in lines:
-                if line["why"]:
-                    by.setdefault((line["case"], line["variant"], line["lr"]), []).append(line)
+        for line in self.results.runs.values():
+            if line["why"]:
+                by.setdefault((line["case"], line["variant"], line["lr"]), []).append(line)
         if not by:
-            return "No run diverged."
+            return "No run diverged." if self.results.runs else ""
         said = [
-            f"- {name}, {states}, lr {lr:g}: {len(lines)} of {len(SEEDS)} seeds; {lines[0]['why']}"
+            f"- {name}, {states}, lr {lr:g}, seed {', '.join(str(line['seed']) for line in lines)}: {lines[0]['why']}"
             for (name, states, lr), lines in sorted(by.items())
         ]
-        return "\n".join(["Runs that diverged (with the first one's reason):", "", *said])
+        return "\n".join(["Runs that diverged, with the first one's reason:", "", *said])
 
     def conditions(self) -> str:
         """The set-up, where and by which sources it was run."""

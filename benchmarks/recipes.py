@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -185,17 +185,23 @@ class Costs:
             f"{o} at lr {lr:g}, {statistics.mean(its.values()):.3f}"
             for o, lr in self.lr.items() if (its := self.losses(FLOAT, o))
         )  # fmt: skip
-        contrasts = [d for case in cases for o in OPTIMIZERS if (d := self.cost(case, o)) and d.low is not None]
-        contrasts += [
-            d for case in cases for o in OPTIMIZERS
-            if case in SAME_CODES and (d := self.cost(case, o, SAME_CODES[case])) and d.low is not None
-        ]  # fmt: skip
-        found = sum(d.verdict != "not significant" for d in contrasts)
         return (
-            f"Float: {levels} nats a byte. {len(contrasts)} contrasts were looked at, {found} of them are significant "
-            f"at 5 % (bold); by chance alone {0.05 * len(contrasts):.1f} would be. Nano LLaMA, {e['steps']} steps of "
+            f"Float: {levels} nats a byte. {self.contrasts(cases)} Nano LLaMA, {e['steps']} steps of "
             f"{e['batch']} × {e['seq']} bytes, corpus sha256 {e['corpus']['sha256'][:12]}. Commits {commits}; "
             f"{e['cpu']}, torch {e['torch']}."
+        )
+
+    def contrasts(self, cases: Iterable[str]) -> str:
+        """How many contrasts these cases are, and how many are significant."""
+        pairs = [(case, FLOAT) for case in cases] + [(case, SAME_CODES[case]) for case in cases if case in SAME_CODES]
+        every = [d for case, other in pairs for o in OPTIMIZERS if (d := self.cost(case, o, other))]
+        every = [d for d in every if d.low is not None]
+        if not every:
+            return "No contrast has two seeds yet."
+        found = sum(d.verdict != "not significant" for d in every)
+        return (
+            f"Contrasts: {len(every)}, of which {found} are significant at 5 % (bold); by chance alone about "
+            f"{0.05 * len(every):.1f} would be."
         )
 
     def sections(self) -> dict[str, str]:

@@ -19,6 +19,10 @@ struct Job {
   int64_t work_vectors[LB_ARRAYS];  // offsets of this step's copies of vectors, persistent ones first
   int64_t partial;  // offset: a float for each step block (lowbit/gpu/stages.py says how many)
   int64_t sums;     // offset: a double for each strip of rows, each row, or each column of each tile of 512 rows
+  // Of a parameter that is codes and scales: `param` points to its codes.
+  void *param_scale;  // floats, bf16 numbers or bytes
+  int8_t *rest;       // of a split weight
+  const float *tensor_scale;  // of all scales
 };
 
 // What a step changes about a tensor.

@@ -22,14 +22,35 @@ template <int K> struct Tables {  // of all moments' formats from K on, in share
   typename Codec<FormatOf<K>>::Shared own;
   Tables<K + 1> rest;
 };
-template <> struct Tables<MOMENTS> {};
+constexpr int WEIGHT = LB_MOMENTS;  // the number of what is no moment: the parameter, where it is codes (weights.h)
+template <int K, bool> struct OwnTables {};
+template <int K> struct OwnTables<K, true> {
+  typename Codec<FormatOf<K>>::Shared own;
+};
+template <> struct Tables<MOMENTS> : OwnTables<WEIGHT, STORED> {};
+
+template <int K> LB_FN void prepare_own([[maybe_unused]] Tables<MOMENTS> &tables) {
+  if constexpr (STORED) {
+    OwnTables<K, STORED> &its = tables;
+    Codec<FormatOf<K>>::prepare(its.own);
+  }
+}
 
 template <int K> LB_FN void prepare_tables([[maybe_unused]] Tables<K> &tables) {
   if constexpr (K < MOMENTS) {
     Codec<FormatOf<K>>::prepare(tables.own);
     prepare_tables<K + 1>(tables.rest);
+  } else {
+    prepare_own<WEIGHT>(tables);
   }
 }
+
+template <int K> LB_FN const Tables<MOMENTS> &last_tables(const Tables<K> &tables) {
+  if constexpr (K < MOMENTS) return last_tables<K + 1>(tables.rest);
+  else return tables;
+}
+
+template <int K> LB_FN const OwnTables<K, true> &own_tables(const Tables<0> &tables) { return last_tables<0>(tables); }
 
 // Where a lane's codes and their scale are.
 template <int K> LB_FN int64_t code_index(const Job &job, const Place &place) {
@@ -127,10 +148,6 @@ LB_FN bool load_gradient(const Dynamic &now, const Place &place, float (&g)[V]) 
   const GradientWords raw = fetch_gradient(now, place);
   widen_gradient(raw, g);
   return !finite_gradient(raw);
-}
-
-LB_FN void load_parameter(const Job &job, const Place &place, float (&p)[V]) {
-  widen_parameter(fetch_parameter(job, place), p);
 }
 
 template <int K, uint32_t WANTED, int COUNT>

@@ -7,7 +7,7 @@
 // Memory, bytes of a parameter: what is stored of p (read and written), g (read), and each moment (read and written).
 //   AdamW, bf16 p and g, 8-bit moments: 2 + 2 + 2 + 2 * 2 * (1 + 4/256) = 10.06; with 4 bits 2 * 2 * (1/2 + 4/128) = 8.13.
 // Instructions of a parameter: `lowbit doctor --arch sm_90a` counts them; an H100 can issue 99 and 80 meanwhile.
-#include "moments.h"
+#include "weights.h"
 
 namespace lb {
 
@@ -53,9 +53,10 @@ template <int K> LB_FN constexpr bool searches() {
 constexpr bool EARLY = !searches<0>();
 
 // A lane's values of everything as it is stored; they stay in registers until the new ones are known to be right.
+using As = Kept<STORED>;
 struct Operands {
   GradientWords gradient;
-  Parameter parameter;
+  As::Old parameter;
   Fetched<0, ~0u> moments;
 };
 // For how many blocks of threads at once a multiprocessor's registers are to suffice: as many as was fastest on an H100,
@@ -65,7 +66,7 @@ constexpr int TOGETHER = !LINEAR || PARAM == LB_FLOAT32 || sizeof(Operands) > 11
 LB_FN void fetch_operands(const Job &job, const Dynamic &now, const Place &here, Operands &to) {
   if (here.count == 0) return;
   to.gradient = fetch_gradient(now, here);
-  to.parameter = fetch_parameter(job, here);
+  to.parameter = As::fetch(job, here);
   Fetched<0, ~0u>::fetch(job, here, to.moments);
 }
 
@@ -75,7 +76,7 @@ template <class F> LB_FN bool run_updates(const Operands &from, const Place &her
   using Update = Sweep<MEASURES, F>;
   const auto own = Update::scalars(scalars);
   widen_gradient(from.gradient, x[1]);
-  widen_parameter(from.parameter, x[0]);
+  As::decode(from.parameter, here, tables, x[0]);
   Fetched<0, ~0u>::decode(from.moments, here, tables, x);
   Doubt doubt, of_sources;
   LB_UNROLL for (int k = 0; k < V; ++k) {
@@ -120,14 +121,15 @@ extern "C" __global__ void __launch_bounds__(lb::UPDATERS, lb::TOGETHER)
     const bool doubtful = run_updates<Quick>(old, here, tables, scalars, x, stored);
     if (any<32>(doubtful && here.count > 0)) run_updates<float>(old, here, tables, scalars, x, stored);
     bool finite;
-    const ParamWords parameter = narrow_parameter(keys[0], here, x[0], finite);
-    bool bad = !finite_gradient(old.gradient) || (!finite && spoiled(here, old.parameter.raw, parameter));
+    const As::New parameter = As::encode(job, keys[0], here, tables, old.parameter, x[0], finite);
+    bool bad = !finite_gradient(old.gradient);
+    bad |= !finite && As::spoils(here, tables, old.parameter, parameter, x[0]);
     bad |= Stored<0>::encode(here, keys, tables, x, stored);
     __syncwarp();  // all lanes have loaded the scales, which one of them stores: a vote alone orders no memory
     if (GUARDED && any<LANES>(bad)) {
       lost += lane() % LANES == 0 && here.count > 0;
     } else {
-      store_parameter(job, here, x[0], parameter);
+      As::store(job, here, x[0], parameter);
       Stored<0>::store(job, here, stored);
     }
     if (!EARLY) fetch_operands(job, now, ahead, next);

@@ -1,7 +1,7 @@
 // The sweeps that measure: from a tensor's operands to a number for each step block, or each column of a tile of rows.
 #pragma once
-#include "moments.h"
 #include "sums.h"
+#include "weights.h"
 
 namespace lb {
 
@@ -49,7 +49,7 @@ LB_FN bool measured(const Job &job, const Dynamic &now, const uint8_t *workspace
   constexpr uint32_t READS = Sweep<M>::READS;
   float x[SLOTS][V];
   bool bad = false;
-  if constexpr ((READS & 1u) != 0u) load_parameter(job, here, x[0]);
+  if constexpr ((READS & 1u) != 0u) load_kept(job, here, tables, x[0]);
   if constexpr ((READS & 2u) != 0u) bad = load_gradient(now, here, x[1]);
   load_moments<0, READS>(job, here, tables, x);
   load_vectors<0, READS>(job, workspace, here, x);
@@ -65,7 +65,7 @@ LB_FN bool measured(const Job &job, const Dynamic &now, const uint8_t *workspace
 }
 
 template <int M> LB_FN void prepare(Tables<0> &tables) {
-  if constexpr ((Sweep<M>::READS >> 2 & ((1u << MOMENTS) - 1u)) != 0u) {
+  if constexpr ((Sweep<M>::READS >> 2 & ((1u << MOMENTS) - 1u)) != 0u || (STORED && (Sweep<M>::READS & 1u) != 0u)) {
     prepare_tables<0>(tables);
     __syncthreads();
   }

@@ -18,6 +18,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from .compiler import constant
 from .formats import TINY, Format
 from .rounding import narrow
 from .words import sqrt
@@ -27,9 +28,19 @@ LOG_QUANTILE = 0.1
 ROOT_STEPS = 6
 
 
-@lru_cache(maxsize=256)
+@constant
+def _observed() -> bool:
+    """Whether a mode watches operations: a compiler's fake tensors must not stay in a cache, nor meet real ones."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
 def _tables(fmt: Format, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(value of each code, ladder values, ladder codes, thresholds) on a device."""
+    return _made_tables.__wrapped__(fmt, device) if _observed() else _made_tables(fmt, device)
+
+
+@lru_cache(maxsize=256)
+def _made_tables(fmt: Format, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rungs, codes = zip(*fmt.ladder, strict=True)
     numbers = (fmt.values, rungs, fmt.thresholds)
     values, ladder, thresholds = (torch.tensor(t, dtype=torch.float32, device=device) for t in numbers)

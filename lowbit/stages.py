@@ -338,6 +338,11 @@ class Job:
         return self.turn.seed, self.turn.step, self.tensor
 
     @property
+    def written(self) -> tuple[Tensor, ...]:
+        """The parameter, and the parts of a stored one: what autograd must be told of."""
+        return (self.param,) if self.stored is None else (self.param, *self.stored[1].values())
+
+    @property
     def grad(self) -> Tensor:
         """The gradient: the parameter's, unless another is given."""
         grad = self.param.grad if self.gathered is None else self.gathered

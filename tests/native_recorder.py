@@ -41,6 +41,18 @@ class Recorder:
                 parts += [self._format(job.moments[k].format), *(chunk(*operand) for operand in operands)]
                 written += operands
             lengths = {abi.OVER["row"]: rows, abi.OVER["column"]: cols, abi.OVER["group"]: -(-rows // job.group_rows)}
+            if job.weight.format:
+                bytes_each = {0: 4, 1: 2}.get(job.scaled, 1)  # of an abi.SCALED
+                weight = [
+                    (job.weight.codes, rows * job.weight.row_bytes),
+                    (job.weight.scale, bytes_each * rows * job.weight.scales),
+                    (job.rest, rows * cols),
+                    (job.tensor_scale, 4),
+                ]
+                parts += [number(1), self._format(job.weight.format), *(chunk(*operand) for operand in weight)]
+                written += weight
+            else:
+                parts.append(number(0))
             own = [(job.vectors[k], 4 * lengths[program.over[k]]) for k in range(program.vectors)]
             own += [(job.scalars[k], 4) for k in range(program.kept)]
             parts += [chunk(*operand) for operand in own]

@@ -205,9 +205,6 @@ def test_a_rotation_of_both_operands_cancels(size):
 def test_a_rotation_says_what_it_cannot_do():
     with pytest.raises(ValueError, match="16, 32, 64, 128 values, not 48"):
         Rotation(48)
-    for function in (cuda.encode, cuda.fake):
-        with pytest.raises(ValueError, match="rows of 40 values"):
-            function(format("int4"), torch.zeros(2, 40), rotation=Rotation(16))
     with pytest.raises(ValueError, match="rows of 40 values"):
         rotate(torch.zeros(2, 40), Rotation(16))
 

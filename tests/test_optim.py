@@ -32,7 +32,6 @@ from torch.nn import Parameter
 from lowbit import backends, layout
 from lowbit.optim import (
     AdamW,
-    Rule,
     StableSPAM,
 )  # fmt: skip
 from lowbit.words import abs

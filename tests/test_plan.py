@@ -76,7 +76,7 @@ def test_what_saves_memory_saves_it():
         "4bit": plan(Choice("130m", states="4bit", seq=128)).states / usual.states,
         "seq": plan(Choice("130m", states="fp32", seq=64)).activations / usual.activations,
     }
-    assert less["checkpoint"] < 0.4 and less["int4"] < 1 and less["4bit"] < 0.15
+    assert less["checkpoint"] < 0.4 and less["int4"] < 1 and less["4bit"] < 0.2
     assert less["seq"] == pytest.approx(0.5, abs=0.02)  # nothing is kept that grows with its square
     assert plan(Choice("130m", "Muon", seq=8)).temporary > 0
     assert plan(Choice("130m", master="split8", seq=8)).master == usual.parameters

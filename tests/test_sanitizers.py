@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import stored_cases
 import torch
 from cases import one_thread as one_thread
 from native_cases import COVERING, Setting, libraries, run
@@ -41,12 +42,18 @@ class Case(NamedTuple):
 
 
 LONGER = (r"memcpy\(p, from, 4 \* n\)", "memcpy(p, from, 4 * n + 4)", "heap-buffer-overflow")
+SPLIT = (
+    r"(unpack\(codes, f\.bits, s\.n)(, room\.codes\);\s*const uint8_t \*code )",
+    r"\1 + 2\2",
+    "heap-buffer-overflow",
+)
 BARRIER = (r"(sweep\(step, \*room\);\s*)LB_BARRIER\(\);", r"\1", "data race")
 CASES = {
     "address-baseline": Case("baseline", ADDRESS),
     "address-avx2": Case("avx2", ADDRESS),
     "thread": Case("baseline", THREAD),
     "address-a-copy-too-long": Case("baseline", ADDRESS, LONGER),
+    "address-a-split-weight-too-long": Case("baseline", ADDRESS, SPLIT),
     "thread-a-barrier-less": Case("baseline", THREAD, BARRIER),
 }
 
@@ -57,6 +64,21 @@ DRAFTED = [
     Setting("stablespam", "nf4", "log4", 256, "bf16", "bf16", "auto", "nearest", "large", THREADS, "clean"),
 ]
 
+
+# Weights that are codes: every way to keep scales, a rest, rows of whole blocks and others, numbers that overflow.
+STORED = [
+    stored_cases.Setting("adamw", store, "8bit", "f32", "bf16", rounding, "nearest", shapes, THREADS, wrong)
+    for store, shapes, rounding, wrong in [
+        ("int8", "large", "auto", "clean"),
+        ("int4", "ragged", "auto", "huge"),
+        ("nf4", "large", "auto", "huge"),
+        ("mxfp4", "ragged", "nearest", "clean"),
+        ("nvfp4", "large", "auto", "clean"),
+        ("split", "ragged", "auto", "clean"),
+        ("split8", "large", "auto", "huge"),
+        ("mxfp8", "points", "nearest", "clean"),
+    ]
+]
 
 # What a layer asks for: scales of every kind, of blocks in rows and of tiles; sums over short blocks and long ones.
 NAMES = (
@@ -100,6 +122,8 @@ def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setattr(native, "load", lambda: recorder)
         for setting in chosen():
             run(setting, "native", steps=2)
+        for setting in STORED:
+            stored_cases.run(setting, "native", steps=2)
         for k, name in enumerate(name for name in lowbit.formats() if lowbit.format(name).plain):
             fmt = lowbit.format(name)
             for block in (None, 3, 1000) if fmt.compressed else (None,):

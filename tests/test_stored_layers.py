@@ -127,9 +127,10 @@ def test_autocast_computes_in_bf16_and_gives_gradients_in_the_outer_dtype(store:
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's compiler does it
-@pytest.mark.parametrize("store", ["int8", "int4", "split"])
-def test_a_model_of_stored_weights_compiles_in_one_graph_and_stays_compiled(store: str):
-    model = tied(Recipe(store=store, embedding="int8"))
+@pytest.mark.parametrize("store, activation", [("int8", None), ("split", None), ("nvfp4", "int8")])
+def test_a_model_of_stored_weights_compiles_in_one_graph_and_stays_compiled(store: str, activation: str | None):
+    gradient = Operand("int8", rounding="stochastic") if activation else None
+    model = tied(Recipe(activation=activation, gradient=gradient, store=store, embedding="nf4"))
     eager = copy.deepcopy(model)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()

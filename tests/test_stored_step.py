@@ -1,46 +1,28 @@
-"""Optimizers step weights that are codes and scales: what a step is, what it leaves alone, and on every backend alike."""
+"""Optimizers step weights that are codes and scales: what a step is, and what it leaves alone, on every backend."""
 
-import copy
-import zlib
-from typing import Any, NamedTuple
+from itertools import pairwise as neighbours
+from typing import Any
 
-import native_cases
 import numpy as np
 import oracles_optim
 import pytest
 import torch
-from cases import CASES, Case, as_reference, assert_same, every_case, gradient
+from cases import CASES, Case, as_reference, assert_same, every_case, gradient, injected
 from cases import one_thread as one_thread
-from native_cases import OPTIMIZERS, SHAPES, AsAsked, differences, every_isa, need, pairwise, using
+from native_cases import differences, libraries, using
+from stored_cases import FEW, OTHERS, REST, STORES, Setting, equal, parts, run, weight
 from torch import Tensor
 from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import lowbit
 from lowbit import scales, stored
 from lowbit.backends import reference
 from lowbit.layout import row_stride, rows_of
-from lowbit.nn.stored import StoredWeight
 from lowbit.optim import SGD, SPAM, AdamW, Muon, Rule, StableSPAM
 from lowbit.rounding import bits16, key
 
-STORES = ["int8", "int4", "nf4", "mxfp4", "nvfp4", "split", "split8"]
-OTHERS = ["int8:2", "int8:256", "int4:16", "nf4:128", "e2m1", "mxfp4-even", "mxfp8", "e4m3:64", "bnb-fp4", "nvfp4-te"]
 every_store = pytest.mark.parametrize("store", STORES)
 both_backends = pytest.mark.parametrize("backend", ["reference", "native"])
-
-
-def weight(store: str, shape: tuple[int, ...] = (9, 600), seed: int = 0, dtype=torch.float32) -> Parameter:
-    value = 0.1 * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-    return Parameter(StoredWeight.of(value.to(dtype), store))
-
-
-def parts(p: Parameter) -> dict[str, Tensor]:
-    return {name: part.clone() for name, part in p.parts.items()}
-
-
-def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return all(torch.equal(a[name].view(torch.uint8), b[name].view(torch.uint8)) for name in a)
 
 
 # --- A step is load, rule, store -------------------------------------------------------------------------------------
@@ -64,18 +46,20 @@ def check_stored(p: Parameter, before: dict[str, Tensor], x: np.ndarray, u: np.n
     if many > 1:
         ladder = np.arange(-256 * fmt.limit - 127, 256 * fmt.limit + 128) / 256
     else:
-        ladder = np.unique([value for value, _ in fmt.ladder] + [-value for value, _ in fmt.ladder])
+        ladder = np.array([value for value, _ in fmt.ladder])
     values = np.pad(p.load().detach().double().numpy().reshape(rows, cols), ((0, 0), (0, -cols % block)))
-    units, found = (each.reshape(x.shape) / new[..., None] for each in (x, values))
+    units, found = (each.reshape(x.shape) / np.where(new > 0, new, 1)[..., None] for each in (x, values))
+    if fmt.sign_magnitude:  # magnitudes are rounded
+        units, found = abs(units), found * np.where(units < 0, -1, 1)
     low = np.clip(np.searchsorted(ladder, units, side="right") - 1, 0, len(ladder) - 2)
     gap = ladder[low + 1] - ladder[low]
     share = (units - ladder[low]) / gap
     from_here = 0.5 if u is None else 1 - np.pad(u, ((0, 0), (0, -cols % block))).reshape(x.shape)
-    doubt = (1e-6 / new[..., None] + 1e-5 * np.abs(units) + 1e-5) / gap
+    doubt = (1e-6 / np.where(new > 0, new, 1)[..., None] + 1e-5 * np.abs(units) + 1e-5) / gap
     sure = np.abs(share - from_here) > doubt
     assert np.abs(found - ladder[low + (share >= from_here)])[sure].max(initial=0) < 1e-5 * fmt.top
     assert (np.abs(found - units) <= np.diff(ladder).max() * (1 + doubt)).all()
-    assert sure.mean() > (0.5 if many > 1 else 0.98)
+    assert sure.mean() > (0.5 if many > 1 else 0.9)
 
 
 def draws(opt: Rule, p: Parameter, step: int) -> np.ndarray:
@@ -104,7 +88,7 @@ def test_a_step_is_load_rule_store(case: Case, store: str, monkeypatch: pytest.M
         check_stored(p, before, expected, draws(opt, p, t + ((len(segments) - 1 if segments else 0) << 32)))
 
 
-@pytest.mark.parametrize("states", ["8bit", "4bit", "bf16"])
+@pytest.mark.parametrize("states", ["8bit", "4bit"])
 @pytest.mark.parametrize("store", [*STORES, *OTHERS])
 def test_a_step_with_compressed_states_is_load_rule_store(store: str, states: str):
     case = CASES[0]
@@ -120,12 +104,13 @@ def test_a_step_with_compressed_states_is_load_rule_store(store: str, states: st
 
 @every_store
 def test_to_nearest_a_step_needs_no_random_bits(store: str):
-    """`as_reference` starts from zeros; the learning rate is far above half a code."""
+    """With a learning rate far above half a code."""
     case, found = CASES[0], []
     for seed in (1, 2):
         p = weight(store)
         opt = case.build([("p0", p)], states="fp32", seed=seed, rounding="nearest", lr=0.5)
-        before, x, s = parts(p), p.load().detach().double().numpy(), as_reference(opt, p, case)
+        before, x = parts(p), p.load().detach().double().numpy()
+        s = oracles_optim.fresh(x)
         p.grad = gradient((9, 600), 1)
         opt.step()
         check_stored(p, before, case.oracle(x, p.grad.double().numpy(), s, 1, **{**case.hyper, "lr": 0.5}), None)
@@ -135,17 +120,20 @@ def test_to_nearest_a_step_needs_no_random_bits(store: str):
 
 @every_store
 def test_a_step_is_unbiased(store: str):
-    """The mean over seeds is the value before it is stored, within six standard errors."""
-    total, squares, n = 0.0, 0.0, 400
+    """The mean over seeds is the value before it is stored, to what a few rare whole codes may make of it."""
+    total, n = 0.0, 400
     for seed in range(n):
         p = weight(store, (4, 64))
         x = p.load().detach().double()
-        p.grad = 0.01 * gradient((4, 64), 1).clamp(-1, 1) - 0.02 * x.sign().float()  # so that nothing clips
+        p.grad = 0.02 * x.sign().float() - 0.01 * gradient((4, 64), 1).clamp(-1, 1)  # inwards: nothing clips
         SGD([p], lr=0.1, seed=seed, states="fp32").step()
-        apart = p.load().detach().double() - (x - 0.1 * p.grad.double())
-        total, squares = total + apart, squares + apart * apart
-    error = (squares / n).sqrt() / n**0.5
-    assert (torch.as_tensor(total / n).abs() <= 6 * error + 1e-7).all()
+        total = total + p.load().detach().double()
+    moved = 0.1 * p.grad.double().abs()
+    values = [value for value, _ in p.format.ladder]
+    gap = max(b - a for a, b in neighbours(values)) * float(scales.multiplier(p.format, p.parts).max())
+    error = torch.as_tensor(total / n) - (x - 0.1 * p.grad.double())
+    assert (error.abs() <= 6 * (gap * moved / n).sqrt() + 6 * gap / n).all()
+    assert error.abs().mean() < 2 * (gap * moved / n).sqrt().mean()
 
 
 # --- What it leaves alone --------------------------------------------------------------------------------------------
@@ -163,7 +151,12 @@ def test_without_an_update_no_code_changes(store: str, backend: str):
             for p in ps:
                 p.grad = gradient(tuple(p.shape), t)
             opt.step()
-        assert all(equal(parts(p), old) for p, old in zip(ps, before, strict=True))
+        for p, old in zip(ps, before, strict=True):
+            assert torch.equal(stored.load(p.format, old, rows_of(p.shape)[1]), p.load().detach())
+            same = parts(p)
+            if p.format.sign_magnitude:  # -0 - 0 * u may be 0
+                del same["codes"]
+            assert equal(same, old)
 
 
 @every_store
@@ -224,8 +217,7 @@ def test_sparse_momentum_leaves_the_other_values_their_codes(store: str):
     p = weight(store)
     before, loaded = parts(p), p.load().detach()
     opt = SPAM([("p", p)], lr=1e-2, density=0.25, warmup_steps=0, weight_decay=0.0)
-    p.grad = -0.01 * loaded.sign()  # outwards: no value clips, SPAM's update having the gradient's sign
-    p.grad = -p.grad
+    p.grad = 0.01 * loaded.sign()  # inwards: nothing clips
     opt.step()
     mask = np.unpackbits(opt.state[p]["mask"].numpy(), axis=1, bitorder="little")[:, :600].astype(bool)
     moved = (p.load().detach() != loaded).numpy()
@@ -236,81 +228,28 @@ def test_sparse_momentum_leaves_the_other_values_their_codes(store: str):
 # --- The same bits on every backend ----------------------------------------------------------------------------------
 
 
-class Setting(NamedTuple):
-    optimizer: str
-    store: str
-    states: str
-    p: str
-    g: str
-    rounding: str
-    state_rounding: str
-    shapes: str
-    threads: int
-    wrong: str
-
-    def __str__(self) -> str:
-        return "-".join(map(str, self))
+def agree(setting: Setting, isas: list[str]) -> None:
+    """Matrix stages have no bits of their own: the reference's are replayed."""
+    tape: list[Any] = []
+    with injected(tape, replay=False):
+        expected = run(setting, "reference")
+    for isa in isas:
+        with injected(tape, replay=True):
+            found = differences(expected, run(setting, "native", isa))
+        assert not found, f"{isa}: {found[:3]}"
 
 
-DIMENSIONS = Setting(
-    optimizer=list(OPTIMIZERS), store=[*STORES, *OTHERS],
-    states=["fp32", "bf16", "8bit", "4bit", "int8:64", "dyn4", "solo4"], p=["f32", "bf16"], g=["f32", "bf16"],
-    rounding=["auto", "nearest"], state_rounding=["nearest", "stochastic"], shapes=list(SHAPES), threads=[1, 2, 7],
-    wrong=["clean", "nan", "huge"],
-)  # fmt: skip
-COVERING = [Setting(*row) for row in pairwise(DIMENSIONS)]
-# What fused loops take, with every store.
-DRAFTED = [
-    Setting("adamw", store, states, p, g, "auto", "nearest", "large", 2, "clean")
-    for store in [*STORES, *OTHERS]
-    for states, p, g in [("8bit", "f32", "f32"), ("4bit", "bf16", "bf16")]
-]
+@pytest.mark.parametrize("k", range(len(FEW)), ids=lambda k: str(FEW[k]))
+def test_native_steps_have_the_references_bits(k: int):
+    """Every optimizer, store, state format, dtype, rounding, shape, number of threads (1, 2, 7), and bad numbers."""
+    *others, best = libraries()
+    agree(FEW[k], [best, *others[k % max(1, len(others)) :][:1]])
 
 
-def run(s: Setting, backend: str, isa: str = "", steps: int = 4, device: str = "cpu") -> dict[str, Any]:
-    """Everything there is after a few steps."""
-    own = native_cases.Setting(
-        s.optimizer, "int8", "sqrt8", 0, s.p, s.g, s.rounding, s.state_rounding, s.shapes, s.threads, s.wrong
-    )
-    of, seed = OPTIMIZERS[s.optimizer], zlib.crc32(str(s._replace(threads=0)).encode())
-    generator = torch.Generator().manual_seed(seed)
-    named = []
-    for k, (shape, _, _) in enumerate(SHAPES[s.shapes]):
-        x = 0.1 * torch.randn(shape, generator=generator)
-        named.append((f"p{k}", Parameter(StoredWeight.of(x.to(native_cases.DTYPES[s.p]).to(device), s.store))))
-    with using(backend, isa, s.threads if backend == "native" else 1):
-        params: Any = [{"params": named[::2]}, {"params": named[1::2], "amsgrad": True}] if of.split else named
-        options = {"rounding": s.rounding, "state_rounding": s.state_rounding, "seed": seed, "states": s.states}
-        opt = of.rule(params, **of.hyper, **options, policy=AsAsked())
-        opt._warned = True  # of a learning rate below the resolution
-        for t in range(1, steps + 1):
-            native_cases.feed(own, named, t)
-            opt.step()
-    found: dict[str, Any] = {"counters": opt.counters()}
-    for name, p in named:
-        for states, items in (("", p.parts), ("state ", opt.state[p])):
-            for k, x in items.items():
-                found[f"{name} {states}{k}"] = x.cpu() if isinstance(x, Tensor) else x
-    return found
-
-
-@every_isa
-@pytest.mark.parametrize("some", range(6))
-def test_native_steps_have_the_references_bits(some: int, isa: str):
-    """Every pair of optimizer, store, states, dtypes, roundings, shapes, threads (1, 2, 7) and bad numbers."""
-    need(isa)
-    for setting in [*COVERING, *DRAFTED][some::6]:
-        expected = _expected(setting)
-        assert not (found := differences(expected, run(setting, "native", isa))), f"{setting}: {found[:3]}"
-
-
-_known: dict[Setting, dict[str, Any]] = {}
-
-
-def _expected(setting: Setting) -> dict[str, Any]:
-    if setting not in _known:
-        _known[setting] = copy.deepcopy(run(setting, "reference"))
-    return _known[setting]
+@pytest.mark.slow
+@pytest.mark.parametrize("k", range(len(REST)), ids=lambda k: str(REST[k]))
+def test_every_pair_of_settings_has_the_references_bits(k: int):
+    agree(REST[k], list(libraries()))
 
 
 @pytest.mark.parametrize("chunk", [1, 3000])
@@ -485,10 +424,10 @@ def test_another_store_under_an_optimizer_is_noticed():
 def test_parts_of_another_shape_are_refused():
     p = weight("int4")
     p.parts["scale"] = p.parts["scale"][:, :-1].clone()
-    with pytest.raises(ValueError, match="p0: its 'scale' is .* it must be"):
+    with pytest.raises(ValueError, match=r"p0: its 'scale' is .* it must be"):
         AdamW([("p0", p)])
     del p.parts["scale"]
-    with pytest.raises(ValueError, match="p0: .* has the parts codes, scale, not codes"):
+    with pytest.raises(ValueError, match=r"p0: .* has the parts codes, scale, not codes"):
         AdamW([("p0", p)])
 
 

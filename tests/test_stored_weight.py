@@ -502,6 +502,14 @@ def test_what_moves_it_between_processes_unasked_is_refused():
         torch.ops._c10d_functional.all_reduce(w, "sum", "0")
 
 
+def test_sharding_that_would_make_it_dense_is_refused():
+    """What fully_shard does first with a parameter's rows (torch.distributed.fsdp)."""
+    w = StoredWeight.of(dense(), "int8")
+    shard = w.chunk(2)[0]
+    with pytest.raises(TypeError, match="fully_shard"):
+        w.new_zeros(shard.shape)
+
+
 def test_weights_end_to_end_remember_their_parts():
     w, b = StoredWeight.of(dense(), "int4"), torch.randn(12)
     flat = torch.cat([b, w.view(-1)])

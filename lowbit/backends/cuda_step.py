@@ -56,7 +56,7 @@ def step(jobs: list[Job]) -> None:
         grads = plan.refresh(jobs)
         plan.launch(jobs)
         del grads  # contiguous copies were needed until now
-    increment_version([job.param for job in jobs])  # a graph that saved an old value must notice
+    increment_version([x for job in jobs for x in job.written])  # a graph that saved an old value must notice
 
 
 def uncapturable(jobs: list[Job]) -> str:
@@ -74,7 +74,7 @@ def capture(jobs: list[Job]) -> None:
     plan.captured = True  # the graph has its addresses
     with _on(plan.device), plan.machine.held():
         plan.launch(jobs)
-    increment_version([job.param for job in jobs])
+    increment_version([x for job in jobs for x in job.written])
 
 
 def unprepared(jobs: list[Job]) -> str:
@@ -94,7 +94,7 @@ def prepare(jobs: list[Job]) -> None:
     assert plan is not None
     with _on(plan.device), plan.machine.held():
         plan.refresh(jobs)
-    increment_version([job.param for job in jobs])
+    increment_version([x for job in jobs for x in job.written])
 
 
 def _found(jobs: list[Job]) -> _Plan | None:
@@ -147,12 +147,12 @@ class _Plan:
         self.in_total = sorted(range(len(jobs)), key=lambda number: programs[jobs[number].program])
         self.totals: dict[tuple[int, ...], Tensor] = {}  # the places of the jobs of buckets that share a total
         # A parameter that is not contiguous is worked on in a copy and written back.
-        odd = {k: job.param for k, job in enumerate(jobs) if not _is_plain(job.param)}
+        odd = {k: job.param for k, job in enumerate(jobs) if job.stored is None and not _is_plain(job.param)}
         self.copies = {k: torch.empty(param.shape, dtype=param.dtype, device=self.device) for k, param in odd.items()}
         table = (structs.Job * len(jobs))()
         self.room = sizeof(structs.Run) * len(jobs)  # bytes of the workspace
         for target, number in zip(table, self.order, strict=True):
-            self.room = _fill(target, jobs[number], self.copies.get(number, jobs[number].param), self.room)
+            self.room = _fill(target, jobs[number], self.copies.get(number), self.room)
         changing = sizeof(structs.Dynamic) * len(jobs)
         self.changing = array("Q", bytes(changing))
         self.buffer = torch.empty(changing + CONSTANTS * len(kinds), dtype=torch.uint8, device=self.device)
@@ -344,9 +344,19 @@ def _share(launch: Launch, program: Program, table: list[structs.Job]) -> int:
     return max(1, min(-(-most // 8), ENOUGH // len(table)))
 
 
-def _fill(target: structs.Job, job: Job, param: Tensor, at: int) -> int:
-    """Point a struct to a job's tensors and lay out its part of the workspace, from byte `at` on; returns the end."""
-    target.param, target.skipped = param.data_ptr(), job.skipped.data_ptr()
+def _fill(target: structs.Job, job: Job, copy: Tensor | None, at: int) -> int:
+    """Point a struct to a job's tensors and lay out its part of the workspace, from byte `at` on; returns the end.
+
+    `copy` is what stands for a parameter that is not contiguous.
+    """
+    if job.stored is None:
+        target.param = (job.param if copy is None else copy).data_ptr()
+    else:
+        parts = job.stored[1]
+        target.param, target.param_scale = parts["codes"].data_ptr(), parts["scale"].data_ptr()
+        for part in ("rest", "tensor_scale"):
+            setattr(target, part, parts[part].data_ptr() if part in parts else None)
+    target.skipped = job.skipped.data_ptr()
     target.companion = None if job.companion is None else job.companion.data_ptr()
     for k, letter in enumerate(job.program.values):
         parts = job.moments[letter]

@@ -22,6 +22,7 @@ class Job(Structure):
         *((name, c_int64) for name in ("rows", "cols", "group_rows", "tensor", "first_chunk", "first_tile")),
         ("work_vectors", c_int64 * ARRAYS),
         *((name, c_int64) for name in ("partial", "sums")),
+        *((name, c_void_p) for name in ("param_scale", "rest", "tensor_scale")),
     )
 
 

@@ -12,8 +12,10 @@ from functools import lru_cache
 
 import torch
 
-from ..formats import Format, format
+from ..formats import PLAIN, Format, format
 from ..layout import STEP_BLOCK, step_width
+from ..native.abi import MOMENTS, SCALED
+from ..scales import last_power
 from ..stages import Job, Program
 from .formats import print_format
 from .stages import print_program
@@ -36,6 +38,8 @@ class Special:
     master: str
     formats: tuple[Format, ...]  # of the moments that have one number per value, in the program's order
     noise: frozenset[str]  # the operands that round stochastically
+    stored: Format | None = None  # of a parameter that is codes and scales
+    rest: bool = False  # whether it keeps more than its codes
 
     @property
     def values(self) -> int:
@@ -53,17 +57,20 @@ class Special:
 
 def special(job: Job) -> Special:
     """What the kernels for one tensor must be."""
-    addresses = [job.param, job.companion, *(part for parts in job.moments.values() for part in parts.values())]
+    own = [job.param] if job.stored is None else list(job.stored[1].values())
+    addresses = [*own, job.companion, *(part for parts in job.moments.values() for part in parts.values())]
     aligned = all(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in addresses)
     return Special(
         program=job.program,
         width=step_width(job.cols),
         linear=aligned and job.cols % STEP_BLOCK == 0,
-        param=job.param.dtype,
+        param=job.param.dtype if job.stored is None else torch.float32,
         grad=job.grad.dtype,
         master=job.master if job.companion is not None else "none",
         formats=tuple(job.formats[letter] for letter in job.program.values),
         noise=job.noise,
+        stored=None if job.stored is None else job.stored[0],
+        rest=job.stored is not None and "rest" in job.stored[1],
     )
 
 
@@ -80,9 +87,10 @@ def print_spec(it: Special) -> str:
     for k, (letter, fmt) in enumerate(zip(letters, it.formats, strict=True)):
         name = formats.setdefault(fmt, f"Format{len(formats)}")
         flags = f"STOCHASTIC = {_bool(letter in it.noise)}, LIVE = {_bool(not it.program.moments[letter].signed)}"
-        moments.append(
-            f"template <> struct Moment<{k}> {{\n  using Format = {name};\n  static constexpr bool {flags};\n}};"
-        )
+        moments.append(_moment(k, name, flags))
+    if it.stored is not None:
+        name = formats.setdefault(it.stored, f"Format{len(formats)}")
+        moments.append(_moment(MOMENTS, name, "STOCHASTIC = false, LIVE = false"))
     lines = [
         "// Printed by lowbit/gpu/specialise.py.",
         "#pragma once",
@@ -95,6 +103,7 @@ def print_spec(it: Special) -> str:
         f"constexpr bool LINEAR = {_bool(it.linear)}, GUARDED = {_bool(it.program.guarded)};",
         f"constexpr int MEASURES = {len(it.program.measures)};",
         f"constexpr bool STOCHASTIC = {_bool('p' in it.noise)}, DRAWS = {_bool(bool(it.noise))};",
+        *_stored(it),
         f"constexpr int OVER[] = {{{', '.join(vectors) or '0'}}};  // of each vector",
         *(print_format(fmt, name) for fmt, name in formats.items()),
         "template <int K> struct Moment;",
@@ -104,6 +113,22 @@ def print_spec(it: Special) -> str:
         printed.text,
     ]
     return "\n".join(lines)
+
+
+def _moment(number: int, fmt: str, flags: str) -> str:
+    return f"template <> struct Moment<{number}> {{\n  using Format = {fmt};\n  static constexpr bool {flags};\n}};"
+
+
+def _stored(it: Special) -> list[str]:
+    """How a parameter that is codes and scales has them: lowbit/native/scaling.h."""
+    way = PLAIN if it.stored is None else it.stored.scaling
+    last = last_power(it.stored) if way.stored == "e8m0" and it.stored is not None else 0
+    return [
+        f"constexpr bool STORED = {_bool(it.stored is not None)}, REST = {_bool(it.rest)};",
+        f"constexpr bool OUTER = {_bool(way.peak > 0)};  // whether there is a scale of the tensor",
+        f"constexpr int SCALED = {SCALED[way.stored]}, LAST_POWER = {last};",
+        f"constexpr float LEAST_SCALE = (float){way.least!r};",
+    ]
 
 
 def _bool(x: bool) -> str:

@@ -223,6 +223,7 @@ static void store_block(Drafts &drafts, const Draft &d, Room &room) {
   const Span s = span_of(drafts, d);
   call.to[drafts.weight] = drafts.nowhere;
   room.at[0] = d.values[drafts.weight];
+  room.finite = true;
   store_weight(run, s, &good, true, room);
 }
 

@@ -61,7 +61,9 @@ static void load_weight(const Run &run, const Span &s, float *to, Room &room) {
   for (int i = 0, k = 0; i < s.n; i += each, ++k) {
     const int end = s.n - i < each ? s.n : i + each;
     const float scale = scales[k];
-    LB_IVDEP for (int j = i; j < end; ++j) to[j] = (float)(((code[j] ^ sign) - sign) * 256 + rest[j]) * 0x1p-8f * scale;
+    LB_IVDEP for (int j = i; j < end; ++j) {
+      to[j] = value_of_steps(((code[j] ^ sign) - sign) * 256 + rest[j], scale);
+    }
   }
 }
 

@@ -131,6 +131,7 @@ struct Room {
   alignas(64) float scale[LB_MOMENTS][SPAN], inverse[LB_MOMENTS][SPAN], base[LB_MOMENTS][SPAN];
   alignas(64) int8_t rest[SPAN];
   float multipliers[SPAN];  // of a stored weight's blocks
+  bool finite;              // whether all of its new values are
   float companion[SPAN];
   uint32_t peaks[LB_ARRAYS][PIECES];  // of what updates wrote to each slot, per piece
   uint32_t value_peaks[PIECES];       // of what was measured

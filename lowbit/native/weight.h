@@ -7,7 +7,8 @@ namespace LB_SPACE {
 // Whether each block stays finite where it was.
 static bool check_weight(const Run &run, const Span &s, int piece, bool *good, Room &room) {
   const float *p = room.at[0];
-  if (finite_bits(peak_of(room.peaks[0], piece, p, 0, s.n)) || !run.job->program->guarded) return true;
+  room.finite = finite_bits(peak_of(room.peaks[0], piece, p, 0, s.n));
+  if (room.finite || !run.job->program->guarded) return true;
   bool kept = true;
   load_weight(run, s, room.value, room);
   for (int i = 0; i < s.n; ++i) {  // a value that is broken already must not freeze its neighbours
@@ -19,19 +20,19 @@ static bool check_weight(const Run &run, const Span &s, int piece, bool *good, R
 }
 
 // Whether a value of a block would clip.
-static bool clips(const float *x, int n, float limit) {
+static bool any_clips(const float *x, int n, float limit) {
   const int32_t most = (int32_t)bits_of(limit);
   int32_t over = !(limit >= 0.0f);
   LB_IVDEP for (int i = 0; i < n; ++i) over |= (int32_t)magnitude_bits(x[i]) > most ? 1 : 0;
   return over;
 }
 
-// Values of one block as integers in steps of 1/256 of a code, or of a code: the nearest, and from there up or down by
-// what the nearest is short of the value, so that what a code stands for exactly stays. Codes come as signed bytes.
+// Values of one block as integers in steps of 1/256 of a code, or of a code (scaling.h, whole_steps). Codes come as
+// signed bytes.
 template <int STEPS> struct Steps {
   static constexpr float MANY = STEPS, ONE = 1.0f / STEPS;
   float limit;
-  explicit Steps(const lb_format &f) : limit((float)f.limit * MANY + (STEPS > 1 ? 127.0f : 0.0f)) {}
+  explicit Steps(const lb_format &f) : limit(limit_of<STEPS>(f.limit)) {}
 
   LB_IN void encode(const float *x, int n, float scale, float inverse, bool finite, const uint16_t *draws,
                     uint8_t *codes, int8_t *rest) const {
@@ -42,13 +43,9 @@ template <int STEPS> struct Steps {
       else many<false>(x + first, scale, inverse, draws, codes + first, rest + first);
     }
 #endif
-    LB_IVDEP for (int i = first; i < n; ++i) {  // NaN counts as 0
-      const float u = x[i] * inverse * MANY;
-      float q = lb::rint(u == u ? u : 0.0f);
-      if (draws) q = q + lb::floor((x[i] - q * ONE * scale) * inverse * MANY + uniform(draws[i]));
-      q = q < limit ? q : limit;
-      q = q > -limit ? q : -limit;
-      const int32_t k = (int32_t)q, code = STEPS > 1 ? (k + 128) >> 8 : k;
+    LB_IVDEP for (int i = first; i < n; ++i) {
+      const int32_t k = (int32_t)whole_steps<STEPS>(x[i], scale, inverse, limit, draws, draws ? draws[i] : 0);
+      const int32_t code = STEPS > 1 ? code_of_steps(k) : k;
       codes[i] = (uint8_t)code;
       if (STEPS > 1) rest[i] = (int8_t)(k - 256 * code);
     }
@@ -100,7 +97,7 @@ struct Book {
 
 // Blocks of a span, with the scales that they have, or are going to have.
 template <class Encoder>
-static void encode_blocks(const Run &run, const Encoder &encoder, const Span &s, const bool *good, bool finite,
+static void encode_blocks(const Run &run, const Encoder &encoder, const Span &s, const bool *good,
                           const uint16_t *draws, uint8_t *codes, int8_t *rest, Room &room) {
   const lb_job &job = *run.job;
   const lb_operand &o = job.weight;
@@ -108,16 +105,19 @@ static void encode_blocks(const Run &run, const Encoder &encoder, const Span &s,
   const float *p = room.at[0], reach = f.top + (job.rest ? 127.0f / 256.0f : 0.0f);
   const int each = sub_block(f, run.cut);
   int64_t number = s.row * o.scales + (s.col >> block_shift(f));
+  const Scaling scaling = scaling_of(job);
   for (int i = 0; i < s.n; i += each, ++number) {
     const int n = s.n - i < each ? s.n - i : each;
     uint32_t raw = stored_scale(job, number);
-    float scale = multiplier_of(job, raw);
-    if (clips(p + i, n, reach * scale)) {
-      raw = covering_scale(job, float_of(peak(p + i, n)));
-      scale = multiplier_of(job, raw);
+    float scale = multiplier_of(scaling, raw);
+    if (any_clips(p + i, n, reach * scale)) {
+      raw = covering_scale(scaling, float_of(peak(p + i, n)));
+      scale = multiplier_of(scaling, raw);
       if (good[i >> run.cut.shift]) store_scale(job, number, raw);
     }
-    const float inverse = inverse_of(job, raw, scale);
+    const float inverse = inverse_of(scaling, raw, scale);
+    // A block that has a value that is not finite has a scale of NaN.
+    const bool finite = room.finite && scale == scale;
     encoder.encode(p + i, n, scale, inverse, finite, draws ? draws + i : nullptr, codes + i, rest + i);
     room.feed.some();
   }
@@ -141,13 +141,13 @@ static void store_weight(const Run &run, const Span &s, const bool *good, bool a
   const uint16_t *draws = job.stochastic ? room.draws.fill(run.key[0], s.number, s.n) : nullptr;
   uint8_t *target = (uint8_t *)o.codes + s.row * o.row_bytes + s.col * f.bits / 8;
   int8_t *target_rest = job.rest ? job.rest + s.at : room.rest;
-  const bool direct = f.bits == 8 && all, finite = all && job.program->guarded;
+  const bool direct = f.bits == 8 && all;
   uint8_t *codes = direct ? target : room.codes;
   int8_t *rest = all ? target_rest : room.rest;
   const int width = run.cut.width;
-  if (f.kind != LB_KIND_INTEGER) encode_blocks(run, Book(f), s, good, finite, draws, codes, rest, room);
-  else if (job.rest) encode_blocks(run, Steps<256>(f), s, good, finite, draws, codes, rest, room);
-  else encode_blocks(run, Steps<1>(f), s, good, finite, draws, codes, rest, room);
+  if (f.kind != LB_KIND_INTEGER) encode_blocks(run, Book(f), s, good, draws, codes, rest, room);
+  else if (job.rest) encode_blocks(run, Steps<256>(f), s, good, draws, codes, rest, room);
+  else encode_blocks(run, Steps<1>(f), s, good, draws, codes, rest, room);
   if (all) {
     if (!direct) pack_codes(f, codes, s.n, target);
     return;

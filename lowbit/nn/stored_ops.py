@@ -191,6 +191,17 @@ def _empty_like(func: Any, args: Any, kwargs: Any) -> Any:
     return args[0].mapped(lambda x: torch.zeros_like(x, device=kwargs.get("device")), dtype)
 
 
+def _new_zeros(func: Any, args: Any, kwargs: Any) -> Any:
+    """Dense. But rows of the same width are how fully_shard begins: the weight would be a dense one from then on."""
+    weight, size = args[:2]
+    if len(size) == weight.dim() > 1 and tuple(size[1:]) == tuple(weight.shape[1:]):
+        raise TypeError(
+            "a stored weight cannot be sharded by fully_shard, which would make it dense: use "
+            "DistributedDataParallel, or leave its module out (for zeros of this shape: torch.zeros_like)"
+        )
+    return func(weight.dense(), *args[1:], **kwargs)
+
+
 def _copy(func: Any, args: Any, kwargs: Any) -> Any:
     to, source = args[:2]
     if isinstance(source, StoredTensor) and source.whole and source.shape == to.shape:
@@ -240,6 +251,7 @@ RULES: dict[str, Rule] = {
     "aten::dequantize": _dequantize,
     "aten::_to_copy": _to_copy,
     "aten::empty_like": _empty_like,
+    "aten::new_zeros": _new_zeros,
     "aten::copy_": _copy,
     "aten::embedding": _embedding,
     "aten::index_select": _index_select,

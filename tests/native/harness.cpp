@@ -96,6 +96,15 @@ static void step(int64_t call, int threads) {
     job.skipped = (int64_t *)skipped.data;
     written.insert(written.end(), {param, companion, skipped});
     for (int k = 0; k < job.program->moments; ++k) operand(job.moments[k], written);
+    if (number()) {
+      job.weight.format = &formats[(size_t)number()];
+      const Bytes codes = bytes(), scale = bytes(), rest = bytes(), whole = bytes();
+      job.weight.codes = codes.data;
+      job.weight.scale = (float *)scale.data;
+      job.rest = (int8_t *)rest.data;
+      job.tensor_scale = (const float *)whole.data;
+      written.insert(written.end(), {codes, scale, rest, whole});
+    }
     for (int k = 0; k < job.program->vectors; ++k) {
       written.push_back(bytes());
       job.vectors[k] = (float *)written.back().data;
