@@ -2,9 +2,9 @@
 
     python benchmarks/step.py [--rounds 9] [--slow-rounds 5] [--without torchao] [--fork-python VENV/bin/python]
 
-Four groups, each with its own rounds and its own fp32 AdamW of torch, fused, as the yardstick: ours and those of torch;
-weights that are codes and scales, beside parameters in bf16, rounded stochastically as well; the rivals that take
-seconds a step, beside ours (rounds of their own, since a minute between a step and its yardstick says little); and
+Four groups, each with its own rounds and its own fp32 AdamW of torch, fused, as the yardstick: ours and torch's;
+weights that are codes and scales, beside parameters in bf16, which are rounded stochastically as well; the rivals that
+take seconds a step, beside ours (rounds of their own, since a minute between a step and its yardstick says little); and
 bitsandbytes-cpu-fork, which calls itself `bitsandbytes` and so runs in a second interpreter, in turn with the first.
 Gradients have the parameters' dtype. Needs 12 GB.
 """

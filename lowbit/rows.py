@@ -87,6 +87,14 @@ def zeros(fmt: Format, shape: tuple[int, ...], device: torch.device) -> dict[str
     return {part: torch.zeros(s, dtype=d, device=device) for part, (s, d) in part_shapes(fmt, shape).items()}
 
 
+class Measured(scales.Tiles):
+    """A matrix in torch of which scales are made, and codes with those."""
+
+    def codes(self, found: scales.Scales) -> Tensor:
+        codes = codec.nearby(self.fmt, self.inside.flatten(2), found.inverse)
+        return pack(matrix(codes.view(self.inside.shape), *self.shape), self.fmt.bits)
+
+
 def encode_rows(
     fmt: Format, x: Tensor, noise: tuple[int, int] | None = None, *, live: bool = False
 ) -> dict[str, Tensor]:

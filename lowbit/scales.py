@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from . import codec
-from .blocks import counts, halve, tiles, total
+from .blocks import counts, halve, matrix, tiles, total
 from .compiler import constant
 from .formats import DOUBLE_BLOCK, TINY, Format, Rounding, Stored
 from .formats import format as find_format
@@ -89,6 +89,22 @@ class Measured(Protocol):
         """`blocks.total` of the squares of what rounding to nearest loses, with these scales."""
         ...
 
+    def products(self, inverse: Tensor) -> Tensor:
+        """`blocks.total` of values in units of their scales, times what they are rounded to."""
+        ...
+
+    def units(self, inverse: Tensor) -> Tensor:
+        """Values in units of their scales, fp32 [rows, columns]; NaN, of a block that is not finite, is 0."""
+        ...
+
+
+class Coded(Measured, Protocol):
+    """A matrix that can be measured, and encoded with scales that are given."""
+
+    def codes(self, found: Scales) -> Tensor:
+        """The part `codes`, to nearest with these scales."""
+        ...
+
 
 class Tiles:
     """A matrix in torch that can be measured."""
@@ -104,8 +120,18 @@ class Tiles:
         scaled = self.inside * inverse[..., None, None]
         return total(scaled * scaled if of == "squares" else scaled.abs())
 
+    def products(self, inverse: Tensor) -> Tensor:
+        rounded = codec.values(self.fmt, self._nearby(inverse), torch.ones_like(inverse)).view(self.inside.shape)
+        return total(self.inside * inverse[..., None, None] * rounded)
+
+    def units(self, inverse: Tensor) -> Tensor:
+        return matrix((self.inside * inverse[..., None, None]).nan_to_num(0.0), *self.shape)
+
+    def _nearby(self, inverse: Tensor) -> Tensor:
+        return codec.nearby(self.fmt, self.inside.flatten(2), inverse)
+
     def losses(self, found: Scales) -> Tensor:
-        codes = codec.nearby(self.fmt, self.inside.flatten(2), found.inverse)
+        codes = self._nearby(found.inverse)
         apart = codec.values(self.fmt, codes, found.multiplier).view(self.inside.shape) - self.inside
         return total(apart * apart)
 
@@ -165,10 +191,10 @@ def derive(
     """
     way = fmt.scaling
     rounding = rounding or way.rounding
-    wanted = _times(statistic, way.gain)
+    wanted = times(statistic, way.gain)
     if way.stored == "e4m3":
         return _e4m3(fmt, wanted, candidate, tensor_scale, rounding)
-    wanted = _times(wanted, candidate)
+    wanted = times(wanted, candidate)
     if way.stored == "e8m0":
         parts = {"scale": _e8m0(fmt, wanted, rounding)}
         return Scales(inverse(fmt, parts), multiplier(fmt, parts), parts)
@@ -233,7 +259,8 @@ def covering(fmt: Format, absmax: Tensor, tensor_scale: Tensor | None = None) ->
     return derive(fmt, absmax, tensor_scale=tensor_scale, rounding=rounding)
 
 
-def _times(x: Tensor, factor: float) -> Tensor:
+def times(x: Tensor, factor: float) -> Tensor:
+    """A product that stays finite."""
     return x if factor == 1 else (x * factor).clamp(max=HUGE)
 
 
@@ -249,7 +276,7 @@ def _e8m0(fmt: Format, statistic: Tensor, rounding: Rounding) -> Tensor:
     OCP Microscaling Formats (MX) Specification 1.0, section 6.3: the exponent of absmax less that of the largest
     element. torchao: https://github.com/pytorch/ao, torchao/prototype/mx_formats/mx_tensor.py.
     """
-    own, mantissa = _exponents(fmt)
+    own, mantissa = exponents(fmt)
     if rounding == "up":
         bits = (statistic / torch.full_like(statistic, fmt.top)).view(torch.int32)
         own = 0
@@ -267,12 +294,12 @@ def _e8m0(fmt: Format, statistic: Tensor, rounding: Rounding) -> Tensor:
 
 
 def last_power(fmt: Format) -> int:
-    """The largest code of an e8m0 scale with which the largest value does not overflow."""
+    """The largest e8m0 scale with which no code decodes to infinity, as it is stored."""
     return 126 + math.frexp(fmt.max_scale / fmt.scaling.headroom)[1]
 
 
 @cache
-def _exponents(fmt: Format) -> tuple[int, int]:
+def exponents(fmt: Format) -> tuple[int, int]:
     """The exponent of a format's largest value, and how many mantissa bits it has below."""
     largest = math.frexp(fmt.top)[1] - 1
     below = sum(2.0 ** (largest - 1) <= value < 2.0**largest for value, _ in fmt.ladder)
@@ -290,19 +317,31 @@ def _e4m3(fmt: Format, wanted: Tensor, candidate: float, tensor_scale: Tensor | 
     block = wanted / top
     parts: dict[str, Tensor] = {}
     if way.peak:
-        if tensor_scale is None:
-            largest = _largest(fmt, torch.where(torch.isfinite(wanted), wanted, 0.0))
-            tensor_scale = (largest / torch.full_like(largest, fmt.top * way.peak)).clamp(min=TINY)
-            tensor_scale = torch.where(largest > 0, tensor_scale, 0.0)
+        tensor_scale = outer_scale(fmt, wanted) if tensor_scale is None else tensor_scale
         parts["tensor_scale"] = tensor_scale
         tensor_scale = _spread(fmt, tensor_scale, wanted)
         block = torch.where(tensor_scale > 0, block / tensor_scale, block)
-    held = _times(block, candidate).clamp(way.least, 448.0)
+    held = times(block, candidate).clamp(way.least, 448.0)
     code = held.to(torch.float8_e4m3fn).view(torch.uint8)
     if rounding == "up":
         code = code + ((code.view(torch.float8_e4m3fn).float() < held) & (code < E4M3_NAN - 1)).to(torch.uint8)
     code = torch.where(torch.isfinite(wanted), code, E4M3_NAN)
     parts = {"scale": code, **parts}
+    return Scales(inverse(fmt, parts), multiplier(fmt, parts), parts)
+
+
+def outer_scale(fmt: Format, wanted: Tensor) -> Tensor:
+    """`tensor_scale`, from statistics of blocks times the gain. Blocks that are not finite count not."""
+    largest = _largest(fmt, torch.where(torch.isfinite(wanted), wanted, 0.0))
+    scale = (largest / torch.full_like(largest, fmt.top * fmt.scaling.peak)).clamp(min=TINY)
+    return torch.where(largest > 0, scale, 0.0)
+
+
+def every_byte(fmt: Format, tensor_scale: Tensor | None = None) -> Scales:
+    """What each of 256 bytes stands for, as the scale of a block: [1, 256]."""
+    parts = {"scale": torch.arange(256, dtype=torch.uint8, device="cpu").unsqueeze(0)}
+    if tensor_scale is not None:
+        parts["tensor_scale"] = tensor_scale
     return Scales(inverse(fmt, parts), multiplier(fmt, parts), parts)
 
 

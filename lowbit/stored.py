@@ -124,7 +124,7 @@ def _unfit(fmt: Format) -> str | None:
     if fmt.block[0] != 1 or not fmt.block[1] or STEP_BLOCK % fmt.block[1]:
         return f"blocks must lie in rows and divide {STEP_BLOCK}"
     way = fmt.scaling
-    if (way.statistic, way.gain, way.headroom, way.candidates, way.outer) != ("absmax", 1.0, 1.0, (1.0,), 0):
+    if (way.statistic, way.gain, way.candidates, way.outer) != ("absmax", 1.0, (1.0,), 0):
         return "its scales are not made from the largest magnitude alone, so values may clip"
     return None
 

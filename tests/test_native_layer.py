@@ -18,8 +18,11 @@ from lowbit.rotation import SIZES, Rotation, rotate, rotate_back
 
 FORMATS = [lowbit.format(name) for name in lowbit.formats()]
 # Blocks that share bytes, that vector code takes, that are longer than a span, of one value, of rows, tiles, a tensor.
-OTHERS = """int4:16 nf4:24 e4m3:1000 e5m2:16 int8:3 e2m1:1 e1m2:1500 sqrt8:16 solo2:6 int4-affine:24 int8:row int8:tensor
-    int4:5x7 e2m1:16x16 nf4:3x300 mxfp4:5 mxfp4:row mxfp6-e2m3:5 nvfp4:48 nvfp4-46:17 mxfp8:2x2""".split()
+OTHERS = [
+    "int4:16", "nf4:24", "e4m3:1000", "e5m2:16", "int8:3", "e2m1:1", "e1m2:1500", "sqrt8:16", "solo2:6",
+    "int4-affine:24", "int8:row", "int8:tensor", "int4:5x7", "e2m1:16x16", "nf4:3x300", "mxfp4:5", "mxfp4:row",
+    "mxfp6-e2m3:5", "nvfp4:48", "nvfp4-46:17", "mxfp8:2x2",
+]  # fmt: skip
 EVERY = [*FORMATS, *map(lowbit.format, OTHERS)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NOISE = (None, (123456789, 987654321))
@@ -92,7 +95,15 @@ def test_every_layout(setting):
 def test_long_rows_are_cut_among_threads(shape: tuple[int, int], layout: str):
     for k, name in enumerate(("int4:16", "int8:3", "e4m3:96", "nf4:20000", "fp16")):
         x = matrix(shape, DTYPES[k % 3], layout, k)
-        check(lowbit.format(name), x, NOISE[k % 2], Rotation(SIZES[k % 4], k), DTYPES[k // 2], 1 + 6 * (k % 2), list(libraries())[-1:])
+        check(
+            lowbit.format(name),
+            x,
+            NOISE[k % 2],
+            Rotation(SIZES[k % 4], k),
+            DTYPES[k // 2],
+            1 + 6 * (k % 2),
+            list(libraries())[-1:],
+        )
 
 
 @every_isa

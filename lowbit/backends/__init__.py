@@ -24,6 +24,7 @@ from ..formats import format as find_format
 from ..gpu import DriverError, NoCompiler, NoDriver
 from ..native.build import BuildError
 from ..rotation import Rotation
+from ..scales import Coded
 from ..stages import Job, Program
 from . import cuda, native, reference
 
@@ -153,6 +154,15 @@ def quantized(
     x = _plain(x)
     values, parts = _for_layers(x, fmt).quantized(fmt, x, noise, rotation=rotation, dtype=_made_in(dtype))
     return values.to(dtype), parts
+
+
+def measured(fmt: Format, x: Tensor, *, rotation: Rotation | None = None) -> Coded:
+    """A matrix in blocks, for those who make its scales themselves (`scales`), and then its codes.
+
+    Its first question must be `absmax` (which `scales.best` asks): rows are rotated on the way to it.
+    """
+    x = _plain(x)
+    return _for_layers(x, fmt).measured(fmt, x, rotation=rotation)
 
 
 def rotate(x: Tensor, rotation: Rotation, *, back: bool = False, dtype: torch.dtype = torch.float32) -> Tensor:

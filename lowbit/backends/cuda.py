@@ -19,7 +19,7 @@ from ..layout import row_bytes, row_stride, step_width
 from ..native.abi import DTYPE
 from ..rotation import Rotation, rotate_back
 from ..rotation import rotate as turn
-from ..rows import part_shapes
+from ..rows import Measured, part_shapes
 from ..scales import Scales, Tiles, best, block_of, multiplier
 from .cuda_step import capture as capture
 from .cuda_step import prepare as prepare
@@ -269,6 +269,11 @@ def fake(
         parts = _pointed(_given(fmt, x)) if _is_given(fmt) else {} if _at_once(fmt) else _empty(fmt, x)
         _encode("fake", fmt, x, parts, noise, False, rotation, values)
     return values
+
+
+def measured(fmt: Format, x: Tensor, *, rotation: Rotation | None = None) -> Measured:
+    """See `backends.measured`: by torch, not by kernels."""
+    return Measured(fmt, x if rotation is None else rotate(x, rotation))
 
 
 def quantized(

@@ -25,10 +25,10 @@ from ..layout import row_bytes, row_stride
 from ..native import abi
 from ..native.build import BuildError
 from ..native.library import Library, load
-from ..native.tables import ALL, table
+from ..native.tables import ALL, stores, table
 from ..rotation import Rotation
 from ..rows import part_shapes
-from ..scales import Scales, best, block_of, last_power, multiplier
+from ..scales import Scales, best, block_of, every_byte, last_power, multiplier, outer_scale, statistic, times
 from ..stages import Job, Program
 
 EXTRA = {"affine": "zero", "log": "base"}
@@ -194,7 +194,7 @@ def _fill_weight(target: abi.Job, fmt: Format, parts: dict[str, Tensor], cols: i
     fill_operand(target.weight, fmt, parts, cols)
     way = fmt.scaling
     target.scaled, target.last = abi.SCALED[way.stored], last_power(fmt)
-    target.least_scale = way.least
+    target.headroom, target.unroom, target.least_scale = way.headroom, 1 / way.headroom, way.least
     for part in ("rest", "tensor_scale"):
         setattr(target, part, parts[part].data_ptr() if part in parts else None)
 
@@ -231,7 +231,9 @@ def _derives(fmt: Format) -> bool:
 def _across(cols: int, width: int) -> int:
     """Blocks of a row."""
     if cols > ALL:
-        raise ValueError(f"a row of {cols} values is too long for the native backend: LOWBIT_BACKEND=reference takes it")
+        raise ValueError(
+            f"a row of {cols} values is too long for the native backend: LOWBIT_BACKEND=reference takes it"
+        )
     return -(-cols // width)
 
 
@@ -262,13 +264,16 @@ class _Matrix:
 
     def encode(self, dtype: torch.dtype | None, parts: dict[str, Tensor] | None, live: bool = False) -> Tensor | None:
         """Fill the parts, if there are any, and return what codes stand for, if it has a dtype."""
-        m, given = self.struct, self.x
+        m, given, found = self.struct, self.x, None
         m.packed.live = live
-        found = None if _derives(self.fmt) else best(self.fmt, self)
+        if stores(self.fmt):
+            self._find_outer(parts)
+        elif not _derives(self.fmt):
+            found = best(self.fmt, self)
         if parts is not None:
             parts |= found.parts if found else {}
             m.packed.codes, m.packed.row_bytes = parts["codes"].data_ptr(), row_bytes(self.shape[1], self.fmt.bits)
-            m.packed.scale = parts["scale"].data_ptr() if self.fmt.compressed else None
+            m.packed.scale = m.bytes = parts["scale"].data_ptr() if self.fmt.compressed else None
             m.packed.extra = parts[EXTRA[self.fmt.kind]].data_ptr() if self.fmt.kind in EXTRA else None
         values = None
         if dtype is not None:
@@ -278,6 +283,17 @@ class _Matrix:
         with self._given(found) if found else contextlib.nullcontext():
             self._run(load().encode)
         return values
+
+    def _find_outer(self, parts: dict[str, Tensor] | None) -> None:
+        """What is left to say where the library derives scales that are stored in bytes."""
+        outer, m = None, self.struct
+        if self.fmt.scaling.peak:
+            outer = outer_scale(self.fmt, times(statistic(self.fmt, self), self.fmt.scaling.gain))
+            m.outer = float(outer)
+            if parts is not None:
+                parts["tensor_scale"] = outer
+        self.table = every_byte(self.fmt, outer)  # alive for as long as this is
+        m.multipliers, m.inverses = self.table.multiplier.data_ptr(), self.table.inverse.data_ptr()
 
     @contextlib.contextmanager
     def _given(self, found: Scales) -> Iterator[None]:
@@ -310,6 +326,25 @@ class _Matrix:
     def losses(self, found: Scales) -> Tensor:
         with self._given(found):
             return halve(self._by_block("losses", torch.float64).transpose(1, 2))
+
+    def products(self, inverse: Tensor) -> Tensor:
+        with self._given(Scales(inverse, inverse, {})):
+            return halve(self._by_block("products", torch.float64).transpose(1, 2))
+
+    def units(self, inverse: Tensor) -> Tensor:
+        values, m = torch.empty(self.shape), self.struct
+        m.out, m.out_dtype = values.data_ptr(), DTYPES[values.dtype]
+        with self._given(Scales(inverse, inverse, {})):
+            self._run(load().measure, abi.STATISTIC["units"], None)
+        m.out = None
+        return values
+
+    def codes(self, found: Scales) -> Tensor:
+        parts = {"codes": torch.empty(self.shape[0], row_bytes(self.shape[1], self.fmt.bits), dtype=torch.uint8)}
+        self.struct.packed.codes, self.struct.packed.row_bytes = parts["codes"].data_ptr(), parts["codes"].shape[1]
+        with self._given(found):
+            self._run(load().encode)
+        return parts["codes"]
 
     def _by_block(self, what: str, dtype: torch.dtype) -> Tensor:
         """A statistic of each row in each block: [block rows, rows of a block, block columns]."""
@@ -364,6 +399,11 @@ def quantized(
     return values, parts
 
 
+def measured(fmt: Format, x: Tensor, *, rotation: Rotation | None = None) -> _Matrix:
+    """See `backends.measured`."""
+    return _Matrix(fmt, x, None, rotation)
+
+
 def rotate(x: Tensor, rotation: Rotation, *, back: bool = False, dtype: torch.dtype = torch.float32) -> Tensor:
     """See `backends.rotate`."""
     matrix = _Matrix(find_format("fp32"), x, None, rotation)
@@ -376,7 +416,8 @@ def rotate(x: Tensor, rotation: Rotation, *, back: bool = False, dtype: torch.dt
 
 def _parts(fmt: Format, shape: tuple[int, int]) -> dict[str, Tensor]:
     shapes = part_shapes(fmt, shape)
-    made = shapes if _derives(fmt) else {"codes": shapes["codes"]}
+    # Where the library is given scales, they are made with them.
+    made = shapes if _derives(fmt) or stores(fmt) else {"codes": shapes["codes"]}
     return {part: torch.empty(shape, dtype=dtype) for part, (shape, dtype) in made.items()}
 
 
@@ -389,10 +430,14 @@ def decode(fmt: Format, parts: dict[str, Tensor], cols: int, dtype: torch.dtype 
     m = abi.Matrix(out=values.data_ptr(), out_dtype=DTYPES[dtype], rows=rows, cols=cols, tile=1)
     m.packed.format, m.packed.codes = addressof(table(fmt)), codes.data_ptr()
     if fmt.compressed:
-        scale = parts["scale"] if _derives(fmt) else multiplier(fmt, parts).contiguous()
         m.tile, width = block_of(fmt, rows, cols)
-        m.packed.row_bytes = codes.shape[1]
-        m.packed.scale, m.packed.scales = scale.data_ptr(), _across(cols, width)
+        m.packed.row_bytes, m.packed.scales = codes.shape[1], _across(cols, width)
+        if fmt.scaling.stored in ("e8m0", "e4m3") and not fmt.scaling.outer:
+            scale = every_byte(fmt, parts.get("tensor_scale")).multiplier
+            m.bytes, m.multipliers = parts["scale"].data_ptr(), scale.data_ptr()
+        else:
+            scale = parts["scale"] if _derives(fmt) else multiplier(fmt, parts).contiguous()
+            m.packed.scale = scale.data_ptr()
         m.packed.extra = parts[EXTRA[fmt.kind]].data_ptr() if fmt.kind in EXTRA else None
     if values.numel() and load().decode(byref(m), torch.get_num_threads()):
         raise MemoryError("the native library found no memory for a block")

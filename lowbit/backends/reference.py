@@ -41,7 +41,7 @@ from ..rotation import Rotation
 from ..rotation import rotate as turn
 from ..rotation import rotate_back as turn_back
 from ..rounding import bits16, key, narrow, uniform
-from ..rows import decode_rows, encode_rows, pack, row_bits, unpack
+from ..rows import Measured, decode_rows, encode_rows, pack, row_bits, unpack
 from ..stages import VECTORS, Job, Namespace, Program, Stage
 from ..stored import WHOLE
 from ..stored import decode as decode_weight
@@ -500,6 +500,11 @@ def _turned(x: Tensor, rotation: Rotation | None) -> Tensor:
 
 def _padded(x: Tensor, rotation: Rotation) -> Tensor:
     return F.pad(x, (0, rotation.padded(x.shape[1]) - x.shape[1]))
+
+
+def measured(fmt: Format, x: Tensor, *, rotation: Rotation | None = None) -> Measured:
+    """See `backends.measured`."""
+    return Measured(fmt, _turned(x, rotation))
 
 
 def encode(

@@ -12,6 +12,7 @@ enum { LB_BLOCK = 256 };  // values of the largest step block
 
 enum lb_dtype { LB_FLOAT32, LB_BFLOAT16, LB_FLOAT16 };
 enum lb_kind { LB_KIND_FLOAT, LB_KIND_INTEGER, LB_KIND_CODEBOOK, LB_KIND_AFFINE, LB_KIND_LOG };
+enum lb_power { LB_POWER_UP, LB_POWER_FLOOR, LB_POWER_CEIL, LB_POWER_EVEN };  // how a scale becomes one, e8m0
 enum lb_master { LB_NONE, LB_SPLIT8, LB_SPLIT16, LB_KAHAN, LB_MASTER32 };
 enum lb_stage_kind { LB_MEASURE, LB_FOLD, LB_UPDATE };
 enum lb_reduce { LB_MAX, LB_SUM, LB_MEAN };
@@ -97,6 +98,13 @@ typedef struct lb_format {
   // Up to 16 rungs: what `tree` is to `thresholds`, of the rungs that may be at or below u with one above; and from
   // each rung to the next.
   float below[32], gaps[16];
+  // Scales that are stored in a byte, and that the library derives itself (lowbit/scales.py has the rules).
+  int32_t stored, power;       // an lb_scaled, 0: it does not; an lb_power
+  int32_t exponent, mantissa;  // of the largest value: its exponent, and the bits below
+  int32_t last;                // the largest byte
+  int32_t tries;               // how many candidates there are
+  int32_t rms;                 // from the root of the mean square, not from the largest magnitude
+  float gain, smallest, candidates[2];  // smallest: of e4m3 scales
 } lb_format;
 
 // One per-value moment of one tensor, as rows (lowbit/rows.py).
@@ -153,7 +161,7 @@ typedef struct lb_job {
   // Its scales, as lowbit/scales.py has them: `weight.scale` points to floats, bf16 numbers or bytes.
   const float *tensor_scale;  // what all of them are multiplied with; null: nothing
   int32_t scaled, last;       // how they are stored; the largest code of a power of two
-  float least_scale;          // the least of e4m3
+  float headroom, unroom, least_scale;  // times powers of two, and its inverse; the least of e4m3
 } lb_job;
 
 // A whole matrix to codes and back, or to the values that its codes stand for.
@@ -175,9 +183,15 @@ typedef struct lb_matrix {
   // are written to packed.scale.
   const float *inverse;
   lb_operand packed;  // codes may be null: values are enough
+  // Scales that are stored in bytes, [ceil(rows / tile), packed.scales], and what each of the 256 stands for; the library
+  // derives those of blocks in rows. An outer scale that all have in common, or 0.
+  uint8_t *bytes;
+  const float *multipliers, *inverses;
+  float outer;
 } lb_matrix;
 
 // What can be found out about each part of a row that lies in one block, [rows, packed.scales]: the largest magnitude
 // (fp32; NaN > infinity > finite); and sums (float64; blocks.total in Python), in units of the given scales: of squares,
-// of magnitudes; and of the squares of what rounding to nearest loses.
-enum lb_statistic { LB_PEAKS, LB_SQUARES, LB_MAGNITUDES, LB_LOSSES };
+// of magnitudes; of the squares of what rounding to nearest loses; of products with what it makes. Or no number: values
+// in units of the given scales are written to `out`.
+enum lb_statistic { LB_PEAKS, LB_SQUARES, LB_MAGNITUDES, LB_LOSSES, LB_PRODUCTS, LB_UNITS };

@@ -5,12 +5,14 @@ from __future__ import annotations
 from ctypes import Structure, c_float, c_int32, c_int64, c_uint8, c_uint32, c_void_p
 
 ARRAYS, SCALARS, CONSTANTS, STAGES, MOMENTS = 12, 32, 48, 32, 6
+BLOCK = 256  # values of the largest step block
 DTYPE = {"float32": 0, "bfloat16": 1, "float16": 2}
 KIND = {"float": 0, "integer": 1, "codebook": 2, "affine": 3, "log": 4}
+POWER = {"up": 0, "floor": 1, "ceil": 2, "even": 3}
 MASTER = {"none": 0, "split8": 1, "split16": 2, "kahan": 3, "fp32": 4}
 STAGE = {"measure": 0, "fold": 1, "update": 2}
 REDUCE = {"": 0, "max": 0, "sum": 1, "mean": 2}
-STATISTIC = {"absmax": 0, "squares": 1, "magnitudes": 2, "losses": 3}
+STATISTIC = {"absmax": 0, "squares": 1, "magnitudes": 2, "losses": 3, "products": 4, "units": 5}
 SCALED = {"fp32": 0, "bf16": 1, "e8m0": 2, "e4m3": 3}
 OVER = {"tensor": 0, "all": 1, "row": 2, "column": 3, "group": 4}
 
@@ -38,6 +40,9 @@ class Format(Structure):
         ("cell_high", c_uint32),
         ("below", c_float * 32),
         ("gaps", c_float * 16),
+        *((name, c_int32) for name in ("stored", "power", "exponent", "mantissa", "last", "tries", "rms")),
+        *((name, c_float) for name in ("gain", "smallest")),
+        ("candidates", c_float * 2),
     )
 
 
@@ -94,7 +99,7 @@ class Job(Structure):
         ("weight", Operand),
         *((name, c_void_p) for name in ("rest", "tensor_scale")),
         *((name, c_int32) for name in ("scaled", "last")),
-        ("least_scale", c_float),
+        *((name, c_float) for name in ("headroom", "unroom", "least_scale")),
     )
 
 
@@ -109,4 +114,6 @@ class Matrix(Structure):
         ("signs", c_uint32 * 2),
         ("inverse", c_void_p),
         ("packed", Operand),
+        *((name, c_void_p) for name in ("bytes", "multipliers", "inverses")),
+        ("outer", c_float),
     )

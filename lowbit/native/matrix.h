@@ -3,25 +3,16 @@
 #pragma once
 #include <stdlib.h>
 
+#include "many.h"
 #include "strip.h"
 
 namespace LB_SPACE {
-
-struct Desk {  // room for one thread
-  alignas(64) float values[SPAN];
-  alignas(64) float out[SPAN];
-  alignas(64) float absmax[SPAN], scale[SPAN], inverse[SPAN];  // of short blocks
-  alignas(64) uint8_t codes[SPAN];
-  Draws draws;
-};
 
 struct Line {  // n values of a row, from a column on; and where the values that their codes stand for go, or null
   int64_t row, col, n;
   const float *x;
   float *to;  // may be x, if that is a copy
 };
-
-static int part_of(int64_t n) { return (int)(n < SPAN ? n : SPAN); }
 
 // ---- to codes
 
@@ -82,88 +73,27 @@ static bool short_blocks(const lb_operand &o) {
   return plain && f.block <= 64 && (f.block & (f.block - 1)) == 0;
 }
 
-// The scales of n values from a column on, block after block.
-struct Scales {
-  const float *inverse, *scale;
-};
-
-// The largest magnitude of each block of n values. Fills up to a multiple of 16.
-static void peaks(const float *x, int n, int block, float *to) {
-  int b = 0;
-#ifdef LB_AVX2
-  if (block % 16 == 0) {
-    for (; (b + 1) * block <= n; ++b) {
-      Peak most;
-      for (int i = b * block; i < (b + 1) * block; i += Lanes::COUNT) most.see(Lanes::load(x + i));
-      to[b] = float_of(most.of_all());
-    }
-  }
-#endif
-  for (; b * block < n; ++b) to[b] = float_of(peak(x + b * block, n - b * block < block ? n - b * block : block));
-  for (; b % 16; ++b) to[b] = 1.0f;
-}
-
-static Scales derive_short(const lb_format &f, const float *x, int n, Desk &desk) {
-  const int count = (n + f.block - 1) / f.block;
-  peaks(x, n, f.block, desk.absmax);
-  scales(f, desk.absmax, count, desk.scale, desk.inverse);
-  return {desk.inverse, desk.scale};
-}
-
-static Scales given(const lb_matrix &m, int64_t row, int64_t col) {
-  const int64_t number = row / m.tile * m.packed.scales + col / m.packed.format->block;
-  return {m.inverse + number, m.packed.scale + number};
-}
-
-// to[i] = x[i] * by[its block]. A span may begin and end inside a block.
-static void multiply(const lb_format &f, const float *x, int64_t col, int n, const float *by, float *to) {
-  const int64_t block = f.block;
-  int64_t i = 0;
-  if (block % 16 == 0 && col % block == 0) {
-    for (; i + block <= n; ++by) {
-      const float number = *by;
-      for (const int64_t end = i + block; i < end; i += 16) {
-        LB_IVDEP for (int k = 0; k < 16; ++k) to[i + k] = x[i + k] * number;
-      }
-    }
-  }
-  for (int64_t end = i + block - (col + i) % block; i < n; i = end, end += block, ++by) {
-    const float number = *by;
-    const int64_t stop = end < n ? end : n;
-    LB_IVDEP for (int64_t k = i; k < stop; ++k) to[k] = x[k] * number;
-  }
-}
-
 static const uint16_t *draws_for(const lb_matrix &m, int64_t row, int64_t col, int n, Desk &desk) {
   return m.stochastic ? desk.draws.fill(m.key, row * m.stride + col, n) : nullptr;
-}
-
-// Rounded values of n values in units of their scales: codes, one to a byte, into the desk.
-static void encode_units(const lb_format &f, const float *x, int64_t col, int n, const Scales &s, const uint16_t *draws,
-                         Desk &desk) {
-  const Block one = {1.0f, 0.0f, false, false};
-  multiply(f, x, col, n, s.inverse, desk.values);
-  encode(f, desk.values, n, one, draws, desk.codes);
-}
-
-static void decode_units(const lb_format &f, int64_t col, int n, const Scales &s, float *to, Desk &desk) {
-  decode(f, desk.codes, n, 1.0f, nullptr, desk.out);
-  multiply(f, desk.out, col, n, s.scale, to);
 }
 
 static void encode_many(const lb_matrix &m, const Line &line, Desk &desk) {
   const lb_operand &o = m.packed;
   const lb_format &f = *o.format;
-  for (int64_t from = 0; from < line.n; from += SPAN) {
-    const int n = part_of(line.n - from);
-    const int64_t col = line.col + from;
+  const bool stored = !m.inverse && m.multipliers;  // whole blocks then, of a multiple of 8 values
+  const int most = stored ? SPAN / f.block * f.block : SPAN;
+  uint8_t bytes[SPAN / 8];
+  for (int64_t from = 0; from < line.n; from += most) {
+    const int n = (int)(line.n - from < most ? line.n - from : most), count = (n - 1) / f.block + 1;
+    const int64_t col = line.col + from, number = line.row * o.scales + col / f.block;
     const float *x = line.x + from;
-    const Scales s = m.inverse ? given(m, line.row, col) : derive_short(f, x, n, desk);
+    const Scales s = m.inverse ? given(m, line.row, col)
+                     : stored  ? derive_bytes(m, x, col, n, bytes, desk)
+                               : derive_short(f, x, n, desk);
     encode_units(f, x, col, n, s, draws_for(m, line.row, col, n, desk), desk);
     if (o.codes) store_codes(o, line.row, col, desk.codes, n);
-    if (o.codes && !m.inverse) {
-      memcpy(o.scale + line.row * o.scales + col / f.block, s.scale, sizeof(float) * ((n + f.block - 1) / f.block));
-    }
+    if (o.codes && stored) memcpy(m.bytes + number, bytes, count);
+    else if (o.codes && !m.inverse) memcpy(o.scale + number, s.scale, sizeof(float) * count);
     if (line.to) decode_units(f, col, n, s, line.to + from, desk);
   }
 }
@@ -225,7 +155,7 @@ static bool encode_line(const lb_matrix &m, const Line &line, Desk &desk) {
     encode_floats(m, line, desk);
     return true;
   }
-  if (m.inverse || short_blocks(o)) {
+  if (m.inverse || m.multipliers || short_blocks(o)) {
     encode_many(m, line, desk);
     return true;
   }
@@ -279,18 +209,19 @@ static void decode_part(const lb_matrix &m, int64_t row, int64_t col, int n, flo
   const lb_format &f = *o.format;
   const uint8_t *codes = (const uint8_t *)o.codes + row * o.row_bytes;
   const int64_t number = row / m.tile * o.scales + col / f.block;
-  const bool one = col % f.block + n <= f.block;
-  const float scale = one ? o.scale[number] : 1.0f;
+  const int count = (int)((col + n - 1) / f.block - col / f.block) + 1;
+  const float *scale = m.multipliers ? look_up(m, m.bytes + number, count, desk).scale : o.scale + number;
+  const float by = count == 1 ? *scale : 1.0f;
   const void *extra = !o.extra                     ? nullptr
                       : f.kind == LB_KIND_AFFINE ? (const void *)((const uint8_t *)o.extra + number)
                                                  : (const void *)((const float *)o.extra + number);
   if (col * f.bits % 8 == 0) {
-    decode_packed(f, codes + col * f.bits / 8, n, scale, extra, to, desk.codes);
+    decode_packed(f, codes + col * f.bits / 8, n, by, extra, to, desk.codes);
   } else {
     get_bits(codes, f.bits, col, n, desk.codes);
-    decode(f, desk.codes, n, scale, extra, to);
+    decode(f, desk.codes, n, by, extra, to);
   }
-  if (!one) multiply(f, to, col, n, o.scale + number, to);
+  if (count > 1) multiply(f, to, col, n, scale, to);
 }
 
 static void decode_piece(const lb_matrix &m, const Piece &p, Desk &desk) {

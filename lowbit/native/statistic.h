@@ -2,7 +2,6 @@
 // values themselves are written there, rotated: to be encoded in rows, once their scales are known.
 #pragma once
 #include "matrix.h"
-#include "trees.h"
 
 namespace LB_SPACE {
 
@@ -11,8 +10,7 @@ struct Asked {  // which statistic, and where it goes
   void *to;
 };
 
-// Terms of sums for n values: squares or magnitudes in units of the given scales, or squares of losses. `to` has room
-// up to a power of two, and zeros there.
+// Terms of sums for n values, in units of the given scales, or losses.
 static void terms(const lb_matrix &m, int what, const Line &line, int n, float *to, Desk &desk) {
   const lb_format &f = *m.packed.format;
   const Scales s = given(m, line.row, line.col);
@@ -21,11 +19,16 @@ static void terms(const lb_matrix &m, int what, const Line &line, int n, float *
     encode_units(f, x, line.col, n, s, nullptr, desk);
     decode_units(f, line.col, n, s, to, desk);
     LB_IVDEP for (int i = 0; i < n; ++i) to[i] = to[i] - x[i];
+  } else if (what == LB_PRODUCTS) {
+    encode_units(f, x, line.col, n, s, nullptr, desk);
+    decode(f, desk.codes, n, 1.0f, nullptr, desk.out);
   } else {
     multiply(f, x, line.col, n, s.inverse, to);
   }
   if (what == LB_MAGNITUDES) {
     LB_IVDEP for (int i = 0; i < n; ++i) to[i] = lb::abs(to[i]);
+  } else if (what == LB_PRODUCTS) {
+    LB_IVDEP for (int i = 0; i < n; ++i) to[i] = desk.values[i] * desk.out[i];
   } else {
     LB_IVDEP for (int i = 0; i < n; ++i) to[i] = to[i] * to[i];
   }
@@ -33,14 +36,6 @@ static void terms(const lb_matrix &m, int what, const Line &line, int n, float *
 
 static Line part_of_line(const Line &line, int64_t from, int64_t n) {
   return {line.row, line.col + from, n, line.x + from, nullptr};
-}
-
-// The sum of n values, at most 256, by halving. Zeros are put after them, up to a power of two.
-static float sum_few(float *x, int n) {
-  int width = 1;
-  while (width < n) width *= 2;
-  for (int k = n; k < width; ++k) x[k] = 0.0f;
-  return halve(x, width);
 }
 
 // Sums over the blocks of a line, as blocks.total has them: of short blocks, many at once.
@@ -88,9 +83,15 @@ static void find_peaks(const Line &line, int64_t block, float *to, Desk &desk) {
   }
 }
 
+static void find_units(const lb_matrix &m, const Line &line) {
+  multiply(*m.packed.format, line.x, line.col, (int)line.n, given(m, line.row, line.col).inverse, line.to);
+  LB_IVDEP for (int64_t i = 0; i < line.n; ++i) line.to[i] = in_units(line.to[i], 1.0f);
+}
+
 static void measure_line(const lb_matrix &m, const Asked &asked, const Line &line, double *work, Desk &desk) {
   const lb_operand &o = m.packed;
   const int64_t block = o.format->block, number = line.row * o.scales + line.col / block;
+  if (asked.what == LB_UNITS) return find_units(m, line);
   if (line.to && line.to != line.x) memcpy(line.to, line.x, sizeof(float) * line.n);
   if (asked.what == LB_PEAKS) find_peaks(line, block, (float *)asked.to + number, desk);
   else if (block <= LB_BLOCK) sum_short(m, asked.what, line, (double *)asked.to + number, desk);

@@ -10,6 +10,7 @@ from itertools import pairwise
 from struct import pack, unpack
 
 from ..formats import Format
+from ..scales import exponents, last_power
 from . import abi
 
 INFINITE = math.inf
@@ -38,7 +39,27 @@ def table(fmt: Format) -> abi.Format:
         made.values[: len(fmt.values)] = fmt.values
     if fmt.kind == "codebook":
         _codebook(made, fmt)
+    if stores(fmt):
+        _scaling(made, fmt)
     return made
+
+
+def stores(fmt: Format) -> bool:
+    """Whether the library derives a format's scales, and stores them in a byte each."""
+    way, (rows, columns) = fmt.scaling, fmt.block
+    known = way.stored == "e8m0" or (way.stored == "e4m3" and way.rounding == "nearest" and not way.outer)
+    short = rows == 1 and columns % 8 == 0 and 0 < columns <= abi.BLOCK
+    return known and short and way.statistic in ("absmax", "rms") and len(way.candidates) <= 2
+
+
+def _scaling(made: abi.Format, fmt: Format) -> None:
+    way = fmt.scaling
+    made.stored, made.power = abi.SCALED[way.stored], abi.POWER.get(way.rounding, 0)
+    made.exponent, made.mantissa = exponents(fmt)
+    made.last, made.tries = last_power(fmt), len(way.candidates)
+    made.rms = way.statistic == "rms"
+    made.gain, made.smallest = way.gain, way.least
+    made.candidates[: made.tries] = way.candidates
 
 
 def _codebook(made: abi.Format, fmt: Format) -> None:
@@ -50,7 +71,8 @@ def _codebook(made: abi.Format, fmt: Format) -> None:
     if len(ladder) <= 16:
         made.tree[:] = _tree(made.thresholds[:15])
         rungs = [_rounded(value) for value in ladder]
-        made.below[:] = _tree([*rungs[1:-1], *[INFINITE] * (17 - len(rungs))])
+        unused = [math.nan] * (17 - len(rungs))  # an infinite number would be above infinite thresholds
+        made.below[:] = _tree([*rungs[1:-1], *unused])
         made.gaps[: len(rungs) - 1] = [_rounded(high - low) for low, high in pairwise(rungs)]
         if made.same and not fmt.sign_magnitude:
             _bins(made, fmt)

@@ -21,6 +21,14 @@ static float halve(float *x, int n) {
   return x[0];
 }
 
+// The sum of n values, at most 256, by halving. Zeros are put after them, up to a power of two.
+static float sum_few(float *x, int n) {
+  int width = 1;
+  while (width < n) width *= 2;
+  for (int k = n; k < width; ++k) x[k] = 0.0f;
+  return halve(x, width);
+}
+
 // The same for any count of doubles: what is missing to a power of two counts as 0. Overwrites x.
 static double halve(double *x, int64_t n) {
   if (n == 0) return 0.0;

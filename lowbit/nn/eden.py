@@ -17,37 +17,36 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import codec, scales
-from ..blocks import matrix, tiles
+from .. import backends, codec, scales
 from ..formats import Format
 from ..formats import format as find_format
+from ..rotation import Rotation
 from ..rounding import uniform
-from ..rows import pack, row_bits
+from ..rows import row_bits
 
 
-def encode(fmt: Format, x: Tensor, run: int, noise: tuple[int, int]) -> dict[str, Tensor]:
-    """The parts of a rotated matrix in a format with e4m3 scales of blocks in rows.
+def encode(fmt: Format, x: Tensor, noise: tuple[int, int], rotation: Rotation | None, run: int) -> dict[str, Tensor]:
+    """The parts of a matrix, rotated, in a format with e4m3 scales of blocks in rows.
 
     Args:
-        fmt: the format; `run` is a multiple of its block.
-        x: fp32 [rows, cols], rotated in runs of `run` values.
-        run: values that share a correction.
+        fmt: the format; its block divides the runs that are rotated.
+        x: [rows, cols] of any float dtype.
         noise: the key of the random bits, one 16-bit number for each block.
+        rotation: of the rows; None where they are rotated already, and made of whole runs.
+        run: how many values share a correction, those that a rotation mixes.
     """
-    width = fmt.block[1]
-    found = scales.best(fmt, scales.Tiles(fmt, x))
-    ones = torch.ones_like(found.multiplier)
-    blocks = tiles(x, (1, width)).squeeze(2)  # [rows, blocks, width]
-    codes = codec.nearby(fmt, blocks, found.inverse)
+    found = scales.best(fmt, blocks := backends.measured(fmt, x, rotation=rotation))
     byte = find_format("e4m3")
-    held = codec.values(byte, found.parts["scale"].unsqueeze(-1), ones)
-    # In units of the tensor's scale no square overflows.
-    units = blocks * codec.reciprocal(found.parts["tensor_scale"])
-    units = torch.where(found.multiplier.isnan().unsqueeze(-1), 0.0, units)
-    rounded = codec.values(fmt, codes, ones) * held.nan_to_num(0.0)
-    squares, products = (v.flatten(1).unflatten(1, (-1, run)).sum(-1) for v in (units * units, units * rounded))
-    correction = torch.where(products > 0, squares / products, 1.0).repeat_interleave(run // width, 1).unsqueeze(-1)
-    draws = uniform(row_bits(noise, found.multiplier)).unsqueeze(-1)
-    scale = codec.encode(byte, (held * correction).clamp(max=byte.top), draws, scale=ones)["codes"].squeeze(-1)
-    scale = torch.where(found.multiplier.isnan(), found.parts["scale"], scale)
-    return {**found.parts, "codes": pack(matrix(codes.unsqueeze(2), *x.shape), fmt.bits), "scale": scale}
+    held = codec.values(byte, found.parts["scale"].unsqueeze(-1), torch.ones_like(found.multiplier)).squeeze(-1)
+    # Sums are in units of each block's own scale, so that nothing overflows; here they get the tensor's.
+    weight, each = held.double().square(), run // fmt.block[1]
+    squares, products = (
+        torch.where(held > 0, total * weight, 0.0).unflatten(1, (-1, each)).sum(-1)
+        for total in (blocks.total("squares", found.inverse), blocks.products(found.inverse))
+    )
+    correction = torch.where(products > 0, squares / products, 1.0).float().repeat_interleave(each, 1)
+    draws = uniform(row_bits(noise, held)).unsqueeze(-1)
+    corrected = (held * correction).clamp(max=byte.top).unsqueeze(-1)
+    scale = codec.encode(byte, corrected, draws, scale=torch.ones_like(held))["codes"].squeeze(-1)
+    scale = torch.where(held.isnan(), found.parts["scale"], scale)
+    return {**found.parts, "codes": blocks.codes(found), "scale": scale}

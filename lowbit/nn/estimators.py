@@ -17,8 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import scales
-from ..blocks import matrix, tiles
+from .. import backends, scales
 from ..formats import Format
 from ..rows import pack, unpack
 from .operand import Operand
@@ -53,9 +52,8 @@ def in_units(fmt: Format, x: Tensor) -> Tensor:
     """A matrix in units of each block's scale, as it is before rounding; 0 where the scale is 0."""
     if not x.numel():
         return x
-    inverse = scales.best(fmt, scales.Tiles(fmt, x)).inverse
-    blocks = tiles(x, scales.block_of(fmt, *x.shape)) * inverse[..., None, None]
-    return matrix(blocks.nan_to_num(0.0), *x.shape)
+    blocks = backends.measured(fmt, x)
+    return blocks.units(scales.best(fmt, blocks).inverse)
 
 
 def _slope(fmt: Format, u: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ def encode(
         return {}
     if operand.rounding == "eden":
         assert noise is not None
-        return eden.encode(operand.codes, turned(x, rotation).float(), operand.hadamard, noise)
+        return eden.encode(operand.codes, x, noise, rotation, operand.hadamard)
     return quantized(x, operand, noise, rotation)[1]
 
 

@@ -17,31 +17,32 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from .. import backends, masters
+from .. import backends
 from ..formats import nearest
-from ..policy import PRESETS_VERSION, Policy, Storage, check_storage
+from ..policy import PRESETS_VERSION, Policy, Storage
 from ..roles import check_used, clean_name, role_map
 from ..stages import Job, Moment, Program, Stage
 from . import checkpoint, replay, sparse
 from .explain import Explanation, explain
-from .hyper import check_common, check_names, check_types
+from .hyper import check, check_common, check_names
 from .matrices import Chain, carried
+from .parts import Part, Stabilizer
 from .roster import Roster, Turns
 from .slot import FLOATS, Slot, asked_of
 
 if TYPE_CHECKING:
     from .in_backward import InBackward
 
-ROUNDINGS = ("auto", "nearest", "stochastic")
-
 Shares = list[tuple[ModuleType, list[Job]]]
 MakesPart = Callable[[], sparse.Part]
+
+__all__ = ["Options", "Params", "Part", "Rule", "Stabilizer"]
 
 # What a step does: each group with its tensors that have a gradient, and their states.
 Work = list[tuple[dict[str, Any], list[tuple[Slot, dict[str, Any]]]]]
@@ -60,38 +61,6 @@ class Options(TypedDict, total=False):
     stabilize: Iterable[Stabilizer]
     policy: Policy | None
     roles: Mapping[str, str] | None
-
-
-class Part:
-    """What contributes stages to a program: a rule itself, or a stabilizer put in front of one."""
-
-    scalars: ClassVar[dict[str, float]] = {}
-    temporaries: ClassVar[dict[str, float]] = {}  # scalars that each step begins with anew, and their values
-    stages: tuple[Stage, ...] = ()
-
-    def constants(self, group: Mapping[str, Any], t: int) -> dict[str, float]:
-        """What does not depend on the value: float64, rounded once to fp32. `t` counts this tensor's steps from 1."""
-        return {}
-
-    def resets(self, group: Mapping[str, Any]) -> Literal["", "before", "after"]:
-        """Whether the moments are set to zero in the step that `group["steps"]` has just counted."""
-        return ""
-
-
-class Stabilizer(Part):
-    """A part that any optimizer can put in front of its update: `stabilize=(AdaClip(), …)`.
-
-    `hyper` become keys of the parameter groups, so they can differ per group and are part of the state dict.
-    """
-
-    def __init__(self, **hyper: Any):
-        self.hyper = hyper
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(f'{k}={v}' for k, v in self.hyper.items())})"
-
-    def check(self, group: Mapping[str, Any]) -> None:
-        """Raise `ValueError` for a hyper-parameter out of range."""
 
 
 class Rule(torch.optim.Optimizer, Part):
@@ -261,7 +230,7 @@ class Rule(torch.optim.Optimizer, Part):
                 raise ValueError(f"{label}: given twice (first as {first}); give every parameter once")
             seen[id(p)] = label
         check_names(type(self).__name__, param_group, list(self.defaults), len(self.param_groups))
-        self._check(group)
+        check(self, group)
         super().add_param_group({**param_group, "params": entries})
         group = self.param_groups[-1]
         others = self.param_groups[:-1]
@@ -275,51 +244,6 @@ class Rule(torch.optim.Optimizer, Part):
                 self._slots.pop(p, None)
                 self.state.pop(p, None)
             raise
-
-    def _check(self, group: Mapping[str, Any]) -> None:
-        check_types(type(self), group)
-        for part in self.stabilize:
-            check_types(type(part), group)
-        check_common(group)
-        self.check_group(group)
-        plans = [self.plan(group, kind) for kind in self.kinds]
-        signed = {m.name: m.signed for moments, _ in plans for m in moments.values()}
-        check_storage(group["states"], "states", signed)
-        for match, storage in self.policy.rules:
-            check_storage(storage, f"policy {match!r}", signed)
-        if not isinstance(group["seed"], int):
-            raise TypeError(f"seed must be an int, not {type(group['seed']).__name__}")
-        for part in self.stabilize:
-            part.check(group)
-            own = {"p", "g", "s", "c", "x", *(letter for stage in part.stages for letter in stage.writes)}
-            wanted = dict.fromkeys(r for stage in part.stages for r in stage.reads if len(r) == 1 and r not in own)
-            for moments, _ in plans:
-                for letter in wanted:
-                    asked = f"stabilize: {part!r} reads {letter!r}, which {type(self).__name__}"
-                    if letter not in moments:
-                        raise ValueError(f"{asked} has not")
-                    if moments[letter].over != "value":  # it is new before the update that would read it is repeated
-                        raise ValueError(f"{asked} has for each {moments[letter].over} only, not for each value")
-        for kind in self.kinds:
-            self.program(group, kind)  # raises for stages that do not fit together
-        if group["master"] not in masters.MASTERS:
-            hint = nearest(group["master"], masters.MASTERS)
-            raise ValueError(f"unknown master {group['master']!r}{hint}; known: {', '.join(masters.MASTERS)}")
-        for argument, known in (("rounding", ROUNDINGS), ("state_rounding", ROUNDINGS[1:])):
-            if group[argument] not in known:
-                hint = nearest(group[argument], known)
-                raise ValueError(f"unknown {argument} {group[argument]!r}{hint}; known: {', '.join(known)}")
-        if not group.get("param_names") and not any(isinstance(entry, tuple) for entry in group.get("params", ())):
-            self._check_nameless()
-        if group["rounding"] == "stochastic" and group["master"] != "none":
-            raise ValueError('rounding="stochastic" and a master contradict each other: a master keeps the rest')
-
-    def _check_nameless(self) -> None:
-        """Rules that go by name do nothing without names; better to say so."""
-        globs = [match for match, _ in self.policy.rules if isinstance(match, str) and match != "*"]
-        if globs or self.roles:
-            asked = f"policy {globs[0]!r}" if globs else f"roles {next(iter(self.roles))!r}"
-            raise ValueError(f"{asked} goes by names, and the parameters have none: pass model.named_parameters()")
 
     def _labelled(self, group: Mapping[str, Any]) -> list[tuple[Tensor, str]]:
         """Each parameter of a group with the name that messages use."""

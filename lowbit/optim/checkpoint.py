@@ -23,7 +23,7 @@ from .. import backends, layout, masters, rows
 from ..formats import Format, catalogue
 from ..policy import PRESETS_VERSION
 from ..roles import clean_name
-from .hyper import TORCHS_KEYS, check_finite, strange
+from .hyper import TORCHS_KEYS, check, check_finite, strange
 from .slot import Slot, state_key
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def _prepare(rule: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
             counts = [state_dict["state"].get(number, {}).get("step", 0) for number in incoming]
             new["steps"] = max((int(_count(count, f"group {index}")) for count in counts), default=0)
         new["states_version"] = PRESETS_VERSION
-        rule._check(new)
+        check(rule, new)
         check_finite(new, group)
         groups.append(new)
         for number, p in zip(incoming, group["params"], strict=True):

@@ -9,11 +9,19 @@ import inspect
 import math
 from collections.abc import Iterable, Mapping
 from numbers import Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from .. import masters
 from ..formats import nearest
+from ..policy import check_storage
+
+if TYPE_CHECKING:
+    from .base import Rule
+    from .parts import Stabilizer
+
+ROUNDINGS = ("auto", "nearest", "stochastic")
 
 # How torch's own optimizers run; nothing here.
 TORCHS_KEYS = ("maximize", "foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay")
@@ -65,16 +73,17 @@ def types_of(owner: type) -> dict[str, str]:
 
 
 def check_types(owner: type, group: Mapping[str, Any]) -> None:
-    """Raise `TypeError` for a hyper-parameter that is no number, or neither True nor False, where one is asked for."""
+    """Raise `TypeError` (`ValueError` for whole numbers) for a hyper-parameter that is of another type than asked."""
     for name, annotation in types_of(owner).items():
         wanted, *others = annotation.split(" | ")
         value = group.get(name)
         if name not in group or (value is None and "None" in others):
             continue
         none = ", or None" if "None" in others else ""
-        if wanted in ("int", "float") and not is_number(value):
-            kind = "an int" if wanted == "int" else "a number"
-            raise TypeError(f"{name} must be {kind}{none}, not {value!r}")
+        if wanted == "int" and not is_number(value):
+            raise ValueError(f"{name} must be a whole number{none}, not {value!r}")
+        if wanted == "float" and not is_number(value):
+            raise TypeError(f"{name} must be a number{none}, not {value!r}")
         if wanted == "bool" and value not in (True, False):
             raise TypeError(f"{name} must be True or False{none}, not {value!r}")
 
@@ -104,3 +113,52 @@ def check_finite(group: Mapping[str, Any], like: Mapping[str, Any]) -> None:
         number = is_number(value) and name != "params"
         if number and not math.isfinite(value) and not (value == like.get(name) and not math.isnan(value)):
             raise ValueError(f"the checkpoint's {name} is {float(value)}: it is damaged, or of a run that had failed")
+
+
+def check(rule: Rule, group: Mapping[str, Any]) -> None:
+    """Raise for anything that a group asks of an optimizer and cannot have, before anything has changed."""
+    if not isinstance(group["seed"], int):
+        raise TypeError(f"seed must be an int, not {group['seed']!r}")
+    check_types(type(rule), group)
+    for part in rule.stabilize:
+        check_types(type(part), group)
+    check_common(group)
+    rule.check_group(group)
+    plans = [rule.plan(group, kind) for kind in rule.kinds]
+    signed = {m.name: m.signed for moments, _ in plans for m in moments.values()}
+    check_storage(group["states"], "states", signed)
+    for match, storage in rule.policy.rules:
+        check_storage(storage, f"policy {match!r}", signed)
+    for part in rule.stabilize:
+        part.check(group)
+        for moments, _ in plans:
+            _check_reads(part, moments, type(rule).__name__)
+    for kind in rule.kinds:
+        rule.program(group, kind)  # raises for stages that do not fit together
+    for argument, known in (("master", masters.MASTERS), ("rounding", ROUNDINGS), ("state_rounding", ROUNDINGS[1:])):
+        if group[argument] not in known:
+            hint = nearest(group[argument], known)
+            raise ValueError(f"unknown {argument} {group[argument]!r}{hint}; known: {', '.join(known)}")
+    if group["rounding"] == "stochastic" and group["master"] != "none":
+        raise ValueError('rounding="stochastic" and a master contradict each other: a master keeps the rest')
+    if not group.get("param_names") and not any(isinstance(entry, tuple) for entry in group.get("params", ())):
+        _check_nameless(rule)
+
+
+def _check_reads(part: Stabilizer, moments: Mapping[str, Any], optimizer: str) -> None:
+    """A stabilizer may read an optimizer's moments, where there is one number for each value."""
+    own = {"p", "g", "s", "c", "x", *(letter for stage in part.stages for letter in stage.writes)}
+    for letter in dict.fromkeys(r for stage in part.stages for r in stage.reads if len(r) == 1 and r not in own):
+        asked = f"stabilize: {part!r} reads {letter!r}, which {optimizer}"
+        if letter not in moments:
+            raise ValueError(f"{asked} has not")
+        if moments[letter].over != "value":  # it is new before the update that would read it is repeated
+            raise ValueError(f"{asked} has for each {moments[letter].over} only, not for each value")
+
+
+def _check_nameless(rule: Rule) -> None:
+    """Rules that go by name do nothing without names; better to say so."""
+    globs = [match for match, _ in rule.policy.rules if isinstance(match, str) and match != "*"]
+    if globs or rule.roles:
+        asked = f"policy {globs[0]!r}" if globs else f"roles {next(iter(rule.roles))!r}"
+        raise ValueError(f"{asked} goes by names, and the parameters have none: pass model.named_parameters()")
