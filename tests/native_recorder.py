@@ -78,12 +78,14 @@ class Recorder:
         blocks = 4 * -(-m.rows // m.tile) * m.packed.scales
         found = to, (4 if what == abi.STATISTIC["absmax"] else 8) * m.rows * m.packed.scales
         codes, _, extra = self._operand(m.packed, m.rows, m.cols)
-        operands = codes, (m.packed.scale, blocks), extra
+        stored = (m.bytes, blocks // 4) if m.multipliers else (None, 0)
+        tables = [(x, 4 * 256) for x in (m.multipliers, m.inverses)]
+        operands = codes, (None, 0) if m.multipliers else (m.packed.scale, blocks), extra
         parts = [number(kind), number(self.threads), number(what), struct(m)]
-        parts += [chunk(*operand) for operand in (values, (m.inverse, blocks), out, found)]
+        parts += [chunk(*operand) for operand in (values, (m.inverse, blocks), out, found, stored, *tables)]
         parts += [self._format(m.packed.format), *(chunk(*operand) for operand in operands)]
         result = call()
-        self.calls.append(b"".join([*parts, *(chunk(*operand) for operand in (out, found, *operands))]))
+        self.calls.append(b"".join([*parts, *(chunk(*operand) for operand in (out, found, stored, *operands))]))
         return result
 
     # ---- what calls share

@@ -199,12 +199,6 @@ def test_recorded_settings_reach_every_kind():
         assert {getattr(s, k) for s in settings} == {getattr(s, k) for s in COVERING}
 
 
-# The harness replays calls of the library with recorded memory, and does not know yet where the tables of given scales
-# lie (`lb_matrix.multipliers` of whole matrices): it reads beside them. To be mended in native_recorder.py.
-BEHIND = pytest.mark.xfail(reason="the recorder does not record the tables of given scales", strict=False)
-
-
-@BEHIND
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.fault])
 def test_the_driver_is_clean(name: str, recording: Path):
     done = play(compiled(recording, name), recording)
@@ -212,7 +206,6 @@ def test_the_driver_is_clean(name: str, recording: Path):
     assert done.stdout.endswith(" calls\n") and int(done.stdout.split()[0]) > 200
 
 
-@BEHIND
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.fault])
 def test_a_planted_fault_is_found(name: str, recording: Path):
     done = play(compiled(recording, name), recording)

@@ -184,8 +184,7 @@ static void sweep(Step &step, Room &room) {
     }
     const int64_t last = (local + 1) * CHUNK < run.cut.spans ? (local + 1) * CHUNK : run.cut.spans;
     if (step.updating && prepared != at) {
-      Run copy = run;
-      root_masks(copy, roots);
+      root_masks(run, roots);
       piece = piece_of(run);
       prepared = at;
 #ifdef LB_AVX2
@@ -280,7 +279,7 @@ static bool prepare(Run &run, const lb_job &job, int64_t *longest) {
   }
   for (int k = 0; k <= program.moments; ++k) stream_key(job.seed, job.step, job.tensor, k, run.key[k]);
   uint32_t roots[LB_STAGES];
-  root_masks(run, roots);
+  run.rooted = root_masks(run, roots);
   run.gauge = gauge(program, program.count);
   return true;
 }

@@ -204,10 +204,10 @@ static int piece_of(const Run &run) {
 }
 
 // Which writes of each update are stored as roots: of square formats, by the last that writes and none reads after it.
-static void root_masks(Run &run, uint32_t *roots) {
+// Returns a bit for each slot of which the root is left.
+static int root_masks(const Run &run, uint32_t *roots) {
   const lb_program &program = *run.job->program;
-  run.rooted = 0;
-  int later = 0;
+  int rooted = 0, later = 0;
   for (int k = program.count - 1; k >= 0; --k) {
     const lb_stage &stage = program.stages[k];
     roots[k] = 0;
@@ -217,12 +217,13 @@ static void root_masks(Run &run, uint32_t *roots) {
       const bool square = slot >= 2 && slot < 2 + program.moments && run.job->moments[slot - 2].format->square;
       if (square && stage.rootable >> i & 1 && !(later >> slot & 1)) {
         roots[k] |= 1u << i;
-        run.rooted |= 1 << slot;
+        rooted |= 1 << slot;
       }
     }
     for (int i = 0; i < stage.writes; ++i) later |= 1 << stage.write[i];
     for (int i = 0; i < stage.reads; ++i) later |= 1 << stage.read[i];
   }
+  return rooted;
 }
 
 static void check_gradient(const Run &run, const Span &s, int piece, bool *good, bool *all, const Room &room) {

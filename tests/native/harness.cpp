@@ -128,7 +128,11 @@ static void matrix(int64_t call, int64_t kind, int threads) {
   m.values = values.data;
   m.inverse = (const float *)inverse.data;
   m.out = out.data;
-  std::vector<Bytes> written = {out, found};
+  const Bytes stored = bytes(), multipliers = bytes(), inverses = bytes();
+  m.bytes = (uint8_t *)stored.data;
+  m.multipliers = (const float *)multipliers.data;
+  m.inverses = (const float *)inverses.data;
+  std::vector<Bytes> written = {out, found, stored};
   operand(m.packed, written);
   const int failed = kind == DECODE   ? LB_NAME(decode)(&m, threads)
                      : kind == ENCODE ? LB_NAME(encode)(&m, threads)
