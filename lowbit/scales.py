@@ -97,6 +97,10 @@ class Measured(Protocol):
         """Values in units of their scales, fp32 [rows, columns]; NaN, of a block that is not finite, is 0."""
         ...
 
+
+class Coded(Measured, Protocol):
+    """A matrix that can be measured, and encoded with scales that are given."""
+
     def codes(self, found: Scales) -> Tensor:
         """The part `codes`, to nearest with these scales."""
         ...
@@ -327,7 +331,7 @@ def _e4m3(fmt: Format, wanted: Tensor, candidate: float, tensor_scale: Tensor | 
 
 
 def outer_scale(fmt: Format, wanted: Tensor) -> Tensor:
-    """`tensor_scale`, from statistics [block rows, block columns] times the gain: blocks that are not finite count not."""
+    """`tensor_scale`, from statistics of blocks times the gain. Blocks that are not finite count not."""
     largest = _largest(fmt, torch.where(torch.isfinite(wanted), wanted, 0.0))
     scale = (largest / torch.full_like(largest, fmt.top * fmt.scaling.peak)).clamp(min=TINY)
     return torch.where(largest > 0, scale, 0.0)

@@ -24,7 +24,7 @@ from ..formats import format as find_format
 from ..gpu import DriverError, NoCompiler, NoDriver
 from ..native.build import BuildError
 from ..rotation import Rotation
-from ..scales import Measured
+from ..scales import Coded
 from ..stages import Job, Program
 from . import cuda, native, reference
 
@@ -156,7 +156,7 @@ def quantized(
     return values.to(dtype), parts
 
 
-def measured(fmt: Format, x: Tensor, *, rotation: Rotation | None = None) -> Measured:
+def measured(fmt: Format, x: Tensor, *, rotation: Rotation | None = None) -> Coded:
     """A matrix in blocks, for those who make its scales themselves (`scales`), and then its codes.
 
     Its first question must be `absmax` (which `scales.best` asks): rows are rotated on the way to it.
