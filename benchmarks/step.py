@@ -2,10 +2,11 @@
 
     python benchmarks/step.py [--rounds 9] [--slow-rounds 5] [--without torchao] [--fork-python VENV/bin/python]
 
-Three groups, each with its own rounds and its own fp32 AdamW of torch, fused, as the yardstick: ours and torch's; the
-rivals that take seconds a step, beside ours (rounds of their own, since a minute between a step and its yardstick says
-little); and bitsandbytes-cpu-fork, which calls itself `bitsandbytes` and so runs in a second interpreter, in turn with
-the first. Gradients have the parameters' dtype. Needs 12 GB.
+Four groups, each with its own rounds and its own fp32 AdamW of torch, fused, as the yardstick: ours and torch's;
+weights that are codes and scales, beside parameters in bf16, which are rounded stochastically as well; the rivals that
+take seconds a step, beside ours (rounds of their own, since a minute between a step and its yardstick says little); and
+bitsandbytes-cpu-fork, which calls itself `bitsandbytes` and so runs in a second interpreter, in turn with the first.
+Gradients have the parameters' dtype. Needs 12 GB.
 """
 
 from __future__ import annotations
@@ -23,12 +24,14 @@ import cpu_tables
 import timing
 import torch
 
+from lowbit.nn.stored import StoredWeight
 from lowbit.optim import AdamS, AdamW, Rule, StableSPAM
 
 FP32, BF16 = torch.float32, torch.bfloat16
 
 
 Maker = tuple[torch.dtype, Callable[..., torch.optim.Optimizer]]
+STORES = ("int8", "int4", "nf4", "mxfp4", "nvfp4", "split")  # of weights without a master
 
 TORCH: dict[str, Maker] = {
     cpu_tables.YARDSTICK: (FP32, partial(torch.optim.AdamW, fused=True)),
@@ -50,6 +53,22 @@ OURS: dict[str, Maker] = {
     "lowbit AdamS 8bit": (FP32, partial(AdamS, states="8bit")),
     "lowbit AdamS 8bit, bf16 p": (BF16, partial(AdamS, states="8bit")),
 }
+
+
+def stored() -> dict[str, Maker]:
+    """Weights that are codes and scales, with the states that suit them, beside parameters in bf16."""
+    made: dict[str, Maker] = {}
+    for states in ("8bit", "4bit"):
+        made[f"lowbit AdamW {states}, bf16 p"] = BF16, partial(AdamW, states=states)
+        made |= {f"lowbit AdamW {states}, {store} p": (BF16, partial(AdamW, states=states)) for store in STORES}
+    return made
+
+
+def parameter(name: str, shape: tuple[int, int], dtype: torch.dtype) -> torch.nn.Parameter:
+    """Of a case: its name ends with how the parameter is kept."""
+    value = (torch.randn(shape) * 0.02).to(dtype)
+    store = name.rpartition(", ")[2].removesuffix(" p")
+    return torch.nn.Parameter(StoredWeight.of(value, store) if store in STORES else value)
 
 
 def slow(without: set[str]) -> dict[str, Maker]:
@@ -77,7 +96,7 @@ def group(title: str, makers: dict[str, Maker], more: dict[str, timing.Case], ar
     cases: dict[str, timing.Case] = {**timing.probes(args.rows * args.cols), **more}
     optimizers = {}
     for name, (dtype, maker) in makers.items():
-        p = torch.nn.Parameter((torch.randn(shape) * 0.02).to(dtype))
+        p = parameter(name, shape, dtype)
         p.grad = grads[dtype]
         optimizers[name] = maker([p], lr=1e-3)
         cases[name] = timing.timed(optimizers[name].step)
@@ -97,7 +116,8 @@ def traffic(opt: torch.optim.Optimizer) -> float:
     values = [value for state in opt.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
     parts = [part for value in values for part in ((value.codes, value.scale) if hasattr(value, "codes") else (value,))]
     states = sum(part.nbytes for part in parts if part.numel() > 256)  # scalars and tables aside
-    return p.element_size() * (2 + sweeps) + 2 * states / p.numel()
+    own = p.nbytes / p.numel()
+    return 2 * own + p.grad.element_size() * sweeps + 2 * states / p.numel()
 
 
 class Fork:
@@ -158,6 +178,7 @@ def main() -> None:
     results = timing.start(args, parameters=args.rows * args.cols, shape=[args.rows, args.cols])
     timing.add(results, group("ours and torch", {**TORCH, **OURS}, {}, args), args)
     yardstick = {cpu_tables.YARDSTICK: TORCH[cpu_tables.YARDSTICK]}
+    timing.add(results, group("weights that are codes", {**yardstick, **stored()}, {}, args), args)
     beside = yardstick | {name: OURS[name] for name in OURS if name.startswith("lowbit AdamW") and "int4" not in name}
     if rivals := slow(args.without):
         timing.add(results, group("slow rivals", {**beside, **rivals}, {}, args, args.slow_rounds), args)

@@ -5,6 +5,7 @@ A new optimizer is one row. All tests of optimizers draw from here.
 
 import contextlib
 import copy
+import gc
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -146,6 +147,15 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def old_objects_left_alone():
+    """For modules that import it: what looks through the heap, and the collector, pass over what was there before."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)

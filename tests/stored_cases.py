@@ -54,9 +54,23 @@ COVERING = [Setting(*row) for row in pairwise(DIMENSIONS)]
 # What fused loops take, with every store.
 DRAFTED = [
     Setting("adamw", store, states, p, g, "auto", "nearest", "large", 2, "clean")
-    for store in [*STORES, *OTHERS]
-    for states, p, g in [("8bit", "f32", "f32"), ("4bit", "bf16", "bf16")]
+    for k, store in enumerate([*STORES, *OTHERS])
+    for states, p, g in [[("8bit", "f32", "f32"), ("4bit", "bf16", "bf16")][k % 2]]
 ]
+
+
+def _few() -> list[Setting]:
+    """The fused ones, and the first settings that have a value of some dimension that none before them has."""
+    chosen, seen = list(DRAFTED), {pair for s in DRAFTED for pair in enumerate(s)}
+    for s in COVERING:
+        if s.shapes != "large" and (new := set(enumerate(s)) - seen):
+            chosen.append(s)
+            seen |= new
+    return chosen
+
+
+FEW = _few()
+REST = [s for s in COVERING if s not in FEW]
 
 
 def run(s: Setting, backend: str, isa: str = "", steps: int = 4, device: str = "cpu") -> dict[str, Any]:

@@ -166,7 +166,7 @@ def test_methods_by_name():
     [
         (["admw"], None, None, "unknown optimizer 'admw'.*did you mean"),
         (["adam"], ["4bitt"], None, "unknown state format '4bitt': did you mean '4bit'"),
-        (["adam"], None, ["int5"], "unknown recipe 'int5': did you mean 'int4'"),
+        (["adam"], None, ["int44"], "unknown recipe 'int44': did you mean 'int4'"),
         (["adam-4bit"], ["8bit"], None, "says its states and recipe"),
         (["adam/8bit"], None, None, "cannot read method"),
         (["galore:rnk=8"], None, None, "unknown option of GaLore 'rnk': did you mean 'rank'"),

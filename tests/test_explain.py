@@ -35,7 +35,7 @@ def test_explain_fits_the_terminal_and_cuts_no_name_short(columns: int, monkeypa
     assert max(map(len, text.splitlines())) <= columns and "…" not in text
     for (name, _), row in zip(named, explained.rows, strict=True):
         assert name in text and f"{row.state_bytes:,}" in text
-    for said in ("128×128, float32, q, head" if columns < 150 else "128×128", "exp_avg nf4:128", "one per 32 rows"):
+    for said in ("128×128, float32, q, head" if columns < 156 else "128×128", "exp_avg nf4:128", "one per 32 rows"):
         assert said in text
 
 

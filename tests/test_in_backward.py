@@ -323,4 +323,4 @@ def test_freed_memory_is_given_back():
         done = subprocess.run(words, env=env, capture_output=True, text=True, check=True)
         found[what, threshold] = float(done.stdout)
     assert found["released", None] < 3
-    assert found["usual", None] > 6 and found["released", "33554432"] > 6  # what the user has set stays
+    assert min(found["usual", None], found["released", "33554432"]) > found["released", None] + 1  # the user's stays

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from cases import CASES, COMPRESSED, assert_same, everything, gradient, parameters, train
+from cases import old_objects_left_alone as old_objects_left_alone
 from cases import one_thread as one_thread
 from torch import Tensor, nn
 from torch.nn import Parameter

@@ -11,6 +11,7 @@ import oracles_optim
 import pytest
 import torch
 from cases import assert_same, every_preset, everything, gradient, parameters, train
+from cases import old_objects_left_alone as old_objects_left_alone
 from cases import one_thread as one_thread
 from torch import Tensor
 from torch.nn import Parameter

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from typing import TYPE_CHECKING
 
 from . import machine
@@ -50,7 +51,7 @@ def formats_main(args: argparse.Namespace, argv: list[str]) -> int:
             r["name"], str(r["bits"]), "±" if r["signed"] else "≥ 0", _block(r["block"]), r["scale"] or "–",
             "yes" if r["state"] else "", f"{r['bytes_per_value']:.4g}", r["about"],
         )  # fmt: skip
-    Console().print(table, highlight=False)
+    Console(width=None if sys.stdout.isatty() else 120).print(table, highlight=False)
     return 0
 
 

@@ -71,7 +71,8 @@ def _codebook(made: abi.Format, fmt: Format) -> None:
     if len(ladder) <= 16:
         made.tree[:] = _tree(made.thresholds[:15])
         rungs = [_rounded(value) for value in ladder]
-        made.below[:] = _tree([*rungs[1:-1], *[INFINITE] * (17 - len(rungs))])
+        unused = [math.nan] * (17 - len(rungs))  # an infinite number would be above infinite thresholds
+        made.below[:] = _tree([*rungs[1:-1], *unused])
         made.gaps[: len(rungs) - 1] = [_rounded(high - low) for low, high in pairwise(rungs)]
         if made.same and not fmt.sign_magnitude:
             _bins(made, fmt)

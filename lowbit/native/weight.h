@@ -116,7 +116,9 @@ static void encode_blocks(const Run &run, const Encoder &encoder, const Span &s,
       if (good[i >> run.cut.shift]) store_scale(job, number, raw);
     }
     const float inverse = inverse_of(scaling, raw, scale);
-    encoder.encode(p + i, n, scale, inverse, room.finite, draws ? draws + i : nullptr, codes + i, rest + i);
+    // A block that has a value that is not finite has a scale of NaN.
+    const bool finite = room.finite && scale == scale;
+    encoder.encode(p + i, n, scale, inverse, finite, draws ? draws + i : nullptr, codes + i, rest + i);
     room.feed.some();
   }
 }

@@ -51,8 +51,8 @@ def encode(
     if operand.codes is None or x.numel() == 0:
         return {}
     if operand.rounding == "eden":
-        assert noise is not None and rotation is not None
-        return eden.encode(operand.codes, x, noise, rotation)
+        assert noise is not None
+        return eden.encode(operand.codes, x, noise, rotation, operand.hadamard)
     return quantized(x, operand, noise, rotation)[1]
 
 

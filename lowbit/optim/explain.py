@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from .base import Rule
 
-NARROW = 150  # columns in which a table has no room for all of a tensor on one line
+NARROW = 156  # columns in which a table has no room for all of a tensor on one line
 
 
 @dataclass(frozen=True)
