@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import lowbit
-from lowbit.backends import native
+from lowbit.backends import native, native_matrix
 from lowbit.native.build import BuildError
 from lowbit.native.library import ISAS, Library, load
 from lowbit.optim import (
@@ -76,7 +76,8 @@ def using(backend: str, isa: str = "", threads: int = 0) -> Iterator[None]:
         patch.setenv("LOWBIT_BACKEND", backend)
         if isa:
             library = libraries()[isa]
-            patch.setattr(native, "load", lambda: library)
+            for module in (native, native_matrix):
+                patch.setattr(module, "load", lambda: library)
             count = library.asked.total()
         torch.set_num_threads(threads or before)
         try:

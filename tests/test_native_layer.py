@@ -14,15 +14,17 @@ import lowbit
 from lowbit import backends
 from lowbit.backends import native, reference
 from lowbit.formats import Format
+from lowbit.native.tables import stores
 from lowbit.rotation import SIZES, Rotation, rotate, rotate_back
+from lowbit.scales import Coded, best
 
 FORMATS = [lowbit.format(name) for name in lowbit.formats()]
 # Blocks that share bytes, that vector code takes, that are longer than a span, of one value, of rows, tiles, a tensor.
 OTHERS = [
-    "int4:16", "nf4:24", "e4m3:1000", "e5m2:16", "int8:3", "e2m1:1", "e1m2:1500", "sqrt8:16", "solo2:6",
-    "int4-affine:24", "int8:row", "int8:tensor", "int4:5x7", "e2m1:16x16", "nf4:3x300", "mxfp4:5", "mxfp4:row",
-    "mxfp6-e2m3:5", "nvfp4:48", "nvfp4-46:17", "mxfp8:2x2",
-]  # fmt: skip
+    *("int4:16", "nf4:24", "e4m3:1000", "e5m2:16", "int8:3", "e2m1:1", "e1m2:1500", "sqrt8:16", "solo2:6"),
+    *("int4-affine:24", "int8:row", "int8:tensor", "int4:5x7", "e2m1:16x16", "nf4:3x300", "mxfp4:5", "mxfp4:row"),
+    *("mxfp6-e2m3:5", "mxfp8:2x2", "mxfp8:64", "nvfp4:48", "nvfp4-46:17", "nvfp4-46:8"),
+]
 EVERY = [*FORMATS, *map(lowbit.format, OTHERS)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NOISE = (None, (123456789, 987654321))
@@ -95,15 +97,8 @@ def test_every_layout(setting):
 def test_long_rows_are_cut_among_threads(shape: tuple[int, int], layout: str):
     for k, name in enumerate(("int4:16", "int8:3", "e4m3:96", "nf4:20000", "fp16")):
         x = matrix(shape, DTYPES[k % 3], layout, k)
-        check(
-            lowbit.format(name),
-            x,
-            NOISE[k % 2],
-            Rotation(SIZES[k % 4], k),
-            DTYPES[k // 2],
-            1 + 6 * (k % 2),
-            list(libraries())[-1:],
-        )
+        last = list(libraries())[-1:]
+        check(lowbit.format(name), x, NOISE[k % 2], Rotation(SIZES[k % 4], k), DTYPES[k // 2], 1 + 6 * (k % 2), last)
 
 
 @every_isa
@@ -156,6 +151,54 @@ def test_nothing_around_a_matrix_is_written():
         before = x.clone()
         native.quantized(lowbit.format(name), x, (1, 2), rotation=Rotation(16))
         assert same(x, before), "the input has changed"
+
+
+@pytest.mark.parametrize("fmt", [f for f in EVERY if stores(f)], ids=str)
+def test_scale_bytes_of_every_magnitude(fmt: Format):
+    """Every exponent, mantissas around those where a byte changes, infinity and NaN; in tensors of several ranges."""
+    exponents = torch.arange(256, dtype=torch.int32).unsqueeze(1) << 23
+    near = [(k << 20) + d for k in range(8) for d in (-1, 0, 1)] + [
+        (k << 19) + d for k in (1, 7, 15) for d in (-1, 0, 1)
+    ]
+    mantissas = torch.tensor([m & 0x7FFFFF for m in near], dtype=torch.int32)
+    largest = (exponents | mantissas).view(torch.float32)
+    block = fmt.block[1]
+    for first, last in ((0, 256), (0, 255), (0, 60), (110, 140), (126, 128), (240, 255)):
+        x = largest[first:last].unsqueeze(-1) * torch.linspace(1, -0.7, block)
+        check(fmt, x.flatten(1), None, None, torch.float32, 1)
+
+
+MEASURED = ("nvfp4", "mxfp4-quest", "int4:16", "e2m1:16x16", "int8:row", "int4-quest", "ternary", "nf4:300", "e4m3:3")
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_what_is_measured_of_blocks(name: str):
+    """Sums, units and codes for those who make scales themselves, of every layout."""
+    fmt = lowbit.format(name)
+    for k, (layout, shape) in enumerate(product(LAYOUTS, [(33, 256), (70, 100), (3, 1500)])):
+        x, rotation = matrix(shape, DTYPES[k % 3], layout, k), Rotation(16, k) if k % 2 else None
+        wanted = answers(fmt, reference.measured(fmt, x, rotation=rotation))
+        for isa in libraries():
+            with using("native", isa):
+                found = answers(fmt, native.measured(fmt, x, rotation=rotation))
+            assert found.keys() == wanted.keys()
+            for what, value in wanted.items():
+                assert torch.equal(found[what], value), f"{what} of {name} on {isa}: {tuple(x.shape)} {x.stride()}"
+
+
+def answers(fmt: Format, blocks: Coded) -> dict[str, Tensor]:
+    found = best(fmt, blocks)
+    return {
+        "absmax": blocks.absmax(),
+        "inverse": found.inverse,
+        "multiplier": found.multiplier,
+        "squares": blocks.total("squares", found.inverse),
+        "magnitudes": blocks.total("magnitudes", found.inverse),
+        "losses": blocks.losses(found),
+        "products": blocks.products(found.inverse),
+        "units": blocks.units(found.inverse),
+        "codes": blocks.codes(found),
+    }
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

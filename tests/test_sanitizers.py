@@ -18,7 +18,7 @@ from native_cases import COVERING, Setting, libraries, run
 from native_recorder import Recorder
 
 import lowbit
-from lowbit.backends import native
+from lowbit.backends import native, native_matrix
 from lowbit.native import build
 from lowbit.rotation import Rotation
 
@@ -119,7 +119,8 @@ def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
     recorder = Recorder(libraries()["baseline"], THREADS)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LOWBIT_BACKEND", "native")
-        patch.setattr(native, "load", lambda: recorder)
+        for module in (native, native_matrix):
+            patch.setattr(module, "load", lambda: recorder)
         for setting in chosen():
             run(setting, "native", steps=2)
         for setting in STORED:
