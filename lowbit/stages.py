@@ -69,7 +69,11 @@ class Moment:
 
 @dataclass(frozen=True)
 class Stage:
-    """One function of a rule. `reduce` and `over` are a measure's; a fold with `writes` is one over vectors."""
+    """One function of a rule. `reduce` and `over` are a measure's; a fold with `writes` is one over vectors.
+
+    Two properties save a backend a sweep. `above`: an update of g leaves a value as it is whose magnitude is at most
+    this scalar. `unit`: what a sum adds up is the square of g times this scalar, which is a power of two.
+    """
 
     kind: Literal["measure", "fold", "update", "matrix"]
     function: Callable[..., Any]
@@ -77,6 +81,8 @@ class Stage:
     writes: tuple[str, ...] = ()
     reduce: Reduce | Literal[""] = ""
     over: Over = "tensor"
+    above: str = ""
+    unit: str = ""
 
     def __call__(self, operands: Mapping[str, Any]) -> Any:
         return self.function(*(operands[name] for name in self.reads))
@@ -102,13 +108,16 @@ def _reads(function: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(inspect.signature(function).parameters)
 
 
-def measure(reduce: Reduce, over: Over = "tensor") -> Callable[..., Stage]:
-    """Decorator: the function's value, reduced to one number for each of what it is over; "max" is of magnitudes."""
+def measure(reduce: Reduce, over: Over = "tensor", *, unit: str = "") -> Callable[..., Stage]:
+    """Decorator: the function's value, reduced to one number for each of what it is over; "max" is of magnitudes.
+
+    `unit`: see `Stage`.
+    """
     if reduce == "mean" and over == "all":
         raise ValueError('measure("mean", over="all"): over all tensors there are "max" and "sum" only')
 
     def decorate(function: Callable[..., Any]) -> Stage:
-        return Stage("measure", function, _reads(function), reduce=reduce, over=over)
+        return Stage("measure", function, _reads(function), reduce=reduce, over=over, unit=unit)
 
     return decorate
 
@@ -125,11 +134,14 @@ def fold(function: Callable[..., Any] | str, /) -> Stage | Callable[..., Stage]:
     return lambda function: Stage("fold", function, _reads(function), writes)
 
 
-def update(writes: str) -> Callable[..., Stage]:
-    """Decorator: per value; `writes` names what the function returns, in order, such as "p m v"."""
+def update(writes: str, *, above: str = "") -> Callable[..., Stage]:
+    """Decorator: per value; `writes` names what the function returns, in order, such as "p m v".
+
+    `above`: see `Stage`.
+    """
 
     def decorate(function: Callable[..., Any]) -> Stage:
-        return Stage("update", function, _reads(function), writes=tuple(writes.split()))
+        return Stage("update", function, _reads(function), writes=tuple(writes.split()), above=above)
 
     return decorate
 

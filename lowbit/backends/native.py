@@ -56,6 +56,7 @@ class _Program:
             target.over, target.rootable = abi.OVER[stage.over], printed.roots
             target.reads, target.writes = len(printed.reads), len(printed.writes)
             target.reads_g = "g" in printed.reads
+            target.above, target.unit = (scalars[name] if name else -1 for name in (stage.above, stage.unit))
             for field, numbers in (
                 (target.read, number(printed.reads, slots)),
                 (target.write, number(printed.writes, slots)),

@@ -164,6 +164,11 @@ static void read_block(Drafts &drafts, Draft &d, uint32_t *peak_of_gradient, Roo
   const lb_program &program = *job.program;
   const Span s = span_of(drafts, d);
   const float *g = drafts.widen ? read_floats(job.grad, job.grad_dtype, s, room.array[1]) : nullptr;
+  if (drafts.before) {  // loops ask for the next block of what they read, but this gradient they read from room
+    const Place &p = drafts.places[1];
+    const char *next = p.start + d.row * p.row_bytes + (d.col + LB_BLOCK) * p.bits / 8;
+    for (int line = 0; line < LB_BLOCK * p.bits / 8; line += 64) __builtin_prefetch(next + line, 0, 3);
+  }
   for (int i = 0; i < drafts.before; ++i) {
     lb_frame &f = drafts.frames[i];
     uint32_t peaks[2];

@@ -42,6 +42,76 @@ static int gauge(const lb_program &program, int end) {
   return -1;
 }
 
+// ---- a norm without a sweep of its own
+//
+// Between a first measurement and a sum of squares there may be updates that change only what is above a limit. Then the
+// first sweep adds up the squares as well, in units of 1, and notes enough of each block to know later whether it has to
+// be read again: because something in it is above the limit, or because a square in the final unit, a power of two, may
+// lose bits. Where none does, scaling all squares scales their sum, to the bit.
+
+// The measurement that the sweep of a first one, `first`, can find out; -1 for none.
+static int foreseen(const lb_program &program, int *first) {
+  *first = -1;
+  for (int k = 0; k < program.count; ++k) {
+    const lb_stage &stage = program.stages[k];
+    if (stage.kind == LB_FOLD) continue;
+    if (stage.kind == LB_MEASURE && *first >= 0 && stage.unit >= 0 && stage.over == LB_TENSOR) {
+      return stage.reads == 1 && stage.read[0] == 1 ? k : -1;
+    }
+    if (stage.kind == LB_MEASURE ? stage.over == LB_COLUMN : stage.above < 0) return -1;
+    if (stage.kind == LB_MEASURE && *first < 0) *first = k;
+  }
+  return -1;
+}
+
+// Whether updates before the next measurement leave all values alone whose magnitude is not above `most`.
+static bool left_alone(const Run &run, float most) {
+  bool alone = true;
+  for (int k = 0; k < run.next; ++k) {
+    const lb_stage &stage = run.job->program->stages[k];
+    if (stage.kind == LB_UPDATE) alone &= most <= run.scalars[stage.above];
+  }
+  return alone;
+}
+
+constexpr float LEAST_ROOT = 0x1p-63f;  // of a square that is a normal number
+
+// The sum over a block of what was measured. `values` has room for its width.
+static float sum_block(const Cut &c, float *values, int n) {
+  if (n < c.width) memset(values + n, 0, 4 * (c.width - n));
+  return halve(values, c.width);
+}
+
+static void survey(Run &run, const Span &s, Room &room) {
+  float ones[LB_SCALARS];
+  for (float &one : ones) one = 1.0f;
+  run_stage(run, run.job->program->stages[run.foreseen], s, LB_BLOCK, 0, false, ones, room);
+  for (int b = 0; b < s.blocks; ++b) {
+    const int n = values_of(s, run.cut, b), start = b * run.cut.width;
+    const float *g = room.at[1] + start;
+    int32_t most = 0, least = 0x7F800000 - 1;
+    LB_IVDEP for (int i = 0; i < n; ++i) {
+      const int32_t magnitude = (int32_t)magnitude_bits(g[i]), below = magnitude ? magnitude - 1 : 0x7F800000 - 1;
+      most = magnitude > most ? magnitude : most;
+      least = below < least ? below : least;
+    }
+    const float squares = sum_block(run.cut, room.value + start, n);
+    run.surveys[s.block + b] = {squares, float_of((uint32_t)most), float_of((uint32_t)least + 1)};
+  }
+}
+
+// The foreseen measurement of a span, if it need not be read again.
+static bool settle(Run &run, const Span &s) {
+  const float unit = run.scalars[run.job->program->stages[run.next].unit];
+  for (int b = 0; b < s.blocks; ++b) {
+    const Survey &seen = run.surveys[s.block + b];
+    const bool exact = seen.squares < __builtin_inff() && seen.least >= LEAST_ROOT && seen.least * unit >= LEAST_ROOT;
+    if (!exact || !left_alone(run, seen.most)) return false;
+    run.partial[s.block + b] = seen.squares * unit * unit;
+  }
+  return true;
+}
+
 static void measure_span(Run &run, const Span &s, const Span *ahead, Room &room) {
   const lb_program &program = *run.job->program;
   const lb_stage &stage = program.stages[run.next];
@@ -49,10 +119,11 @@ static void measure_span(Run &run, const Span &s, const Span *ahead, Room &room)
   room.feed.count = 0;
   if (ahead) look_ahead(run, *ahead, 1 << 1, room.feed);
   load(run, s, run.wanted, room);
+  if (run.foreseen >= 0 && run.next == run.first) survey(run, s, room);
   bool finite = reader >= 0 || !program.guarded || finite_bits(peak(room.at[1], s.n));
   for (int k = 0; k <= run.next; ++k) {
     if (program.stages[k].kind != LB_UPDATE && k != run.next) continue;
-    run_stage(run, program.stages[k], s, LB_BLOCK, 0, k == reader, room);
+    run_stage(run, program.stages[k], s, LB_BLOCK, 0, k == reader, run.scalars, room);
   }
   for (int number = 0; reader >= 0 && number * LB_BLOCK < s.n; ++number) finite &= finite_bits(room.gradient[number]);
   if (program.guarded && !finite) __atomic_store_n(&run.skip, true, __ATOMIC_RELAXED);
@@ -63,8 +134,7 @@ static void measure_span(Run &run, const Span &s, const Span *ahead, Room &room)
     if (stage.reduce == LB_MAX) {
       run.partial[s.block + b] = float_of(width == LB_BLOCK ? room.value_peaks[b] : peak(values, n));
     } else {
-      if (n < width) memset(values + n, 0, 4 * (width - n));
-      run.partial[s.block + b] = halve(values, width);
+      run.partial[s.block + b] = sum_block(run.cut, values, n);
     }
   }
 }
