@@ -71,8 +71,9 @@ class Moment:
 class Stage:
     """One function of a rule. `reduce` and `over` are a measure's; a fold with `writes` is one over vectors.
 
-    Two properties save a backend a sweep. `above`: an update of g leaves a value as it is whose magnitude is at most
-    this scalar. `unit`: what a sum adds up is the square of g times this scalar, which is a power of two.
+    What saves a backend work, where a stage declares it. `plain`: a measure's value is the magnitude of g. `unit`: it
+    is the square of g times this scalar, which is a power of two. `above`: an update of g leaves a value as it is whose
+    magnitude is at most this scalar.
     """
 
     kind: Literal["measure", "fold", "update", "matrix"]
@@ -81,8 +82,9 @@ class Stage:
     writes: tuple[str, ...] = ()
     reduce: Reduce | Literal[""] = ""
     over: Over = "tensor"
-    above: str = ""
+    plain: bool = False
     unit: str = ""
+    above: str = ""
 
     def __call__(self, operands: Mapping[str, Any]) -> Any:
         return self.function(*(operands[name] for name in self.reads))
@@ -108,16 +110,16 @@ def _reads(function: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(inspect.signature(function).parameters)
 
 
-def measure(reduce: Reduce, over: Over = "tensor", *, unit: str = "") -> Callable[..., Stage]:
+def measure(reduce: Reduce, over: Over = "tensor", *, plain: bool = False, unit: str = "") -> Callable[..., Stage]:
     """Decorator: the function's value, reduced to one number for each of what it is over; "max" is of magnitudes.
 
-    `unit`: see `Stage`.
+    `plain`, `unit`: see `Stage`.
     """
     if reduce == "mean" and over == "all":
         raise ValueError('measure("mean", over="all"): over all tensors there are "max" and "sum" only')
 
     def decorate(function: Callable[..., Any]) -> Stage:
-        return Stage("measure", function, _reads(function), reduce=reduce, over=over, unit=unit)
+        return Stage("measure", function, _reads(function), reduce=reduce, over=over, plain=plain, unit=unit)
 
     return decorate
 

@@ -56,7 +56,8 @@ class _Program:
             target.over, target.rootable = abi.OVER[stage.over], printed.roots
             target.reads, target.writes = len(printed.reads), len(printed.writes)
             target.reads_g = "g" in printed.reads
-            target.above, target.unit = (scalars[name] if name else -1 for name in (stage.above, stage.unit))
+            target.plain = stage.plain
+            target.unit, target.above = (scalars[name] if name else -1 for name in (stage.unit, stage.above))
             for field, numbers in (
                 (target.read, number(printed.reads, slots)),
                 (target.write, number(printed.writes, slots)),

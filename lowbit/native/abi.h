@@ -126,8 +126,9 @@ typedef struct lb_stage {
   int32_t kind, reduce, over;
   int32_t reads, writes;
   int32_t reads_g;    // whether g is among them
-  int32_t above;      // of the program's scalars; an update of g leaves what is not above it. -1: there is none
-  int32_t unit;       // the same; a sum adds up squares of g times this, a power of two
+  int32_t plain;      // a measure's value is the magnitude of g
+  int32_t unit;       // number of a scalar: the value is the square of g times this, a power of two; -1: it is not
+  int32_t above;      // number of a scalar: an update of g leaves what is not above it as it is; -1: it does not
   uint32_t rootable;  // a bit per write: whether the kernel can write its root
   int32_t read[LB_ARRAYS], write[LB_ARRAYS];
   int32_t s[LB_SCALARS], c[LB_CONSTANTS];

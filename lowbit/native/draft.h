@@ -169,10 +169,17 @@ static void read_block(Drafts &drafts, Draft &d, uint32_t *peak_of_gradient, Roo
     const char *next = p.start + d.row * p.row_bytes + (d.col + LB_BLOCK) * p.bits / 8;
     for (int line = 0; line < LB_BLOCK * p.bits / 8; line += 64) __builtin_prefetch(next + line, 0, 3);
   }
+  if (drafts.before && !g) g = read_floats(job.grad, job.grad_dtype, s, room.array[1]);
+  bool raw = run.foreseen >= 0;  // g is what the first sweep has noted the peaks of
   for (int i = 0; i < drafts.before; ++i) {
     lb_frame &f = drafts.frames[i];
     uint32_t peaks[2];
-    if (!g) g = read_floats(job.grad, job.grad_dtype, s, room.array[1]);
+    if (raw && drafts.stages[i]->above >= 0) {
+      const float most = run.surveys[d.row * run.cut.per_row + d.col / LB_BLOCK].most;
+      if (i == drafts.gauged) *peak_of_gradient = bits_of(most);
+      if (most <= run.scalars[drafts.stages[i]->above]) continue;  // it would change nothing
+    }
+    raw = false;
     f.in[0] = g;
     f.out[0] = room.array[1];
     f.peaks = peaks;

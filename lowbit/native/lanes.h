@@ -26,6 +26,7 @@ struct Lanes {
   LB_IN Lanes(float x) : v(_mm512_set1_ps(x)) {}
   LB_FN Lanes load(const float *from) { return _mm512_loadu_ps(from); }
   LB_IN void store(float *to) const { _mm512_storeu_ps(to, v); }
+  LB_IN float first() const { return _mm512_cvtss_f32(v); }
   LB_FN Lanes widen(const uint16_t *from) {  // bf16
     const __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from));
     return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
@@ -88,6 +89,16 @@ struct Peak {  // the largest magnitude of each lane, as its bits
   LB_IN void see_root(Lanes a) { most = _mm512_max_epu32(most, _mm512_castps_si512(a.v)); }  // -0 counts as infinite
   LB_IN void see(Lanes a) { most = _mm512_max_epi32(most, _mm512_castps_si512(and_bits(a, 0x7FFFFFFFu).v)); }
   LB_IN uint32_t of_all() const { return (uint32_t)_mm512_reduce_max_epu32(most); }
+};
+
+struct Least {  // the smallest magnitude of each lane but 0, as its bits less 1
+  __m512i least;
+  LB_IN Least() : least(_mm512_set1_epi32(0x7F7FFFFF)) {}
+  LB_IN void see(Lanes a) {
+    const __m512i magnitude = _mm512_castps_si512(and_bits(a, 0x7FFFFFFFu).v);
+    least = _mm512_min_epu32(least, _mm512_sub_epi32(magnitude, _mm512_set1_epi32(1)));
+  }
+  LB_IN uint32_t of_all() const { return (uint32_t)_mm512_reduce_min_epu32(least) + 1; }
 };
 
 struct Table {  // 16 numbers, looked up by 4 bits
@@ -209,6 +220,7 @@ struct Lanes {
   LB_IN Lanes(float x) : v(_mm256_set1_ps(x)) {}
   LB_FN Lanes load(const float *from) { return _mm256_loadu_ps(from); }
   LB_IN void store(float *to) const { _mm256_storeu_ps(to, v); }
+  LB_IN float first() const { return _mm256_cvtss_f32(v); }
   LB_FN Lanes widen(const uint16_t *from) {  // bf16
     const __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)from));
     return _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
@@ -272,6 +284,20 @@ struct Peak {  // the largest magnitude of each lane, as its bits
     __m128i four = _mm_max_epu32(_mm256_castsi256_si128(most), _mm256_extracti128_si256(most, 1));
     four = _mm_max_epu32(four, _mm_shuffle_epi32(four, 0x4E));
     return (uint32_t)_mm_cvtsi128_si32(_mm_max_epu32(four, _mm_shuffle_epi32(four, 0xB1)));
+  }
+};
+
+struct Least {  // the smallest magnitude of each lane but 0, as its bits less 1
+  __m256i least;
+  LB_IN Least() : least(_mm256_set1_epi32(0x7F7FFFFF)) {}
+  LB_IN void see(Lanes a) {
+    const __m256i magnitude = _mm256_castps_si256(and_bits(a, 0x7FFFFFFFu).v);
+    least = _mm256_min_epu32(least, _mm256_sub_epi32(magnitude, _mm256_set1_epi32(1)));
+  }
+  LB_IN uint32_t of_all() const {
+    __m128i four = _mm_min_epu32(_mm256_castsi256_si128(least), _mm256_extracti128_si256(least, 1));
+    four = _mm_min_epu32(four, _mm_shuffle_epi32(four, 0x4E));
+    return (uint32_t)_mm_cvtsi128_si32(_mm_min_epu32(four, _mm_shuffle_epi32(four, 0xB1))) + 1;
   }
 };
 
@@ -392,6 +418,22 @@ struct Ladder {
 };
 
 #endif
+
+// The sum of all lanes of N registers, N a power of two, by halving (trees.h). Overwrites x.
+template <int N> LB_FN float halve_lanes(Lanes *x) {
+  for (int i = 0; i < N / 2; ++i) x[i] = x[i] + x[i + N / 2];
+  return halve_lanes<N / 2>(x);
+}
+template <> LB_IN float halve_lanes<1>(Lanes *x) {
+  Lanes a = x[0];
+#ifdef LB_AVX512
+  a = a + swap_lanes<8>(a);
+#endif
+  a = a + swap_lanes<4>(a);
+  a = a + swap_lanes<2>(a);
+  a = a + swap_lanes<1>(a);
+  return a.first();
+}
 
 struct Uniform {  // the same number in every lane
   Lanes all;

@@ -82,22 +82,49 @@ static float sum_block(const Cut &c, float *values, int n) {
   return halve(values, c.width);
 }
 
-static void survey(Run &run, const Span &s, Room &room) {
-  float ones[LB_SCALARS];
-  for (float &one : ones) one = 1.0f;
-  run_stage(run, run.job->program->stages[run.foreseen], s, LB_BLOCK, 0, false, ones, room);
-  for (int b = 0; b < s.blocks; ++b) {
-    const int n = values_of(s, run.cut, b), start = b * run.cut.width;
-    const float *g = room.at[1] + start;
-    int32_t most = 0, least = 0x7F800000 - 1;
-    LB_IVDEP for (int i = 0; i < n; ++i) {
-      const int32_t magnitude = (int32_t)magnitude_bits(g[i]), below = magnitude ? magnitude - 1 : 0x7F800000 - 1;
-      most = magnitude > most ? magnitude : most;
-      least = below < least ? below : least;
+static Survey survey(const Cut &c, const float *g, int n) {
+#ifdef LB_AVX2
+  if (n == LB_BLOCK) {
+    Peak most;
+    Least least;
+    Lanes squares[LB_BLOCK / Lanes::COUNT];
+    for (int k = 0; k < LB_BLOCK / Lanes::COUNT; ++k) {
+      const Lanes x = Lanes::load(g + k * Lanes::COUNT);
+      most.see(x);
+      least.see(x);
+      squares[k] = x * x;
     }
-    const float squares = sum_block(run.cut, room.value + start, n);
-    run.surveys[s.block + b] = {squares, float_of((uint32_t)most), float_of((uint32_t)least + 1)};
+    const float sum = halve_lanes<LB_BLOCK / Lanes::COUNT>(squares);
+    return {sum, float_of(most.of_all()), float_of(least.of_all())};
   }
+#endif
+  alignas(64) float squares[LB_BLOCK];
+  uint32_t most = 0, least = 0x7F800000u;
+  for (int i = 0; i < n; ++i) {
+    const uint32_t magnitude = magnitude_bits(g[i]);
+    most = magnitude > most ? magnitude : most;
+    least = magnitude && magnitude < least ? magnitude : least;
+    squares[i] = g[i] * g[i];
+  }
+  return {sum_block(c, squares, n), float_of(most), float_of(least)};
+}
+
+// A span of the first sweep; true if that is all there is to do.
+static bool survey_span(Run &run, const Span &s, const Room &room) {
+  bool finite = true;
+  for (int b = 0; b < s.blocks; ++b) {
+    const Survey seen = survey(run.cut, room.at[1] + b * run.cut.width, values_of(s, run.cut, b));
+    run.surveys[s.block + b] = seen;
+    run.partial[s.block + b] = seen.most;
+    finite &= seen.most < __builtin_inff();
+  }
+  const lb_program &program = *run.job->program;
+  for (int k = 0; k < run.next; ++k) {
+    if (program.stages[k].kind == LB_UPDATE) return false;
+  }
+  if (!program.stages[run.next].plain || program.stages[run.next].reduce != LB_MAX) return false;
+  if (program.guarded && !finite) __atomic_store_n(&run.skip, true, __ATOMIC_RELAXED);
+  return true;
 }
 
 // The foreseen measurement of a span, if it need not be read again.
@@ -119,7 +146,7 @@ static void measure_span(Run &run, const Span &s, const Span *ahead, Room &room)
   room.feed.count = 0;
   if (ahead) look_ahead(run, *ahead, 1 << 1, room.feed);
   load(run, s, run.wanted, room);
-  if (run.foreseen >= 0 && run.next == run.first) survey(run, s, room);
+  if (run.foreseen >= 0 && run.next == run.first && survey_span(run, s, room)) return;
   bool finite = reader >= 0 || !program.guarded || finite_bits(peak(room.at[1], s.n));
   for (int k = 0; k <= run.next; ++k) {
     if (program.stages[k].kind != LB_UPDATE && k != run.next) continue;

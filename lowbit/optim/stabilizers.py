@@ -35,7 +35,7 @@ def whole(group: Mapping[str, Any], name: str, zero: str = "") -> None:
         raise ValueError(f"{name} must be a whole number >= 0{zero}, not {group[name]}")
 
 
-@measure("max")
+@measure("max", plain=True)
 def peak(g):
     """The tensor's largest gradient."""
     return abs(g)
