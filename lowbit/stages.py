@@ -36,7 +36,7 @@ import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import groupby
 from operator import attrgetter
 from typing import Any, Literal, overload
@@ -85,6 +85,7 @@ class Stage:
     plain: bool = False
     unit: str = ""
     above: str = ""
+    chain: tuple[Stage, ...] = ()  # the updates that this one is made of
 
     def __call__(self, operands: Mapping[str, Any]) -> Any:
         return self.function(*(operands[name] for name in self.reads))
@@ -146,6 +147,19 @@ def update(writes: str, *, above: str = "") -> Callable[..., Stage]:
         return Stage("update", function, _reads(function), writes=tuple(writes.split()), above=above)
 
     return decorate
+
+
+@cache
+def together(first: Stage, last: Stage) -> Stage:
+    """Two updates as one, for a backend that would go over memory twice: g as `first` leaves it is not written."""
+    reads = tuple(dict.fromkeys((*last.reads, *first.reads)))
+
+    def both(*values: Any) -> Any:
+        operands = dict(zip(reads, values, strict=True))
+        return last({**operands, **first.written(operands)})
+
+    both.__module__ = last.function.__module__
+    return Stage("update", both, reads, last.writes, chain=(first, last))
 
 
 def matrix(writes: str) -> Callable[..., Stage]:
