@@ -61,6 +61,7 @@ static int kind_of(const Run &run, int slot) {
   if (o.stochastic) return -1;
   if (f.kind == LB_KIND_FLOAT) return f.dtype == LB_FLOAT32 ? LB_FLOATS : -1;
   if (f.kind == LB_KIND_CODEBOOK && f.bins && halves && !(f.is_signed && o.live)) return LB_NIBBLES;
+  if (f.kind == LB_KIND_CODEBOOK && f.pieces && halves && !(f.is_signed && o.live)) return LB_CODES;
   if (f.kind != LB_KIND_INTEGER || f.bits != 8 || !halves || f.square != !f.is_signed || f.is_signed == o.live) return -1;
   return f.square ? LB_ROOT_BYTES : LB_BYTES;
 }

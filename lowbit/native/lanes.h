@@ -206,6 +206,74 @@ struct Ladder {
   }
 };
 
+// 256 numbers, looked up by bytes: 32 at a time, and then by the high bits among the eight that were found.
+struct Table256 {
+  const float *values;
+  template <int FROM, int COUNT> LB_IN __m512 among(__m512i index, const __mmask16 *high) const {
+    if constexpr (COUNT == 32) {
+      return _mm512_permutex2var_ps(_mm512_loadu_ps(values + FROM), index, _mm512_loadu_ps(values + FROM + 16));
+    } else {
+      const __m512 low = among<FROM, COUNT / 2>(index, high + 1);
+      return _mm512_mask_mov_ps(low, high[0], among<FROM + COUNT / 2, COUNT / 2>(index, high + 1));
+    }
+  }
+  LB_IN Lanes look_up(const uint8_t *codes) const {
+    const __m512i index = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)codes));  // the low 5 bits count
+    const __mmask16 high[3] = {_mm512_test_epi32_mask(index, _mm512_set1_epi32(128)),
+                               _mm512_test_epi32_mask(index, _mm512_set1_epi32(64)),
+                               _mm512_test_epi32_mask(index, _mm512_set1_epi32(32))};
+    return among<0, 256>(index, high);
+  }
+};
+
+// The code of 8 bits of a number in units of the scale, by pieces; a bit for each that is too near a threshold.
+struct Slopes {
+  __m512 end_low, end_high, slope, offset, most, near;
+  __m512i piece_low, piece_high, middle;
+  Slopes() = default;
+  LB_IN explicit Slopes(const lb_format &f)
+      : end_low(_mm512_loadu_ps(f.piece_end)),
+        end_high(_mm512_loadu_ps(f.piece_end + 16)),
+        slope(_mm512_loadu_ps(f.piece_slope)),
+        offset(_mm512_loadu_ps(f.piece_offset)),
+        most(_mm512_loadu_ps(f.piece_most)),
+        near(_mm512_set1_ps(f.piece_near)),
+        piece_low(_mm512_loadu_si512(f.piece)),
+        piece_high(_mm512_loadu_si512(f.piece + 16)),
+        middle(_mm512_set1_epi32(f.middle)) {}
+  LB_IN __m512i code(Lanes u, uint32_t *doubtful) const {
+    const __m512i raw = _mm512_castps_si512(u.v), one = _mm512_set1_epi32(1);
+    const __mmask16 negative = _mm512_movepi32_mask(raw);
+    const __m512i magnitude = _mm512_and_si512(raw, _mm512_set1_epi32(0x7FFFFFFF));
+    // A tie goes down, which for what is negative is to the larger magnitude.
+    const __m512i key = _mm512_mask_add_epi32(magnitude, negative, magnitude, one);
+    const __m512 x = _mm512_castsi512_ps(key);
+    const __m512i binade = _mm512_max_epi32(_mm512_sub_epi32(_mm512_srli_epi32(key, 23), _mm512_set1_epi32(96)),
+                                            _mm512_setzero_si512());
+    const __mmask16 after = _mm512_cmp_ps_mask(_mm512_permutex2var_ps(end_low, binade, end_high), x, _CMP_LT_OQ);
+    __m512i piece = _mm512_permutex2var_epi32(piece_low, binade, piece_high);
+    piece = _mm512_mask_add_epi32(piece, after, piece, one);
+    const __m512 sum = _mm512_min_ps(
+        _mm512_fmadd_ps(x, _mm512_permutexvar_ps(piece, slope), _mm512_permutexvar_ps(piece, offset)),
+        _mm512_permutexvar_ps(piece, most));
+    const __m512 apart = _mm512_reduce_ps(sum, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);  // from a whole number
+    *doubtful = _mm512_cmp_ps_mask(_mm512_abs_ps(apart), near, _CMP_LT_OQ);
+    const __m512i count = _mm512_cvttps_epi32(sum);
+    const __m512i rung = _mm512_mask_sub_epi32(_mm512_add_epi32(middle, count), negative, middle, count);
+    return _mm512_max_epi32(rung, _mm512_setzero_si512());
+  }
+  // 32 numbers as codes, as Ladder::store; a bit for each that has to be looked at again.
+  LB_IN uint32_t store(uint8_t *to, const Lanes *x, Lanes inverse, int least) const {
+    uint32_t doubtful[2];
+    for (int k = 0; k < 2; ++k) {
+      __m512i found = code(x[k] * inverse, doubtful + k);
+      if (least) found = _mm512_mask_max_epi32(found, (Lanes(0.0f) < x[k]).m, found, _mm512_set1_epi32(least));
+      store_codes(to + 16 * k, found);
+    }
+    return doubtful[0] | doubtful[1] << 16;
+  }
+};
+
 #else
 
 struct Mask {
@@ -434,6 +502,22 @@ template <> LB_IN float halve_lanes<1>(Lanes *x) {
   a = a + swap_lanes<1>(a);
   return a.first();
 }
+
+#ifdef LB_AVX512
+constexpr bool LOOKS_UP_BYTES = true;
+#else
+constexpr bool LOOKS_UP_BYTES = false;  // 8 lanes find one of 8 numbers only
+
+struct Table256 {
+  const float *values;
+  Lanes look_up(const uint8_t *) const;
+};
+struct Slopes {
+  Slopes() = default;
+  explicit Slopes(const lb_format &);
+  uint32_t store(uint8_t *, const Lanes *, Lanes, int) const;
+};
+#endif
 
 struct Uniform {  // the same number in every lane
   Lanes all;
