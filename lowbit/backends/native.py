@@ -97,7 +97,11 @@ def _joined(stages: tuple[Stage, ...], library: Library, letters: frozenset[str]
     if len(updates) < 2 or any(stage.kind == "measure" for stage in between):
         return stages
     first, last = (stages[k] for k in updates)
-    if first.writes != ("g",) or {*first.reads} - {"g", "s", "c"} or not library.ships(both := together(first, last), letters):
+    if (
+        first.writes != ("g",)
+        or {*first.reads} - {"g", "s", "c"}
+        or not library.ships(both := together(first, last), letters)
+    ):
         return stages
     return (*stages[: updates[0]], *between, both, *stages[updates[1] + 1 :])
 

@@ -70,7 +70,10 @@ class Stage(Structure):
     _fields_ = (
         ("kernel", c_void_p),
         ("fused", c_void_p),
-        *((name, c_int32) for name in ("kind", "reduce", "over", "reads", "writes", "reads_g", "plain", "unit", "above")),
+        *(
+            (name, c_int32)
+            for name in ("kind", "reduce", "over", "reads", "writes", "reads_g", "plain", "unit", "above")
+        ),
         ("rootable", c_uint32),
         ("read", c_int32 * ARRAYS),
         ("write", c_int32 * ARRAYS),
