@@ -110,7 +110,7 @@ def test_a_norm_without_a_sweep_has_the_references_bits(shape: tuple[int, int], 
             grads[1].view(-1)[at] *= factor
 
         def run(start: Tensor = start, grads: list[Tensor] = grads, variant: str = variant) -> dict[str, Tensor]:
-            p = Parameter(start.to(dtype))
+            p = Parameter(start.to(dtype, copy=True))
             opt = StableSPAM([("p", p)], lr=1e-2, states="8bit", variant=variant)
             for g in grads:
                 p.grad = g.to(dtype)
