@@ -98,7 +98,7 @@ def name_of(fmt: Format, rest: bool) -> str:
 @cache
 def _by_tag() -> Mapping[int, Format]:
     """Every format that a weight can be kept in, by the number that names it in a checkpoint."""
-    blocks = [1 << i for i in range(3, 9)]
+    blocks = [1 << i for i in range(9)]  # all that `_unfit` lets pass
     made = [fmt.with_block(n) for fmt in catalogue().values() if not _unfit(fmt) for n in blocks]
     return {fmt.tag: fmt for fmt in (*made, *(store.format for store in stores().values()))}
 

@@ -4,6 +4,7 @@ import copy
 import gc
 import io
 import pickle
+import warnings
 from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import lowbit
 from lowbit.nn import StoredFlat, StoredWeight
 from lowbit.nn.stored import StoredView
 
@@ -481,8 +483,37 @@ def test_a_function_of_it_compiles_in_one_graph(store: str):
     assert torch.allclose(p.grad, expected)
 
 
+def test_compiled_code_is_kept_under_what_it_depends_on():
+    """By default torch hashes the inner tensors and warns; a warning is an error here."""
+    weights = [StoredWeight.of(dense(), store, stream=3) for store in (*lowbit.stored.stores(), "int4:16", "e2m1")]
+    frozen = StoredWeight.of(dense(), "int8").requires_grad_()
+    others = [frozen, StoredWeight.of(dense().bfloat16(), "int8"), StoredWeight.of(dense()[:4], "int8")]
+    hashes = [w._stable_hash_for_caching() for w in (*weights, *others)]
+    assert len(set(hashes)) == len(hashes)
+    for w in weights:  # other codes and random bits, and another process, are the same to it
+        assert (
+            StoredWeight.of(dense(seed=1), w.store, stream=4)._stable_hash_for_caching() == w._stable_hash_for_caching()
+        )
+    assert " object at 0x" not in "".join(hashes)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's compiler does it
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # torch's compiler uses it
+def test_torchs_own_compiler_does_not_warn_about_it():
+    torch._dynamo.reset()
+    w, x = StoredWeight.of(dense(), "nf4").requires_grad_(), torch.randn(4, 96)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        y = torch.compile(lambda x, w: F.linear(x, w), fullgraph=True)(x, w)
+    assert not [str(c.message) for c in caught if "StoredWeight" in str(c.message)]
+    assert torch.allclose(y, F.linear(x, w.dequantize()), atol=1e-5)
+    torch._dynamo.reset()
+
+
 def test_a_compiled_update_has_the_bits_of_an_eager_one():
+    """… for weights with random bits of their own, which share the graph."""
     p, q, g = made("int4"), made("int4"), dense(seed=1)
+    others = [StoredWeight.of(dense(), "int4", stream=8).requires_grad_() for _ in range(2)]
 
     def update(w: Tensor, g: Tensor) -> None:
         with torch.no_grad():
@@ -490,10 +521,14 @@ def test_a_compiled_update_has_the_bits_of_an_eager_one():
             w.add_(g, alpha=-0.01)
 
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     compiled = torch.compile(update, fullgraph=True, backend="aot_eager")
     for _ in range(3):
-        compiled(p, g), update(q, g)
-        assert same(parts(p), parts(q)) and p.writes == q.writes
+        for a, b in ((p, q), others):
+            compiled(a, g), update(b, g)
+            assert same(parts(a), parts(b)) and a.writes == b.writes
+    assert not same(parts(p), parts(others[0]))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 def test_what_moves_it_between_processes_unasked_is_refused():

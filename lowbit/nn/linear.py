@@ -64,7 +64,7 @@ class QuantLinear(StoredState, nn.Linear):
     def _adopt(self, recipe: Recipe, name: str) -> None:
         self.recipe = recipe
         self._layer_id = zlib.crc32(clean_name(name).encode())
-        self._calls = Calls()
+        self._calls = Calls(self._layer_id)
         if recipe.store != "master":
             store_parameter_(self.weight, recipe.store, self._layer_id)
 
@@ -78,7 +78,7 @@ class QuantLinear(StoredState, nn.Linear):
         if torch.compiler.is_compiling():
             number = self._calls.traced(self.training) if self.recipe.stochastic else None
             recipe = _handle(self.recipe)
-            return _operators().apply(input, self.weight, self.bias, recipe, dtype, number, self._layer_id)
+            return _operators().apply(input, self.weight, self.bias, recipe, dtype, number)
         number = self._calls.number(input, self.training) if self.recipe.stochastic else 0
         call = Call(self.recipe, dtype, number, self._layer_id)
         return ThreeMatmuls.apply(input, self.weight, self.bias, call)  # pyright: ignore

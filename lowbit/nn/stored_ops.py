@@ -106,6 +106,11 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return _writing(func, args, kwargs)
     if func.is_view and isinstance(args[0], StoredTensor):
         return _view(func, args, kwargs)
+    return dense_call(func, args, kwargs)
+
+
+def dense_call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """`func` of what the forward pass sees of the stored tensors."""
     return func(*tree_map(_read, args), **tree_map(_read, kwargs))
 
 
