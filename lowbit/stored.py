@@ -253,7 +253,7 @@ def frozen(fmt: Format) -> str | None:
         return None
     return (
         f"the scales of {fmt.name!r} are quantized together, so a block's cannot change alone: it is for frozen "
-        "weights (requires_grad_(False)); a weight that is trained can be kept as 'nf4'"
+        "weights (requires_grad_(False), or Recipe(frozen=True)); a weight that is trained can be kept as 'nf4'"
     )
 
 

@@ -263,8 +263,8 @@ def test_there_is_no_dense_copy_of_a_model_after_a_step():
         opt.zero_grad(set_to_none=True)
     gc.collect()
     shapes = {tuple(p.shape) for p in model.parameters() if isinstance(p, StoredWeight)}
-    found = [t for t in gc.get_objects() if issubclass(type(t), Tensor) and tuple(t.shape) in shapes]
-    found = [t for t in found if id(t) not in others]
+    found = [t for t in gc.get_objects() if id(t) not in others and issubclass(type(t), Tensor)]
+    found = [t for t in found if tuple(t.shape) in shapes]
     assert [t for t in found if not isinstance(t, StoredWeight) and t.is_floating_point()] == []
 
 
@@ -338,6 +338,33 @@ def test_frozen_formats_are_for_frozen_weights():
     x = torch.randn(3, 64, requires_grad=True)
     model.up(x).sum().backward()
     assert x.grad is not None and model.up.weight.grad is None
+
+
+def test_qlora_nf4_stores_a_base_and_freezes_it():
+    """Embedding, norm, biases and head stay as they were: peft, or the user, decides about those."""
+    model = tied(Recipe(activation="int8"))
+    to_dense_(model, torch.float32)
+    model.up(torch.randn(3, 64)).sum().backward()
+    report = quantize_(model, "qlora-nf4")
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trained == ["embed.weight", "up.bias", "norm.weight", "norm.bias"]
+    assert model.up.weight.store == model.down.weight.store == "nf4-dq" and model.up.weight.grad is None
+    assert "quantized, stored as nf4-dq, 4.1" in str(report) and "bits, frozen" in str(report)
+    assert "float × stored" in str(report) and "store nf4-dq, frozen" in str(report)
+    x = torch.randn(3, 64, requires_grad=True)
+    model.up(x).sum().backward()
+    assert model.up.weight.grad is None
+    assert torch.allclose(x.grad, model.up.weight.dequantize().sum(0).expand(3, 64), atol=1e-5)
+    opt = lowbit.optim.AdamW(model.named_parameters(), lr=1e-2)
+    model(TOKENS).sum().backward(), opt.step()
+
+
+@pytest.mark.parametrize("store", ["master", "int8"])
+def test_any_recipe_can_be_for_a_frozen_base(store: str):
+    model = Tied()
+    report = quantize_(model, Recipe(weight="int4", store=store, frozen=True, embedding="int8"), skip=())
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["up.bias", "norm.weight", "norm.bias"]
+    assert str(report).count("frozen") == 5 and report.recipe.frozen
 
 
 def test_rescale_gives_a_shrunken_model_its_codes_back():

@@ -340,7 +340,6 @@ UPDATES = {
     "addcdiv_": lambda w, g: w.addcdiv_(g, g.abs() + 1, value=-0.1),
     "addcmul_": lambda w, g: w.addcmul_(g, g, value=-0.1),
     "lerp_": lambda w, g: w.lerp_(g, 0.1),
-    "copy_": lambda w, g: w.copy_(g),
     "clamp_": lambda w, g: w.clamp_(-0.05, 0.05),
     "index_add_": lambda w, g: w.index_add_(0, torch.tensor([1, 4]), g[:2]),
     "masked_fill_": lambda w, g: w.masked_fill_(g > 0, 0.0),
@@ -403,8 +402,38 @@ def test_initializers_give_new_scales(store: str):
     assert (w.dequantize() == 0).all()
 
 
+@pytest.mark.parametrize("store", [*STORES, "nf4-dq"])
+def test_a_copy_of_a_whole_weight_has_scales_of_its_own(store: str):
+    """Under the old scales, values a thousandth as large would vanish, or be thrown from 0 to a code."""
+    small, expected = dense() * 1e-3, parts(StoredWeight.of(dense() * 1e-3, store))
+    split = StoredWeight.of(small, "split8")
+    for way, source in (
+        (lambda w: w.copy_(small), small),
+        (lambda w: w.data.copy_(small), small),
+        (lambda w: w.copy_(small.double()), small),
+        (lambda w: w.t().copy_(small.t()), small),
+        (lambda w: w.view(-1).copy_(small.view(-1)), small),
+        (lambda w: w.copy_(small[:1]), small[:1].expand(12, 96)),
+        (lambda w: w.copy_(split), split.load()),
+    ):
+        w = StoredWeight.of(dense(), store)
+        with torch.no_grad():
+            way(w)
+        assert same(parts(w), parts(StoredWeight.of(source.contiguous(), store))) and w.writes == 0
+    assert same(parts(StoredWeight.of(small, store)), expected)
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_a_copy_of_some_rows_leaves_the_others_alone(store: str):
+    w = StoredWeight.of(dense(), store)
+    before = parts(w)
+    w[2:5].copy_(dense(seed=1)[2:5] * 0.1)
+    assert torch.equal(w.codes[:2], before["codes"][:2]) and torch.equal(w.codes[5:], before["codes"][5:])
+    assert (w[2:5].dequantize() - dense(seed=1)[2:5] * 0.1).abs().max() < 0.01
+
+
 def test_orthogonal_initialization_writes_through_a_view():
-    w = StoredWeight.of(torch.zeros(64, 64), "split8")
+    w = StoredWeight.of(torch.ones(64, 64) * 100, "split8")
     nn.init.orthogonal_(w)
     assert torch.allclose(w.load() @ w.load().t(), torch.eye(64), atol=1e-3)
 

@@ -117,9 +117,9 @@ def _four_bits() -> Iterator[Recipe]:
         name="luq", weight="int4-sawb", activation="int4-sawb", gradient=Operand("e3m0:tensor", rounding="stochastic")
     )
 
-    # QLoRA, https://arxiv.org/abs/2305.14314, section 3: NF4 in blocks of 64 with double-quantized scales, for a base
-    # that is not trained; activations and gradients stay in high precision.
-    yield Recipe(name="qlora-nf4", weight="nf4-dq")
+    # QLoRA, https://arxiv.org/abs/2305.14314, section 3: a base that is kept as NF4 in blocks of 64, with scales
+    # that are quantized again, and is not trained; activations and gradients stay in high precision.
+    yield Recipe(name="qlora-nf4", store="nf4-dq", frozen=True)
 
 
 def _released() -> Iterator[Recipe]:

@@ -10,8 +10,8 @@ of it; what is done to it decides what comes back:
     t, view, w[0], transpose …               a `StoredView`: read, it is dense; written to, it writes to the weight
     embedding, index_select of rows          dense; only the rows asked for are decoded
     zeros_like, w + 1, w @ x, w.float() @ x  dense, of what the forward pass sees (a split store's codes alone)
-    mul_, add_, addcdiv_, copy_, w[0] = x    decoded to fp32, computed, written with stochastic rounding
-    normal_, uniform_, zero_, fill_ …        stored anew: new scales, rounded to nearest
+    mul_, add_, addcdiv_, w[0] = x           decoded to fp32, computed, written with stochastic rounding
+    copy_, normal_, uniform_, zero_, fill_ … stored anew: new scales, rounded to nearest
     copy_ of a weight stored alike           its parts are copied, no rounding
     p.data = dense                           stored anew
 

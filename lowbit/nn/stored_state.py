@@ -165,6 +165,12 @@ def store_parameter_(parameter: Tensor, store: str, stream: int | Tensor) -> Non
         become(parameter, StoredWeight.of(parameter.detach(), store, stream=stream))
 
 
+def freeze_(parameter: Tensor) -> None:
+    """Make a parameter one that is not trained; a gradient that it has will not be used."""
+    parameter.requires_grad_(False)
+    parameter.grad = None
+
+
 @torch.no_grad()
 def dense_parameter_(parameter: Tensor, values: Tensor) -> None:
     """Make a stored weight a plain parameter with these values. It stays the same object."""
