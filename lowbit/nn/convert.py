@@ -151,7 +151,7 @@ def to_dense_(model: nn.Module, dtype: torch.dtype | None = torch.bfloat16) -> n
         done |= {id(layer.weight), id(bias)}
         plain = nn.Linear if isinstance(layer, QuantLinear) else nn.Embedding
         layer.__class__ = plain  # pyright: ignore[reportAttributeAccessIssue]
-        for name in ("recipe", "_layer_id", "_calls", "high_precision"):
+        for name in ("recipe", "_layer_id", "_calls", "high_precision", "norms", "channels"):
             layer.__dict__.pop(name, None)
     return model
 

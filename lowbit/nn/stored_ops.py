@@ -216,7 +216,7 @@ def _copy(func: Any, args: Any, kwargs: Any) -> Any:
         to.take_(source)
         return to
     if isinstance(source, StoredTensor) and source.owns_codes:
-        source = source.load()
+        source = source.opened().values  # all that it has, and not only what the forward pass sees
     return _writing(func, (to, source, *args[2:]), kwargs)
 
 
