@@ -34,11 +34,22 @@ LB_FN float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 LB_FN float larger_magnitude(float most, float x) {
 #if defined(__CUDACC__) && __CUDA_ARCH__ >= 800
   float found;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(found) : "f"(most), "f"(abs(x)));
+  asm("{ .reg .f32 size; abs.f32 size, %2; max.NaN.f32 %0, %1, size; }" : "=f"(found) : "f"(most), "f"(x));
   return found;
 #else
   return float_of((uint32_t)peak_of((int32_t)bits_of(most), x));
 #endif
+}
+
+// Of two sums of 16 bits, each plus 0 times a bf16 number: NaN from the first that is not finite.
+LB_FN uint32_t nothing_plus(uint32_t sums, uint32_t numbers) {
+#if defined(__CUDACC__) && __CUDA_ARCH__ >= 800
+  asm("fma.rn.bf16x2 %0, %1, %2, %0;" : "+r"(sums) : "r"(numbers), "r"(0u));
+#else
+  if ((numbers & 0x7F80u) == 0x7F80u) sums |= 0x7FFFu;
+  if ((numbers & 0x7F800000u) == 0x7F800000u) sums |= 0x7FFF0000u;
+#endif
+  return sums;
 }
 
 // ---- reductions over LANES neighbouring lanes, a power of two; every lane of the warp takes part and gets the result
@@ -46,6 +57,11 @@ LB_FN float larger_magnitude(float most, float x) {
 template <int LANES> LB_FN uint32_t largest(uint32_t x) {
   if constexpr (LANES == 32) {
     return __reduce_max_sync(WHOLE_WARP, x);
+  } else if constexpr (LANES == 16) {
+    const bool above = lane() >= 16;
+    const uint32_t low = __reduce_max_sync(WHOLE_WARP, above ? 0u : x);
+    const uint32_t high = __reduce_max_sync(WHOLE_WARP, above ? x : 0u);
+    return above ? high : low;
   } else {
     LB_UNROLL for (int apart = LANES / 2; apart > 0; apart /= 2) {
       const uint32_t other = __shfl_xor_sync(WHOLE_WARP, x, apart);

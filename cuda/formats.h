@@ -6,20 +6,21 @@
 //     Shared                      tables that the threads of a block keep in shared memory; may be empty
 //     prepare(Shared &)           fills them: called by all threads, who meet afterwards before any of them goes on
 //     decode<V>(codes, scale, base, shared, x)
-//     encode<V, STOCHASTIC, LIVE, BOUNDED>(x, source, inverse, base, draws, shared)  returns codes
+//     encode<V, STOCHASTIC, LIVE, BOUNDED, POSITIVE>(x, source, inverse, base, draws, shared)  returns codes
 //
 // The codes of V values are Codes<Fmt, V>: the bytes that they take in memory (at least one), the bits above them 0.
 // `base` is that of log formats, the zero point of affine ones, nothing to others. `source` is sqrt(x) for a SQUARE
 // format, else x once more; `inverse` is inverse(scale); draws are 16 random bits for each value, unread without
 // STOCHASTIC. LIVE: no value above 0 becomes 0 (an unsigned format is always so). BOUNDED: the scale was derived from
-// these values and is finite, so that none is NaN, infinite or far beyond the top: what a step stores.
+// these values and is finite, so that none is NaN, infinite or far beyond the top: what a step stores. POSITIVE: if the
+// format is LIVE or unsigned, all values are above 2**-100, and `inverse` is above 2**-20.
 //
 // scale_of<Fmt>(absmax) and log_base<Fmt, V, LANES>(x, scale) say what a block of values is stored with.
 //
 // What is slow on a GPU is avoided: a conversion between integers and floats is an addition of a number whose ulp is 1,
 // bytes are taken apart and put together by permutations, and a code of 16 is found by one look into a small table.
 #pragma once
-#include "device.h"
+#include "quick.h"
 
 namespace lb {
 
@@ -99,6 +100,18 @@ template <class Fmt> LB_FN float scale_of(float absmax) {
   return finite_bits(magnitude_bits(absmax)) ? scale : float_of(0x7FC00000u);
 }
 
+// The same without a choice, between bounds that leave nothing to hold; and its reciprocal.
+template <class Fmt> LB_FN float quick_scale(float absmax, Doubt &doubt) {
+  constexpr float TOP = Fmt::TOP, SHARE = 1.0f / TOP, LEAST = 2.0f * TOP * Fmt::MIN_SCALE, MOST = 0.5f * TOP * Fmt::MAX_SCALE;
+  doubt.otherwise |= !(absmax >= (LEAST > 0x1p-90f ? LEAST : 0x1p-90f) && absmax <= (MOST < 0x1p20f ? MOST : 0x1p20f));
+  const float near = absmax * SHARE;
+  return TOP == 1.0f ? absmax : fma(fma(-near, TOP, absmax), SHARE, near);
+}
+LB_FN float quick_inverse(float scale) {
+  Doubt none;
+  return divided(1.0f, scale, &none).x;
+}
+
 // ---- rounding
 
 LB_FN float share_of(uint32_t bits16) {  // 1 - uniform(bits16), exactly
@@ -142,7 +155,7 @@ template <class Fmt> struct Integers {
   }
 
   // The code, plus BIAS, in the low bits of what is returned; the bits above are those of INTEGER.
-  template <bool STOCHASTIC, bool LIVE, bool BOUNDED>
+  template <bool STOCHASTIC, bool LIVE, bool BOUNDED, bool POSITIVE>
   LB_FN uint32_t code(float x, float source, float inverse, uint32_t draw) {
     constexpr float LIMIT = (float)Fmt::LIMIT, LEAST = Fmt::SIGNED ? -LIMIT : 0.0f;
     constexpr bool RAISED = LIVE || !Fmt::SIGNED;
@@ -150,7 +163,7 @@ template <class Fmt> struct Integers {
     // A value a little beyond the top is rounded to it, but may not be rounded up from there.
     if (STOCHASTIC || !BOUNDED) u = smaller(larger(u, LEAST), LIMIT);
     if constexpr (!STOCHASTIC) {
-      if (RAISED) u = larger(u, x > 0.0f ? 1.0f : LEAST);
+      if (RAISED) u = larger(u, POSITIVE || x > 0.0f ? 1.0f : LEAST);
       return bits_of(u + (INTEGER + BIAS));
     } else {
       const float sum = add_down(u, INTEGER + BIAS), low = sum - (INTEGER + BIAS);
@@ -158,16 +171,16 @@ template <class Fmt> struct Integers {
       const uint32_t made = bits_of(sum) + (above >= share_of(draw) * gap ? 1u : 0u);
       if (!RAISED) return made;
       const uint32_t one = INTEGER_BITS + BIAS + 1u;
-      return x > 0.0f && made < one ? one : made;
+      return (POSITIVE || x > 0.0f) && made < one ? one : made;
     }
   }
 
-  template <int V, bool STOCHASTIC, bool LIVE, bool BOUNDED>
+  template <int V, bool STOCHASTIC, bool LIVE, bool BOUNDED, bool POSITIVE = false>
   LB_FN Codes<Fmt, V> encode(const float (&x)[V], const float (&source)[V], float inverse, float,
                              const uint32_t (&draws)[V], const Shared &) {
     uint32_t c[V];
     LB_UNROLL for (int i = 0; i < V; ++i) {
-      c[i] = code<STOCHASTIC, LIVE, BOUNDED>(x[i], source[i], inverse, STOCHASTIC ? draws[i] : 0u);
+      c[i] = code<STOCHASTIC, LIVE, BOUNDED, POSITIVE>(x[i], source[i], inverse, STOCHASTIC ? draws[i] : 0u);
     }
     Codes<Fmt, V> packed = pack<Fmt, V>(c, INTEGER_BITS);
     if (BIAS) {
@@ -274,7 +287,7 @@ template <class Fmt> struct Codebook {
     return rung > least ? rung : least;
   }
 
-  template <int V, bool STOCHASTIC, bool LIVE, bool BOUNDED>
+  template <int V, bool STOCHASTIC, bool LIVE, bool BOUNDED, bool POSITIVE = false>
   LB_FN Codes<Fmt, V> encode(const float (&x)[V], const float (&source)[V], float inverse, float,
                              const uint32_t (&draws)[V], const Shared &shared) {
     constexpr bool RAISED = (LIVE || !Fmt::SIGNED) && Fmt::HAS_ZERO;
@@ -292,7 +305,7 @@ template <class Fmt> struct Codebook {
       }
     }
     Codes<Fmt, V> packed = pack<Fmt, V>(c);
-    if (RAISED && KNOWN && __builtin_expect(inverse <= 0.5f, 0)) {
+    if (RAISED && KNOWN && !POSITIVE && __builtin_expect(inverse <= 0.5f, 0)) {
       LB_UNROLL for (int i = 0; i < V; ++i) {
         const uint32_t least = x[i] > 0.0f && code_at<Fmt, V>(packed, i) == 0u ? 1u : 0u;
         packed.word[i / EACH] |= least << i % EACH * Fmt::BITS;
@@ -321,7 +334,7 @@ template <class Fmt> struct Floats {
     }
   }
 
-  template <int V, bool STOCHASTIC, bool LIVE, bool BOUNDED>
+  template <int V, bool STOCHASTIC, bool LIVE, bool BOUNDED, bool POSITIVE = false>
   LB_FN Codes<Fmt, V> encode(const float (&x)[V], const float (&)[V], float, float, const uint32_t (&draws)[V],
                              const Shared &) {
     Codes<Fmt, V> packed;
@@ -368,7 +381,7 @@ template <class Fmt> struct Powers {
     LB_UNROLL for (int i = 0; i < V; ++i) x[i] = x[i] * scale;
   }
 
-  template <int V, bool STOCHASTIC, bool LIVE, bool BOUNDED>
+  template <int V, bool STOCHASTIC, bool LIVE, bool BOUNDED, bool POSITIVE = false>
   LB_FN Codes<Fmt, V> encode(const float (&x)[V], const float (&)[V], float inverse, float base,
                              const uint32_t (&draws)[V], const Shared &) {
     uint32_t c[V];
@@ -398,7 +411,7 @@ template <class Fmt> struct Affine {
     }
   }
 
-  template <int V, bool STOCHASTIC, bool LIVE, bool BOUNDED>
+  template <int V, bool STOCHASTIC, bool LIVE, bool BOUNDED, bool POSITIVE = false>
   LB_FN Codes<Fmt, V> encode(const float (&x)[V], const float (&)[V], float inverse, float zero,
                              const uint32_t (&draws)[V], const Shared &) {
     constexpr float LIMIT = (float)Fmt::LIMIT;
