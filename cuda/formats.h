@@ -268,11 +268,11 @@ template <class Fmt> struct Codebook {
   static constexpr uint32_t SIGN = Fmt::SIGN_MAGNITUDE ? 1u << (Fmt::BITS - 1) : 0u;
 
   // The rung before it is raised.
-  template <bool STOCHASTIC, bool BOUNDED>
+  template <bool STOCHASTIC, bool BOUNDED, bool POSITIVE>
   LB_FN uint32_t rung_of(float u, uint32_t draw, const Shared &shared) {
     constexpr bool HELD = !BOUNDED || STOCHASTIC;
     if (HELD) u = smaller(u, Fmt::TOP);
-    if (!Fmt::SIGN_MAGNITUDE && (HELD || !Fmt::SIGNED)) u = larger(u, Fmt::BOTTOM);
+    if (!Fmt::SIGN_MAGNITUDE && (HELD || (!Fmt::SIGNED && !POSITIVE))) u = larger(u, Fmt::BOTTOM);
     const uint32_t rung = To::rung(u, shared.ways);
     if (!STOCHASTIC) return rung;
     // From the nearest rung to the one at or below, and up again by chance.
@@ -296,7 +296,7 @@ template <class Fmt> struct Codebook {
     uint32_t c[V];
     LB_UNROLL for (int i = 0; i < V; ++i) {
       const float u = unit_of<BOUNDED>(Fmt::SIGN_MAGNITUDE ? size(source[i]) : source[i], inverse);
-      c[i] = rung_of<STOCHASTIC, BOUNDED>(u, STOCHASTIC ? draws[i] : 0u, shared);
+      c[i] = rung_of<STOCHASTIC, BOUNDED, POSITIVE>(u, STOCHASTIC ? draws[i] : 0u, shared);
       if (RAISED && !KNOWN) c[i] = raised(c[i], x[i]);
       if constexpr (!Fmt::SAME) c[i] = Fmt::codes((int)c[i]);
       if constexpr (Fmt::SIGN_MAGNITUDE) {

@@ -86,15 +86,17 @@ LB_FN bool renew(const Job &job, const Operands &from, const Place &here, const 
                  const float *scalars, float (&x)[LOADED][V], Fresh &to) {
   using Update = Sweep<MEASURES, F>;
   const auto own = Update::scalars(scalars);
-  Doubt doubt;
+  Doubt each[V];
   bool bad = !finite_gradient(from.gradient), finite;
   LB_UNROLL for (int k = 0; k < V; ++k) {
     F values[SLOTS];
-    LB_UNROLL for (int slot = 0; slot < LOADED; ++slot) values[slot] = Number<F>::made(x[slot][k], doubt);
+    if (k > 0) each[k].strange = each[k - 1].strange;
+    LB_UNROLL for (int slot = 0; slot < LOADED; ++slot) values[slot] = Number<F>::made(x[slot][k], each[k]);
     Update::run(values, own);
     LB_UNROLL for (int slot = 0; slot < 2 + MOMENTS; ++slot) x[slot][k] = Number<F>::value(values[slot]);
-    Stored<0>::template take_sources<F>(k, x, doubt, to.moments);
+    Stored<0>::template take_sources<F>(k, x, each[k], to.moments);
   }
+  Doubt doubt = Doubt::together(each);
   to.parameter = As::template encode<QUICK<F>>(job, keys[0], here, tables, from.parameter, x[0], finite, doubt);
   if (!QUICK<F>) bad |= !finite && As::spoils(here, tables, from.parameter, to.parameter, x[0]);
   bad |= Stored<0>::template encode<F>(here, keys, tables, x, doubt, to.moments);
