@@ -54,12 +54,14 @@ template <int K> LB_FN const OwnTables<K, true> &own_tables(const Tables<0> &tab
 
 // Where a lane's codes and their scale are.
 template <int K> LB_FN int64_t code_index(const Job &job, const Place &place) {
+  if (NEARBY) return offset_of<CODE_BYTES<K>>(place.turn);
   if (LINEAR || FLOATS<K>) return place.at * BITS<K> / 8;
   return place.row * ((job.cols * BITS<K> + 7) / 8) + place.col * BITS<K> / 8;
 }
 
 template <int K> LB_FN int64_t scale_index(const Job &job, const Place &place) {
   constexpr int64_t block = FormatOf<K>::BLOCK;
+  if (NEARBY) return (int64_t)((uint64_t)place.turn * (uint64_t)(32 * V / block));
   if (LINEAR) return (int64_t)((uint64_t)place.number / (uint64_t)block);  // here rows are whole blocks
   return place.row * ((job.cols + block - 1) / block) + place.col / block;
 }
@@ -69,7 +71,7 @@ template <int K> LB_FN int code_count(const Place &place) {              // acce
   return FLOATS<K> ? place.count : (place.count * BITS<K> + 7) / 8;
 }
 
-// A job as if its tensor were one row that begins with the number `first`, a multiple of CHUNK.
+// A lane's first number as the first of all.
 template <int K> LB_FN void begin_moments([[maybe_unused]] int64_t first, [[maybe_unused]] Job &job) {
   if constexpr (K < MOMENTS) {
     constexpr int64_t block = FormatOf<K>::BLOCK;
@@ -84,9 +86,8 @@ LB_FN void begin_with(int64_t first, Job &job, Dynamic &now) {
   if (MASTER != LB_NONE) job.companion = (uint8_t *)job.companion + first * COMPANION;
   now.grad = (const uint8_t *)now.grad + first * SIZE<GRAD>;
   begin_moments<0>(first, job);
-  job.cols = job.rows * job.cols - first;
-  job.rows = 1;
 }
+
 
 // What a stage makes of what lies beyond a row's end is no value.
 LB_FN void keep_inside([[maybe_unused]] const Place &place, [[maybe_unused]] float (&x)[V]) {
@@ -146,7 +147,7 @@ template <uint32_t WANTED> struct Fetched<MOMENTS, WANTED> {
 
 // The gradient as it is stored; a view may begin anywhere.
 LB_FN GradientWords fetch_gradient(const Dynamic &now, const Place &place) {
-  const void *at = (const uint8_t *)now.grad + place.at * SIZE<GRAD>;
+  const void *at = (const uint8_t *)now.grad + float_index<SIZE<GRAD>>(place);
   LB_GLOBAL(at);
   return load<V * SIZE<GRAD>, SIZE<GRAD>>(at, place.count);
 }
@@ -250,7 +251,7 @@ template <bool QUICK, int K> LB_FN CodeWords<K> encode_moment(const Key &key, co
   using F = FormatOf<K>;
   constexpr int bits = PART<K> * BITS<K>;
   uint32_t draws[V] = {};
-  if (Moment<K>::STOCHASTIC) draw(key, place.number, draws);
+  if (Moment<K>::STOCHASTIC) draw(key, place, draws);
   CodeWords<K> codes = {};
   LB_UNROLL for (int part = 0; part < PARTS<K>; ++part) {
     float values[PART<K>], source[PART<K>];

@@ -16,7 +16,8 @@ constexpr int UPDATERS = 128, TURNS = CHUNK / (UPDATERS * V);  // the updating s
 constexpr int LOADED = 2 + MOMENTS + VECTORS;  // slots that lie in memory: p, g, the moments, vectors
 constexpr int LANES = WIDTH / V;            // that share a step block
 static_assert(WIDTH % V == 0 && LANES <= 32, "a step block belongs to one warp, and a lane to one step block");
-constexpr bool NEARBY = LINEAR && VECTORS == 0 && !STORED;  // nobody asks for rows: numbers are counted from a chunk's first
+// Nobody asks for rows or columns: a lane counts from where it begins, and an address is one multiplication and addition.
+constexpr bool NEARBY = LINEAR && VECTORS == 0 && !STORED;
 
 // Where a lane's values are.
 struct Place {
@@ -25,6 +26,7 @@ struct Place {
   int64_t block;     // number of the step block
   int64_t at;        // offset of the first value
   int count;         // how many of the V values exist: those beyond a row's or the tensor's end do not
+  uint32_t turn;     // NEARBY, in the updating sweep: of 32 * V numbers; nothing else of a place is then asked for
 };
 
 LB_FN int64_t stride_of(const Job &job) { return (job.cols + WIDTH - 1) / WIDTH * WIDTH; }
@@ -54,6 +56,13 @@ LB_FN Place place(const Job &job, int64_t number) {
 }
 
 // ---- memory
+
+// How far from a lane's first value BYTES of it are after so many turns.
+template <int BYTES> LB_FN int64_t offset_of(uint32_t turn) { return (int64_t)((uint64_t)turn * (32 * BYTES)); }
+
+template <int EACH> LB_FN int64_t float_index(const Place &place) {
+  return NEARBY ? offset_of<V * EACH>(place.turn) : place.at * EACH;
+}
 
 template <int BYTES, int EACH> LB_FN Words<BYTES> fetch(const void *from, int64_t index, int count) {
   const uint8_t *at = (const uint8_t *)from + index;
@@ -99,8 +108,8 @@ struct Key {
   uint32_t first, second;
 };
 
-// rounding.key of (seed, step, tensor, operand), for numbers of the chunk that begins with `first`: they have the high bits
-// of their pairs in common. The lanes of a warp share the work.
+// rounding.key of (seed, step, tensor, operand), for numbers from `first` on: those of a chunk have the high bits of their
+// pairs in common. The lanes of a warp share the work.
 template <int COUNT> LB_FN void stream_keys(const Job &job, const Dynamic &now, int64_t first, Key (&keys)[COUNT]) {
   static_assert(2 * COUNT <= 32, "a lane for each word of each key");
   const uint32_t words[6] = {(uint32_t)now.seed, (uint32_t)(now.seed >> 32), (uint32_t)now.step,
@@ -114,12 +123,12 @@ template <int COUNT> LB_FN void stream_keys(const Job &job, const Dynamic &now, 
   }
 }
 
-// 16 random bits for each of the V values from a number on.
-LB_FN void draw(const Key &key, int64_t number, uint32_t (&draws)[V]) {
-  const uint32_t pair = (uint32_t)((uint64_t)number >> 1);
+// 16 random bits for each of the V values from a place on.
+LB_FN void draw(const Key &key, const Place &place, uint32_t (&draws)[V]) {
+  const uint32_t pair = NEARBY ? place.turn * (16 * V) : (uint32_t)((uint64_t)place.number >> 1);
   LB_UNROLL for (int k = 0; k < (V + 1) / 2; ++k) {
     const uint32_t both = hash(pair + (uint32_t)k, key.first, key.second);
-    draws[2 * k % V] = V == 1 && number % 2 ? both >> 16 : both & 0xFFFFu;
+    draws[2 * k % V] = V == 1 && lane() % 2 ? both >> 16 : both & 0xFFFFu;
     if (V > 1) draws[(2 * k + 1) % V] = both >> 16;
   }
 }
@@ -167,8 +176,8 @@ struct Parameter {  // as it is stored
 
 LB_FN Parameter fetch_parameter(const Job &job, const Place &place) {
   Parameter to = {};
-  to.raw = fetch<V * SIZE<PARAM>, SIZE<PARAM>>(job.param, place.at * SIZE<PARAM>, place.count);
-  if (MASTER != LB_NONE) to.low = fetch<V * COMPANION, COMPANION>(job.companion, place.at * COMPANION, place.count);
+  to.raw = fetch<V * SIZE<PARAM>, SIZE<PARAM>>(job.param, float_index<SIZE<PARAM>>(place), place.count);
+  if (MASTER != LB_NONE) to.low = fetch<V * COMPANION, COMPANION>(job.companion, float_index<COMPANION>(place), place.count);
   return to;
 }
 
@@ -197,7 +206,7 @@ template <bool QUICK>
 LB_FN ParamWords narrow_parameter(const Key &key, const Place &place, const float (&p)[V], bool &finite, Doubt &doubt) {
   ParamWords words = {};
   uint32_t draws[V] = {};
-  if (STOCHASTIC && PARAM != LB_FLOAT32) draw(key, place.number, draws);
+  if (STOCHASTIC && PARAM != LB_FLOAT32) draw(key, place, draws);
   if constexpr (QUICK && PARAM == LB_BFLOAT16 && V % 2 == 0 && (MASTER == LB_NONE || MASTER == LB_KAHAN)) {
     LB_UNROLL for (int k = 0; k < V; k += 2) {
       const uint32_t a = bits_of(p[k]), b = bits_of(p[k + 1]);
@@ -219,7 +228,7 @@ LB_FN ParamWords narrow_parameter(const Key &key, const Place &place, const floa
 }
 
 LB_FN void store_parameter(const Job &job, const Place &place, const float (&p)[V], const ParamWords &stored) {
-  put<V * SIZE<PARAM>, SIZE<PARAM>>(job.param, place.at * SIZE<PARAM>, stored, place.count);
+  put<V * SIZE<PARAM>, SIZE<PARAM>>(job.param, float_index<SIZE<PARAM>>(place), stored, place.count);
   if (MASTER == LB_NONE) return;
   CompanionWords low = {};
   LB_UNROLL for (int k = 0; k < V; ++k) {
@@ -237,7 +246,7 @@ LB_FN void store_parameter(const Job &job, const Place &place, const float (&p)[
       set_half_word(low.word, k, half);
     }
   }
-  put<V * COMPANION, COMPANION>(job.companion, place.at * COMPANION, low, place.count);
+  put<V * COMPANION, COMPANION>(job.companion, float_index<COMPANION>(place), low, place.count);
 }
 
 // Whether a finite parameter would be so no longer: one that is broken already must not freeze its neighbours.

@@ -103,6 +103,31 @@ LB_FN bool renew(const Job &job, const Operands &from, const Place &here, const 
   return bad || (QUICK<F> && Doubt::any(doubt));
 }
 
+// A lane's way: TURNS places at most, 32 * V numbers apart.
+struct Way {
+  int64_t first;
+  uint32_t turns;  // NEARBY: how many there are, the same for all lanes of a warp
+  int whole;       // NEARBY: V, which a compiler that knew it would make predicates of, where branches are faster
+};
+
+LB_FN Way way_from(const Job &job, int64_t first) {
+  const int64_t left = job.rows * job.cols - first, turns = (left + 32 * V - 1) / (32 * V);
+  return {first, left <= 0 ? 0u : turns < TURNS ? (uint32_t)turns : (uint32_t)TURNS, left < V ? (int)left : V};
+}
+
+LB_FN Place place_on(const Way &way, const Job &job, uint32_t turn) {
+  Place to = {};
+  if (NEARBY) {
+    to.count = turn < way.turns ? way.whole : 0;
+    to.turn = turn;
+  } else if (turn < TURNS) {
+    to = place(job, way.first + (int64_t)turn * (32 * V));
+  }
+  return to;
+}
+
+LB_FN bool goes_on(const Way &way, const Place &here) { return NEARBY ? here.turn < way.turns : any<32>(here.count > 0); }
+
 // Whether quick numbers are of any use: not if they doubt the weights of an average, which are the same for all values.
 LB_FN bool worth_trying(const float *scalars) {
   using Update = Sweep<MEASURES, Quick>;
@@ -128,26 +153,27 @@ extern "C" __global__ void __launch_bounds__(lb::UPDATERS, lb::TOGETHER)
   if (MEASURES > 0 && GUARDED && run.skip) return;
   float scalars[SCALARS + 1];  // a copy, as above
   LB_UNROLL for (int k = 0; k < SCALARS; ++k) scalars[k] = run.scalars[k];
-  const int64_t chunk = ((int64_t)blockIdx.x - job.first_chunk) * CHUNK;
+  const int64_t first = ((int64_t)blockIdx.x - job.first_chunk) * CHUNK + (int64_t)warp() * (32 * V * TURNS) + lane() * V;
   Key keys[1 + MOMENTS];
-  if (DRAWS) stream_keys(job, now, chunk, keys);
-  if (NEARBY) begin_with(chunk, job, now);
-  const uint32_t first = (uint32_t)(warp() * (32 * V * TURNS) + lane() * V);
+  if (DRAWS) stream_keys(job, now, first, keys);
+  const Way way = way_from(job, first);
+  if (NEARBY) begin_with(first, job, now);
   const bool quick = worth_trying(scalars);
   uint32_t lost = 0u;
-  Place here = place(job, (NEARBY ? 0 : chunk) + first);
+  Place here = place_on(way, job, 0);
   Operands old = {};
   fetch_operands(job, now, here, old);
-  LB_ONE_AT_A_TIME for (uint32_t unit = 1; any<32>(here.count > 0); ++unit) {
-    const Place ahead = unit < TURNS ? place(job, (NEARBY ? 0 : chunk) + (first + unit * (32 * V))) : Place{};
+  LB_ONE_AT_A_TIME for (uint32_t turn = 1; goes_on(way, here); ++turn) {
+    const Place ahead = place_on(way, job, turn);
     float x[LOADED][V];
+    Fresh fresh;
     load_vectors<0, Sweep<MEASURES>::READS>(job, workspace, here, x);
     decode_operands(old, here, tables, x);
-    Fresh fresh;
-    bool bad = true, stays = false;
-    if (quick) bad = renew<Quick>(job, old, here, keys, tables, scalars, x, fresh);
+    const Operands own = old;
     fetch_operands(job, now, ahead, old);
-    if (any<32>(bad && here.count > 0)) {
+    bool bad = true, stays = false;
+    if (quick) bad = renew<Quick>(job, own, here, keys, tables, scalars, x, fresh);
+    if (any<32>(bad && (NEARBY || here.count > 0))) {
       Operands again = {};
       fetch_operands(job, now, here, again);
       decode_operands(again, here, tables, x);

@@ -102,7 +102,7 @@ template <int K> struct StoredWeight {
     finite = sum == 0.0f;
     if (QUICK) doubt.otherwise |= !finite;
     uint32_t draws[V] = {};
-    if (STOCHASTIC) draw(key, place.number, draws);
+    if (STOCHASTIC) draw(key, place, draws);
     const Scaling way = scaling(old.whole);
     New to = {};
     LB_UNROLL for (int part = 0; part < ALL; ++part) {
