@@ -8,10 +8,12 @@
 #ifdef __CUDACC__
 #define LB_UNROLL _Pragma("unroll")
 #define LB_ONE_AT_A_TIME _Pragma("unroll 1")
+#define LB_KEEP(pointer) asm("" : "+l"(pointer))  // as it is: what it was made of is not to be added up again at each use
 #define LB_GLOBAL(pointer) __builtin_assume(__isGlobal(pointer))  // else every access finds out what it accesses
 // The bytes of shared memory that the launch asks for; the shim has its own.
 #define LB_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 #else
+#define LB_KEEP(pointer)
 #define LB_GLOBAL(pointer)
 #define LB_UNROLL
 #define LB_ONE_AT_A_TIME
@@ -72,8 +74,9 @@ template <int LANES> LB_FN uint32_t largest(uint32_t x) {
 }
 
 template <int LANES> LB_FN bool any(bool x) {
+  if (LANES == 32) return __any_sync(WHOLE_WARP, x) != 0;
   const uint32_t votes = __ballot_sync(WHOLE_WARP, x);
-  const uint32_t mine = LANES == 32 ? WHOLE_WARP : ((1u << LANES % 32) - 1u) << (lane() / LANES * LANES);
+  const uint32_t mine = ((1u << LANES % 32) - 1u) << (lane() / LANES * LANES);
   return (votes & mine) != 0u;
 }
 

@@ -78,6 +78,8 @@ template <int K> LB_FN void begin_moments([[maybe_unused]] int64_t first, [[mayb
     job.codes[K] = (uint8_t *)job.codes[K] + first * BITS<K> / 8;
     if (!FLOATS<K>) job.scale[K] += first / block;
     if (FormatOf<K>::KIND == LB_KIND_LOG) job.base[K] += first / block;
+    LB_KEEP(job.codes[K]);
+    LB_KEEP(job.scale[K]);
     begin_moments<K + 1>(first, job);
   }
 }
@@ -85,6 +87,8 @@ LB_FN void begin_with(int64_t first, Job &job, Dynamic &now) {
   job.param = (uint8_t *)job.param + first * SIZE<PARAM>;
   if (MASTER != LB_NONE) job.companion = (uint8_t *)job.companion + first * COMPANION;
   now.grad = (const uint8_t *)now.grad + first * SIZE<GRAD>;
+  LB_KEEP(job.param);
+  LB_KEEP(now.grad);
   begin_moments<0>(first, job);
 }
 
@@ -112,7 +116,7 @@ template <int K, uint32_t WANTED> struct Fetched {
       to.codes = lb::fetch<CODE_BYTES<K>, CODE_EACH<K>>(job.codes[K], code_index<K>(job, place), code_count<K>(place));
       LB_UNROLL for (int part = 0; part < PARTS<K>; ++part) {
         to.scale[part] = to.base[part] = 1.0f;
-        if (!FLOATS<K> && place.count > part * PART<K>) {
+        if (!FLOATS<K> && (NEARBY || place.count > part * PART<K>)) {
           const int64_t index = scale_index<K>(job, place) + part;
           to.scale[part] = load_float(job.scale[K] + index);
           if (FormatOf<K>::KIND == LB_KIND_LOG) to.base[part] = load_float(job.base[K] + index);
@@ -282,7 +286,7 @@ LB_FN void store_moment(const Job &job, const Place &place, CodeWords<K> codes, 
   if constexpr (!FLOATS<K>) {
     if (lane() % SCALE_LANES<K> != 0) return;
     LB_UNROLL for (int part = 0; part < PARTS<K>; ++part) {
-      if (place.count <= part * PART<K>) return;
+      if (!NEARBY && place.count <= part * PART<K>) return;
       const int64_t index = scale_index<K>(job, place) + part;
       store_float(job.scale[K] + index, scaled.scale[part]);
       if (FormatOf<K>::KIND == LB_KIND_LOG) store_float(job.base[K] + index, scaled.base[part]);

@@ -79,15 +79,18 @@ LB_FN void decode_operands(const Operands &from, const Place &here, const Tables
   Fetched<0, ~0u>::decode(from.moments, here, tables, x);
 }
 
-// All updates, after the last measurement, on numbers of type F, and what is to be stored then. True if something of it
-// is not finite; with quick numbers, if plain floats might give anything else.
-template <class F>
+// All updates, after the last measurement, on numbers of type F, and what is to be stored then; and between the two,
+// when nothing is needed any more of what was fetched, something else. True if something of it is not finite; with quick
+// numbers, if plain floats might give anything else.
+template <class F, class Between>
 LB_FN bool renew(const Job &job, const Operands &from, const Place &here, const Key *keys, const Tables<0> &tables,
-                 const float *scalars, float (&x)[LOADED][V], Fresh &to) {
+                 const float *scalars, float (&x)[LOADED][V], Fresh &to, Between between) {
   using Update = Sweep<MEASURES, F>;
   const auto own = Update::scalars(scalars);
+  const As::Old old = from.parameter;
   Doubt each[V];
   bool bad = !finite_gradient(from.gradient), finite;
+  decode_operands(from, here, tables, x);
   LB_UNROLL for (int k = 0; k < V; ++k) {
     F values[SLOTS];
     if (k > 0) each[k].strange = each[k - 1].strange;
@@ -97,8 +100,9 @@ LB_FN bool renew(const Job &job, const Operands &from, const Place &here, const 
     Stored<0>::template take_sources<F>(k, x, each[k], to.moments);
   }
   Doubt doubt = Doubt::together(each);
-  to.parameter = As::template encode<QUICK<F>>(job, keys[0], here, tables, from.parameter, x[0], finite, doubt);
-  if (!QUICK<F>) bad |= !finite && As::spoils(here, tables, from.parameter, to.parameter, x[0]);
+  between();
+  to.parameter = As::template encode<QUICK<F>>(job, keys[0], here, tables, old, x[0], finite, doubt);
+  if (!QUICK<F>) bad |= !finite && As::spoils(here, tables, old, to.parameter, x[0]);
   bad |= Stored<0>::template encode<F>(here, keys, tables, x, doubt, to.moments);
   return bad || (QUICK<F> && Doubt::any(doubt));
 }
@@ -158,36 +162,34 @@ extern "C" __global__ void __launch_bounds__(lb::UPDATERS, lb::TOGETHER)
   if (DRAWS) stream_keys(job, now, first, keys);
   const Way way = way_from(job, first);
   if (NEARBY) begin_with(first, job, now);
-  const bool quick = worth_trying(scalars);
+  const bool quick = any<32>(worth_trying(scalars));
   uint32_t lost = 0u;
   Place here = place_on(way, job, 0);
   Operands old = {};
   fetch_operands(job, now, here, old);
   LB_ONE_AT_A_TIME for (uint32_t turn = 1; goes_on(way, here); ++turn) {
-    const Place ahead = place_on(way, job, turn);
+    const Place place = here;
+    here = place_on(way, job, turn);
+    const auto fetch_ahead = [&] { fetch_operands(job, now, here, old); };
     float x[LOADED][V];
     Fresh fresh;
-    load_vectors<0, Sweep<MEASURES>::READS>(job, workspace, here, x);
-    decode_operands(old, here, tables, x);
-    const Operands own = old;
-    fetch_operands(job, now, ahead, old);
-    bool bad = true, stays = false;
-    if (quick) bad = renew<Quick>(job, own, here, keys, tables, scalars, x, fresh);
-    if (any<32>(bad && (NEARBY || here.count > 0))) {
-      Operands again = {};
-      fetch_operands(job, now, here, again);
-      decode_operands(again, here, tables, x);
-      bad = renew<float>(job, again, here, keys, tables, scalars, x, fresh);
-      stays = GUARDED && any<LANES>(bad);
-    }
+    bool bad = true;
+    load_vectors<0, Sweep<MEASURES>::READS>(job, workspace, place, x);
+    if (quick) bad = renew<Quick>(job, old, place, keys, tables, scalars, x, fresh, fetch_ahead);
+    else fetch_ahead();
     __syncwarp();  // all lanes have loaded the scales, which one of them stores: a vote alone orders no memory
-    if (stays) {
-      lost += lane() % LANES == 0 && here.count > 0;
-    } else {
-      As::store(job, here, x[0], fresh.parameter);
-      Stored<0>::store(job, here, fresh.moments);
+    if (any<32>(bad && (NEARBY || place.count > 0))) {
+      Operands again = {};
+      fetch_operands(job, now, place, again);
+      bad = renew<float>(job, again, place, keys, tables, scalars, x, fresh, [] {});
+      __syncwarp();
+      if (GUARDED && any<LANES>(bad)) {
+        lost += lane() % LANES == 0 && place.count > 0;
+        continue;
+      }
     }
-    here = ahead;
+    As::store(job, place, x[0], fresh.parameter);
+    Stored<0>::store(job, place, fresh.moments);
   }
   if (lost) atomicAdd((unsigned long long *)job.skipped, (unsigned long long)lost);
 }
