@@ -201,7 +201,7 @@ struct alignas(8) Bin {
 
 template <class Fmt, bool BINS> struct Ways;  // to a rung
 template <class Fmt> struct Ways<Fmt, true> {
-  alignas(8) Bin bins[Fmt::BINS];
+  alignas(sizeof(Bin) * Fmt::BINS) Bin bins[Fmt::BINS];
   LB_FN void prepare(Ways &ways) {
     for (int k = (int)threadIdx.x; k < Fmt::BINS; k += (int)blockDim.x) {
       ways.bins[k] = {float_of(Fmt::bins(2 * k)), Fmt::bins(2 * k + 1)};
@@ -209,8 +209,9 @@ template <class Fmt> struct Ways<Fmt, true> {
   }
   // u is on the ladder's range, or next to it. The sum's low bits are the offset of an entry.
   LB_FN uint32_t rung(float u, const Ways &ways) {
-    const uint32_t offset = bits_of(fma(u, Fmt::TIMES, Fmt::PLUS)) & (Fmt::BINS - 1) * (uint32_t)sizeof(Bin);
-    const Bin bin = *(const Bin *)((const char *)ways.bins + offset);
+    Bin bin;
+    constexpr uint32_t MASK = (Fmt::BINS - 1) * (uint32_t)sizeof(Bin);
+    pair_in<MASK>(ways.bins, bits_of(fma(u, Fmt::TIMES, Fmt::PLUS)), bin.threshold, bin.rung);
     return bin.rung + (bits_of(bin.threshold - u) >> 31);  // the sign of a difference is exact
   }
 };
@@ -236,7 +237,7 @@ template <class Fmt> struct Ways<Fmt, false> {
 template <class Fmt> struct Codebook {
   using To = Ways<Fmt, (Fmt::BINS > 0)>;
   struct Shared {
-    float values[1 << Fmt::BITS];
+    alignas(4 << Fmt::BITS) float values[1 << Fmt::BITS];
     To ways;
   };
   LB_FN void prepare(Shared &shared) {
@@ -253,8 +254,7 @@ template <class Fmt> struct Codebook {
     LB_UNROLL for (int i = 0; i < V; ++i) {
       const uint32_t word = codes.word[i / EACH];
       const int at = i % EACH * Fmt::BITS - 2;
-      const uint32_t offset = (at < 0 ? word << 2 : word >> (at < 0 ? 0 : at)) & MASK;
-      const float value = *(const float *)((const char *)shared.values + offset) * scale;
+      const float value = float_in<MASK>(shared.values, at < 0 ? word << 2 : word >> (at < 0 ? 0 : at)) * scale;
       x[i] = Fmt::SQUARE ? value * value : value;
     }
   }

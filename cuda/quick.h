@@ -149,7 +149,7 @@ template <class A, class B> LB_FN auto lerp(A a, B b, Quick weight) -> decltype(
   return {lerp(plain(a), plain(b), weight.x), weight.doubt};
 }
 template <class A, class B> LB_FN auto lerp(A a, B b, float weight) -> decltype(a + b) {  // one of the two ways
-  doubt_of(a, b)->otherwise |= !(weight < 0.5f);
+  doubt_of(a, b)->otherwise |= bits_of(weight) >= bits_of(0.5f);
   return {plain(a) + weight * (plain(b) - plain(a)), doubt_of(a, b)};
 }
 template <class A, class B> LB_FN auto maximum(A a, B b) -> decltype(a + b) {

@@ -162,7 +162,7 @@ extern "C" __global__ void __launch_bounds__(lb::UPDATERS, lb::TOGETHER)
   if (DRAWS) stream_keys(job, now, first, keys);
   const Way way = way_from(job, first);
   if (NEARBY) begin_with(first, job, now);
-  const bool quick = any<32>(worth_trying(scalars));
+  const bool quick = worth_trying(scalars);
   uint32_t lost = 0u;
   Place here = place_on(way, job, 0);
   Operands old = {};
