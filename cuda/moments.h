@@ -54,14 +54,12 @@ template <int K> LB_FN const OwnTables<K, true> &own_tables(const Tables<0> &tab
 
 // Where a lane's codes and their scale are.
 template <int K> LB_FN int64_t code_index(const Job &job, const Place &place) {
-  if (NEARBY) return offset_of<CODE_BYTES<K>>(place.turn);
-  if (LINEAR || FLOATS<K>) return place.at * BITS<K> / 8;
+  if (LINEAR || FLOATS<K>) return (int64_t)((uint64_t)place.at * (uint64_t)BITS<K> / 8u);
   return place.row * ((job.cols * BITS<K> + 7) / 8) + place.col * BITS<K> / 8;
 }
 
 template <int K> LB_FN int64_t scale_index(const Job &job, const Place &place) {
   constexpr int64_t block = FormatOf<K>::BLOCK;
-  if (NEARBY) return (int64_t)((uint64_t)place.turn * (uint64_t)(32 * V / block));
   if (LINEAR) return (int64_t)((uint64_t)place.number / (uint64_t)block);  // here rows are whole blocks
   return place.row * ((job.cols + block - 1) / block) + place.col / block;
 }
@@ -71,7 +69,7 @@ template <int K> LB_FN int code_count(const Place &place) {              // acce
   return FLOATS<K> ? place.count : (place.count * BITS<K> + 7) / 8;
 }
 
-// A lane's first number as the first of all.
+// What is stored of a tensor, from a number on. Only where rows do not matter, and for moments and 16-bit parameters.
 template <int K> LB_FN void begin_moments([[maybe_unused]] int64_t first, [[maybe_unused]] Job &job) {
   if constexpr (K < MOMENTS) {
     constexpr int64_t block = FormatOf<K>::BLOCK;
@@ -116,7 +114,7 @@ template <int K, uint32_t WANTED> struct Fetched {
       to.codes = lb::fetch<CODE_BYTES<K>, CODE_EACH<K>>(job.codes[K], code_index<K>(job, place), code_count<K>(place));
       LB_UNROLL for (int part = 0; part < PARTS<K>; ++part) {
         to.scale[part] = to.base[part] = 1.0f;
-        if (!FLOATS<K> && (NEARBY || place.count > part * PART<K>)) {
+        if (!FLOATS<K> && (LINEAR || place.count > part * PART<K>)) {
           const int64_t index = scale_index<K>(job, place) + part;
           to.scale[part] = load_float(job.scale[K] + index);
           if (FormatOf<K>::KIND == LB_KIND_LOG) to.base[part] = load_float(job.base[K] + index);
@@ -151,7 +149,7 @@ template <uint32_t WANTED> struct Fetched<MOMENTS, WANTED> {
 
 // The gradient as it is stored; a view may begin anywhere.
 LB_FN GradientWords fetch_gradient(const Dynamic &now, const Place &place) {
-  const void *at = (const uint8_t *)now.grad + float_index<SIZE<GRAD>>(place);
+  const void *at = (const uint8_t *)now.grad + place.at * SIZE<GRAD>;
   LB_GLOBAL(at);
   return load<V * SIZE<GRAD>, SIZE<GRAD>>(at, place.count);
 }
@@ -286,7 +284,7 @@ LB_FN void store_moment(const Job &job, const Place &place, CodeWords<K> codes, 
   if constexpr (!FLOATS<K>) {
     if (lane() % SCALE_LANES<K> != 0) return;
     LB_UNROLL for (int part = 0; part < PARTS<K>; ++part) {
-      if (!NEARBY && place.count <= part * PART<K>) return;
+      if (!LINEAR && place.count <= part * PART<K>) return;
       const int64_t index = scale_index<K>(job, place) + part;
       store_float(job.scale[K] + index, scaled.scale[part]);
       if (FormatOf<K>::KIND == LB_KIND_LOG) store_float(job.base[K] + index, scaled.base[part]);

@@ -16,17 +16,15 @@ constexpr int UPDATERS = 128, TURNS = CHUNK / (UPDATERS * V);  // the updating s
 constexpr int LOADED = 2 + MOMENTS + VECTORS;  // slots that lie in memory: p, g, the moments, vectors
 constexpr int LANES = WIDTH / V;            // that share a step block
 static_assert(WIDTH % V == 0 && LANES <= 32, "a step block belongs to one warp, and a lane to one step block");
-// Nobody asks for rows or columns: a lane counts from where it begins, and an address is one multiplication and addition.
-constexpr bool NEARBY = LINEAR && VECTORS == 0 && !STORED;
 
 // Where a lane's values are.
 struct Place {
   int64_t row, col;  // of the first
-  int64_t number;    // for random bits
+  int64_t number;
+  int64_t counted;   // the same for random bits, counted from where their key is (stream_keys)
   int64_t block;     // number of the step block
   int64_t at;        // offset of the first value
   int count;         // how many of the V values exist: those beyond a row's or the tensor's end do not
-  uint32_t turn;     // NEARBY, in the updating sweep: of 32 * V numbers; nothing else of a place is then asked for
 };
 
 LB_FN int64_t stride_of(const Job &job) { return (job.cols + WIDTH - 1) / WIDTH * WIDTH; }
@@ -37,7 +35,7 @@ LB_FN int64_t quotient(int64_t a, int64_t b) {  // of natural numbers: 64 bits t
 
 LB_FN Place place(const Job &job, int64_t number) {
   Place to;
-  to.number = number;
+  to.number = to.counted = number;
   to.block = (int64_t)((uint64_t)number / WIDTH);
   if (LINEAR) {  // only vectors ask for a row and a column
     to.row = VECTORS > 0 ? quotient(number, job.cols) : 0;
@@ -56,13 +54,6 @@ LB_FN Place place(const Job &job, int64_t number) {
 }
 
 // ---- memory
-
-// How far from a lane's first value BYTES of it are after so many turns.
-template <int BYTES> LB_FN int64_t offset_of(uint32_t turn) { return (int64_t)((uint64_t)turn * (32 * BYTES)); }
-
-template <int EACH> LB_FN int64_t float_index(const Place &place) {
-  return NEARBY ? offset_of<V * EACH>(place.turn) : place.at * EACH;
-}
 
 template <int BYTES, int EACH> LB_FN Words<BYTES> fetch(const void *from, int64_t index, int count) {
   const uint8_t *at = (const uint8_t *)from + index;
@@ -108,9 +99,9 @@ struct Key {
   uint32_t first, second;
 };
 
-// rounding.key of (seed, step, tensor, operand), for numbers from `first` on: those of a chunk have the high bits of their
-// pairs in common. The lanes of a warp share the work.
-template <int COUNT> LB_FN void stream_keys(const Job &job, const Dynamic &now, int64_t first, Key (&keys)[COUNT]) {
+// rounding.key of (seed, step, tensor, operand), for numbers of the chunk of `from` and counted from there: the high bits of
+// their pairs are the same. The lanes of a warp share the work.
+template <int COUNT> LB_FN void stream_keys(const Job &job, const Dynamic &now, int64_t from, Key (&keys)[COUNT]) {
   static_assert(2 * COUNT <= 32, "a lane for each word of each key");
   const uint32_t words[6] = {(uint32_t)now.seed, (uint32_t)(now.seed >> 32), (uint32_t)now.step,
                              (uint32_t)(now.step >> 32), (uint32_t)job.tensor, (uint32_t)(lane() / 2)};
@@ -118,14 +109,14 @@ template <int COUNT> LB_FN void stream_keys(const Job &job, const Dynamic &now, 
   LB_UNROLL for (int k = 0; k < 6; ++k) mixed = mix(mixed * 0x9E3779B9u + words[k] + 1u);
   LB_UNROLL for (int k = 0; k < COUNT; ++k) {
     keys[k].first = __shfl_sync(WHOLE_WARP, mixed, 2 * k);
-    keys[k].second = __shfl_sync(WHOLE_WARP, mixed, 2 * k + 1) + (uint32_t)(first >> 33) * 0x9E3779B1u;
-    if (NEARBY) keys[k].first += (uint32_t)(first >> 1);
+    keys[k].second = __shfl_sync(WHOLE_WARP, mixed, 2 * k + 1) + (uint32_t)(from >> 33) * 0x9E3779B1u;
+    keys[k].first += (uint32_t)(from >> 1);
   }
 }
 
 // 16 random bits for each of the V values from a place on.
 LB_FN void draw(const Key &key, const Place &place, uint32_t (&draws)[V]) {
-  const uint32_t pair = NEARBY ? place.turn * (16 * V) : (uint32_t)((uint64_t)place.number >> 1);
+  const uint32_t pair = (uint32_t)((uint64_t)place.counted >> 1);
   LB_UNROLL for (int k = 0; k < (V + 1) / 2; ++k) {
     const uint32_t both = hash(pair + (uint32_t)k, key.first, key.second);
     draws[2 * k % V] = V == 1 && lane() % 2 ? both >> 16 : both & 0xFFFFu;
@@ -176,8 +167,8 @@ struct Parameter {  // as it is stored
 
 LB_FN Parameter fetch_parameter(const Job &job, const Place &place) {
   Parameter to = {};
-  to.raw = fetch<V * SIZE<PARAM>, SIZE<PARAM>>(job.param, float_index<SIZE<PARAM>>(place), place.count);
-  if (MASTER != LB_NONE) to.low = fetch<V * COMPANION, COMPANION>(job.companion, float_index<COMPANION>(place), place.count);
+  to.raw = fetch<V * SIZE<PARAM>, SIZE<PARAM>>(job.param, place.at * SIZE<PARAM>, place.count);
+  if (MASTER != LB_NONE) to.low = fetch<V * COMPANION, COMPANION>(job.companion, place.at * COMPANION, place.count);
   return to;
 }
 
@@ -228,7 +219,7 @@ LB_FN ParamWords narrow_parameter(const Key &key, const Place &place, const floa
 }
 
 LB_FN void store_parameter(const Job &job, const Place &place, const float (&p)[V], const ParamWords &stored) {
-  put<V * SIZE<PARAM>, SIZE<PARAM>>(job.param, float_index<SIZE<PARAM>>(place), stored, place.count);
+  put<V * SIZE<PARAM>, SIZE<PARAM>>(job.param, place.at * SIZE<PARAM>, stored, place.count);
   if (MASTER == LB_NONE) return;
   CompanionWords low = {};
   LB_UNROLL for (int k = 0; k < V; ++k) {
@@ -246,7 +237,7 @@ LB_FN void store_parameter(const Job &job, const Place &place, const float (&p)[
       set_half_word(low.word, k, half);
     }
   }
-  put<V * COMPANION, COMPANION>(job.companion, float_index<COMPANION>(place), low, place.count);
+  put<V * COMPANION, COMPANION>(job.companion, place.at * COMPANION, low, place.count);
 }
 
 // Whether a finite parameter would be so no longer: one that is broken already must not freeze its neighbours.

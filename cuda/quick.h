@@ -104,7 +104,7 @@ LB_FN Quick divided(float a, float b, Doubt *doubt) {
   doubt->numerator = twice < doubt->numerator ? twice : doubt->numerator;
   doubt->denominator = below > doubt->denominator ? below : doubt->denominator;
   Doubt::must_be_finite(*doubt, quotient);
-  return {fma(-fma(b, quotient, -a), inverse, quotient), doubt};
+  return {fma(fma(b, quotient, -a), -inverse, quotient), doubt};
 }
 LB_FN Quick operator/(Quick a, Quick b) { return divided(a.x, b.x, a.doubt); }
 LB_FN Quick operator/(Quick a, float b) { return divided(a.x, b, a.doubt); }

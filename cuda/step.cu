@@ -107,11 +107,14 @@ LB_FN bool renew(const Job &job, const Operands &from, const Place &here, const 
   return bad || (QUICK<F> && Doubt::any(doubt));
 }
 
-// A lane's way: TURNS places at most, 32 * V numbers apart.
+// A lane's way: TURNS places at most, 32 * V numbers apart. Where nobody asks for rows or columns it begins anew, at 0, so
+// that an address is one multiplication and addition.
+constexpr bool ANEW = LINEAR && VECTORS == 0 && !STORED;
+
 struct Way {
   int64_t first;
-  uint32_t turns;  // NEARBY: how many there are, the same for all lanes of a warp
-  int whole;       // NEARBY: V, which a compiler that knew it would make predicates of, where branches are faster
+  uint32_t turns;  // ANEW: how many there are, the same for all lanes of a warp
+  int whole;       // ANEW: V, which a compiler that knew it would make predicates of, where branches are faster
 };
 
 LB_FN Way way_from(const Job &job, int64_t first) {
@@ -121,16 +124,17 @@ LB_FN Way way_from(const Job &job, int64_t first) {
 
 LB_FN Place place_on(const Way &way, const Job &job, uint32_t turn) {
   Place to = {};
-  if (NEARBY) {
+  if (ANEW) {
+    to.number = to.at = to.counted = (int64_t)((uint64_t)turn * (32 * V));
     to.count = turn < way.turns ? way.whole : 0;
-    to.turn = turn;
   } else if (turn < TURNS) {
     to = place(job, way.first + (int64_t)turn * (32 * V));
+    to.counted = (int64_t)((uint64_t)turn * (32 * V));
   }
   return to;
 }
 
-LB_FN bool goes_on(const Way &way, const Place &here) { return NEARBY ? here.turn < way.turns : any<32>(here.count > 0); }
+LB_FN bool goes_on(const Place &here) { return ANEW ? here.count > 0 : any<32>(here.count > 0); }
 
 // Whether quick numbers are of any use: not if they doubt the weights of an average, which are the same for all values.
 LB_FN bool worth_trying(const float *scalars) {
@@ -161,13 +165,13 @@ extern "C" __global__ void __launch_bounds__(lb::UPDATERS, lb::TOGETHER)
   Key keys[1 + MOMENTS];
   if (DRAWS) stream_keys(job, now, first, keys);
   const Way way = way_from(job, first);
-  if (NEARBY) begin_with(first, job, now);
+  if (ANEW) begin_with(first, job, now);
   const bool quick = worth_trying(scalars);
   uint32_t lost = 0u;
   Place here = place_on(way, job, 0);
   Operands old = {};
   fetch_operands(job, now, here, old);
-  LB_ONE_AT_A_TIME for (uint32_t turn = 1; goes_on(way, here); ++turn) {
+  LB_ONE_AT_A_TIME for (uint32_t turn = 1; goes_on(here); ++turn) {
     const Place place = here;
     here = place_on(way, job, turn);
     const auto fetch_ahead = [&] { fetch_operands(job, now, here, old); };
@@ -175,13 +179,18 @@ extern "C" __global__ void __launch_bounds__(lb::UPDATERS, lb::TOGETHER)
     Fresh fresh;
     bool bad = true;
     load_vectors<0, Sweep<MEASURES>::READS>(job, workspace, place, x);
-    if (quick) bad = renew<Quick>(job, old, place, keys, tables, scalars, x, fresh, fetch_ahead);
-    else fetch_ahead();
+    if (quick) {
+      bad = renew<Quick>(job, old, place, keys, tables, scalars, x, fresh, fetch_ahead);
+    } else {
+      LB_RARELY;
+    }
     __syncwarp();  // all lanes have loaded the scales, which one of them stores: a vote alone orders no memory
-    if (any<32>(bad && (NEARBY || place.count > 0))) {
+    if (any<32>(bad && (ANEW || place.count > 0))) {
+      LB_RARELY;
       Operands again = {};
       fetch_operands(job, now, place, again);
       bad = renew<float>(job, again, place, keys, tables, scalars, x, fresh, [] {});
+      fetch_ahead();  // once more: nothing is kept through all of this
       __syncwarp();
       if (GUARDED && any<LANES>(bad)) {
         lost += lane() % LANES == 0 && place.count > 0;

@@ -4,7 +4,8 @@ A step streams memory, and while it does the chip can issue only so many instruc
 known without a GPU. Counted is the loop that does the work: the innermost one with most of the 128-bit accesses. Left
 out of it are blocks that do not run on aligned, finite input: those that call a subroutine (IEEE division and square
 root of subnormals and the like), those that gather lanes which have drifted apart, those that access memory by 8 or 16
-bits; and, where there is another way past it, a stretch of blocks from which such blocks are reached.
+bits, those that a kernel marks itself (LB_RARELY, a performance monitor's event); and, where there is another way past
+it, a stretch of blocks from which such blocks are reached.
 
 What ptxas says is in the log of the compiler (`VERBOSE`); the instructions come from NVIDIA's nvdisasm.
 """
@@ -212,13 +213,12 @@ def _hot_loop(kernel: Sequence[Instruction], narrow: int) -> list[Instruction]:
         for latch in heads[head]
     ]
     # Where IEEE arithmetic may take a slower course, or an access a narrower one.
-    calls = {start for start in hot if any(_calls(i) for to in edges[start] for i in blocks[to])}
-    parts = {start for start in hot if any(_parts(i, narrow) for to in edges[start] for i in blocks[to])}
-    paths = [_likely(head, body, ways, blocks, calls, parts) for head, body in loops if body]
+    risks = {start for start in hot if any(_slow(i, narrow) for to in edges[start] for i in blocks[to])}
+    paths = [_likely(head, body, ways, blocks, risks) for head, body in loops if body]
     turns = [[i for start in path for i in blocks[start]] for path in paths]
     if not any(map(_wide, turns)):
         body = reached & _reach({start for start in reached if not edges[start]}, back)
-        turns = [[i for start in _likely(0, body, ways, blocks, calls, parts) for i in blocks[start]]]
+        turns = [[i for start in _likely(0, body, ways, blocks, risks) for i in blocks[start]]]
     return min(turns, key=lambda turn: (-_wide(turn), len(turn)))
 
 
@@ -227,16 +227,14 @@ def _likely(
     body: set[int],
     ways: Mapping[int, Sequence[int]],
     blocks: Mapping[int, Sequence[Instruction]],
-    calls: set[int],
-    parts: set[int],
+    risks: set[int],
 ) -> list[int]:
-    """The blocks of the way through a loop with the fewest calls beside it, then the most wide accesses, then the fewest
-    narrow ones beside it, then the most instructions.
+    """The blocks of the way through a loop that has most wide accesses, then fewest risks, then most instructions.
 
-    Of two branches only one is taken, where they depend on what is the same for a whole warp. One that may call where
-    the other cannot is what kernels fall back to, as cuda/step.cu does to plain division.
+    Of two branches only one is taken, where they depend on what is the same for a whole warp. One that has risks where
+    the other has none is what kernels fall back to.
     """
-    best: dict[int, tuple[tuple[int, int, int, int], list[int]]] = {}
+    best: dict[int, tuple[tuple[int, int, int], list[int]]] = {}
     entered: set[int] = set()
     stack = [head] if head in body else []
     while stack:  # depth first: a way that leads back to a block that is entered and not left begins another turn
@@ -249,22 +247,18 @@ def _likely(
         stack.pop()
         if at in best:
             continue
-        (safe, wide, whole, count), rest = max((best[to] for to in ahead if to in best), default=((0, 0, 0, 0), []))
-        own = (safe - (at in calls), wide + _wide(blocks[at]), whole - (at in parts), count + len(blocks[at]))
-        best[at] = own, [at, *rest]
+        (wide, safe, count), rest = max((best[to] for to in ahead if to in best), default=((0, 0, 0), []))
+        best[at] = (wide + _wide(blocks[at]), safe - (at in risks), count + len(blocks[at])), [at, *rest]
     return best[head][1] if head in best else []
 
 
 def _cold(i: Instruction, narrow: int) -> bool:
-    return _calls(i) or _parts(i, narrow) or i.opcode.startswith("WARPSYNC.COLLECTIVE")
+    return _slow(i, narrow) or i.opcode.startswith("WARPSYNC.COLLECTIVE") or i.name == "PMTRIG"
 
 
-def _calls(i: Instruction) -> bool:
-    return i.name == "CALL" and not i.predicate  # with one, it leaves a loop on sm_80
-
-
-def _parts(i: Instruction, narrow: int) -> bool:
-    return i.name in GLOBAL and i.width <= narrow
+def _slow(i: Instruction, narrow: int) -> bool:
+    call = i.name == "CALL" and not i.predicate  # with one, it leaves a loop on sm_80
+    return call or (i.name in GLOBAL and i.width <= narrow)
 
 
 def _blocks(kernel: Sequence[Instruction]) -> dict[int, Sequence[Instruction]]:
