@@ -64,7 +64,12 @@ struct Fresh {
 };
 // For how many blocks of threads at once a multiprocessor's registers are to suffice: as many as was fastest on an H100,
 // and one less where they would spill.
-constexpr int TOGETHER = !LINEAR || PARAM == LB_FLOAT32 || sizeof(Operands) > 112 ? 5 : 6;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int MOST_TOGETHER = 5;
+#else
+constexpr int MOST_TOGETHER = 6;
+#endif
+constexpr int TOGETHER = !LINEAR || PARAM == LB_FLOAT32 || sizeof(Operands) > 112 ? 5 : MOST_TOGETHER;
 
 LB_FN void fetch_operands(const Job &job, const Dynamic &now, const Place &here, Operands &to) {
   if (here.count == 0) return;
@@ -77,6 +82,11 @@ LB_FN void decode_operands(const Operands &from, const Place &here, const Tables
   widen_gradient(from.gradient, x[1]);
   As::decode(from.parameter, here, tables, x[0]);
   Fetched<0, ~0u>::decode(from.moments, here, tables, x);
+}
+
+LB_FN void store_fresh(const Job &job, const Place &place, const float (&x)[LOADED][V], const Fresh &from) {
+  As::store(job, place, x[0], from.parameter);
+  Stored<0>::store(job, place, from.moments);
 }
 
 // All updates, after the last measurement, on numbers of type F, and what is to be stored then; and between the two,
@@ -167,38 +177,41 @@ extern "C" __global__ void __launch_bounds__(lb::UPDATERS, lb::TOGETHER)
   const Way way = way_from(job, first);
   if (ANEW) begin_with(first, job, now);
   const bool quick = worth_trying(scalars);
-  uint32_t lost = 0u;
+  uint32_t lost = 0u, doubtful = quick ? 0u : ~0u;  // step blocks; turns, a bit each
   Place here = place_on(way, job, 0);
   Operands old = {};
-  fetch_operands(job, now, here, old);
-  LB_ONE_AT_A_TIME for (uint32_t turn = 1; goes_on(here); ++turn) {
+  if (quick) fetch_operands(job, now, here, old);
+  LB_ONE_AT_A_TIME for (uint32_t turn = 0; quick && goes_on(here); ++turn) {
     const Place place = here;
-    here = place_on(way, job, turn);
-    const auto fetch_ahead = [&] { fetch_operands(job, now, here, old); };
+    here = place_on(way, job, turn + 1u);
     float x[LOADED][V];
     Fresh fresh;
-    bool bad = true;
     load_vectors<0, Sweep<MEASURES>::READS>(job, workspace, place, x);
-    if (quick) {
-      bad = renew<Quick>(job, old, place, keys, tables, scalars, x, fresh, fetch_ahead);
-    } else {
-      LB_RARELY;
-    }
+    const bool doubt = renew<Quick>(job, old, place, keys, tables, scalars, x, fresh,
+                                    [&] { fetch_operands(job, now, here, old); });
     __syncwarp();  // all lanes have loaded the scales, which one of them stores: a vote alone orders no memory
-    if (any<32>(bad && (ANEW || place.count > 0))) {
-      LB_RARELY;
-      Operands again = {};
-      fetch_operands(job, now, place, again);
-      bad = renew<float>(job, again, place, keys, tables, scalars, x, fresh, [] {});
-      fetch_ahead();  // once more: nothing is kept through all of this
-      __syncwarp();
-      if (GUARDED && any<LANES>(bad)) {
-        lost += lane() % LANES == 0 && place.count > 0;
-        continue;
-      }
+    if (any<32>(doubt && (ANEW || place.count > 0))) {
+      doubtful |= 1u << turn;
+    } else {
+      store_fresh(job, place, x, fresh);
     }
-    As::store(job, place, x[0], fresh.parameter);
-    Stored<0>::store(job, place, fresh.moments);
+  }
+  LB_ONE_AT_A_TIME for (uint32_t turn = 0; turn < TURNS && doubtful >> turn != 0u; ++turn) {
+    if ((doubtful >> turn & 1u) == 0u) continue;
+    LB_RARELY;
+    const Place place = place_on(way, job, turn);
+    if (!goes_on(place)) break;
+    fetch_operands(job, now, place, old);
+    float x[LOADED][V];
+    Fresh fresh;
+    load_vectors<0, Sweep<MEASURES>::READS>(job, workspace, place, x);
+    const bool bad = renew<float>(job, old, place, keys, tables, scalars, x, fresh, [] {});
+    __syncwarp();
+    if (GUARDED && any<LANES>(bad)) {
+      lost += lane() % LANES == 0 && place.count > 0;
+    } else {
+      store_fresh(job, place, x, fresh);
+    }
   }
   if (lost) atomicAdd((unsigned long long *)job.skipped, (unsigned long long)lost);
 }
