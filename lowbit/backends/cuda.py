@@ -116,7 +116,7 @@ def _module(
     return machine(device).module(texts["codec.cu"], {**headers, "spec.h": spec})
 
 
-HEADERS = ("stdint.h", "abi.h", "words.h", "arithmetic.h", "device.h", "formats.h")
+HEADERS = ("stdint.h", "abi.h", "words.h", "arithmetic.h", "device.h", "quick.h", "formats.h")
 
 
 def _at_once(fmt: Format) -> bool:
