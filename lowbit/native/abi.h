@@ -98,6 +98,10 @@ typedef struct lb_format {
   // Up to 16 rungs: what `tree` is to `thresholds`, of the rungs that may be at or below u with one above; and from
   // each rung to the next.
   float below[32], gaps[16];
+  // Codebooks that are the numbers of a small float, in the order of their codes, ties to even: bits of its mantissa (0:
+  // the codebook is none), and the smallest number with all of them.
+  int32_t grid_bits;
+  float grid_least;
   // Scales that are stored in a byte, and that the library derives itself (lowbit/scales.py has the rules).
   int32_t stored, power;       // an lb_scaled, 0: it does not; an lb_power
   int32_t exponent, mantissa;  // of the largest value: its exponent, and the bits below

@@ -40,6 +40,8 @@ class Format(Structure):
         ("cell_high", c_uint32),
         ("below", c_float * 32),
         ("gaps", c_float * 16),
+        ("grid_bits", c_int32),
+        ("grid_least", c_float),
         *((name, c_int32) for name in ("stored", "power", "exponent", "mantissa", "last", "tries", "rms")),
         *((name, c_float) for name in ("gain", "smallest")),
         ("candidates", c_float * 2),

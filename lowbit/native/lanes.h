@@ -75,6 +75,18 @@ template <int APART> LB_FN Lanes swap_lanes(Lanes a) {  // those that are 1, 2, 
                       : _mm512_shuffle_f32x4(a.v, a.v, 0x4E);
 }
 
+// One step of the halving trees of several sums at once: every run of 2 * APART lanes becomes its first half plus its
+// second, those of a and then those of b (of the four quarters of a register by turns, once they are shorter).
+template <int APART> LB_FN Lanes halved(Lanes a, Lanes b) {
+  return APART == 8   ? _mm512_add_ps(_mm512_shuffle_f32x4(a.v, b.v, 0x44), _mm512_shuffle_f32x4(a.v, b.v, 0xEE))
+         : APART == 4 ? _mm512_add_ps(_mm512_shuffle_f32x4(a.v, b.v, 0x88), _mm512_shuffle_f32x4(a.v, b.v, 0xDD))
+         : APART == 2 ? _mm512_add_ps(_mm512_shuffle_ps(a.v, b.v, 0x44), _mm512_shuffle_ps(a.v, b.v, 0xEE))
+                      : _mm512_add_ps(_mm512_shuffle_ps(a.v, b.v, 0x88), _mm512_shuffle_ps(a.v, b.v, 0xDD));
+}
+LB_FN Lanes in_order(Lanes sums) {  // after all steps
+  return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), sums.v);
+}
+
 struct Finite {  // 0 as long as all is finite, else NaN
   __m512 sum;
   LB_IN Finite() : sum(_mm512_setzero_ps()) {}
@@ -100,6 +112,9 @@ struct Table {  // 16 numbers, looked up by 4 bits
     const __m512i eight = _mm512_castsi128_si512(_mm_loadl_epi64((const __m128i *)packed));
     const __m512i index = _mm512_srlv_epi32(_mm512_permutexvar_epi32(half, eight), shift);  // the low 4 bits count
     return _mm512_permutexvar_ps(index, values);
+  }
+  LB_IN Lanes look_up_bytes(const uint8_t *codes) const {  // of one code each
+    return _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)codes)), values);
   }
 };
 
@@ -155,6 +170,29 @@ struct Drawn {
     return _mm512_and_si512(_mm512_srli_epi32(_mm512_castps_si512(u.v), 28), _mm512_set1_epi32(8));
   }
   LB_FN __m512i joined(__m512i a, __m512i b) { return _mm512_or_si512(a, b); }
+};
+
+// The code of a number in units of the scale in a small float (blocks.h: encode_minifloat has the formula).
+struct Minifloat {
+  __m512 top, least, steps;
+  __m512i sign;
+  __m128i width, place;  // where the mantissa ends, and how far the sign has to go
+  LB_IN explicit Minifloat(const lb_format &f)
+      : top(_mm512_set1_ps(f.top)),
+        least(_mm512_set1_ps(f.grid_least)),
+        steps(_mm512_set1_ps(12582912.0f / (float)(1 << f.grid_bits))),
+        sign(_mm512_set1_epi32(1 << (f.bits - 1))),
+        width(_mm_cvtsi32_si128(23 - f.grid_bits)),
+        place(_mm_cvtsi32_si128(32 - f.bits)) {}
+  LB_FN __m512i apart(__m512 a, __m512 b) { return _mm512_sub_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b)); }
+  LB_IN __m512i code(Lanes x, Lanes inverse) const {
+    const __m512 raw = (x * inverse).v, u = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(raw, raw, _CMP_ORD_Q), raw);
+    const __m512 a = _mm512_min_ps(and_bits(u, 0x7FFFFFFFu).v, top);
+    const __m512 binade = _mm512_max_ps(and_bits(a, 0x7F800000u).v, least), shift = _mm512_mul_ps(binade, steps);
+    const __m512i fine = apart(_mm512_add_ps(a, shift), shift), coarse = _mm512_srl_epi32(apart(binade, least), width);
+    const __m512i turned = _mm512_srl_epi32(_mm512_castps_si512(u), place);
+    return _mm512_ternarylogic_epi32(_mm512_add_epi32(fine, coarse), turned, sign, 0xF8);  // a | b & c
+  }
 };
 
 // A 4-bit codebook's code of a number in units of the scale: the bin it falls in, then the bin's threshold.
@@ -256,6 +294,17 @@ template <int APART> LB_FN Lanes swap_lanes(Lanes a) {  // those that are 1, 2 o
                       : _mm256_permute2f128_ps(a.v, a.v, 0x01);
 }
 
+// One step of the halving trees of several sums at once: every run of 2 * APART lanes becomes its first half plus its
+// second, those of a and then those of b (of the two halves of a register by turns, once they are shorter).
+template <int APART> LB_FN Lanes halved(Lanes a, Lanes b) {
+  return APART == 4   ? _mm256_add_ps(_mm256_permute2f128_ps(a.v, b.v, 0x20), _mm256_permute2f128_ps(a.v, b.v, 0x31))
+         : APART == 2 ? _mm256_add_ps(_mm256_shuffle_ps(a.v, b.v, 0x44), _mm256_shuffle_ps(a.v, b.v, 0xEE))
+                      : _mm256_add_ps(_mm256_shuffle_ps(a.v, b.v, 0x88), _mm256_shuffle_ps(a.v, b.v, 0xDD));
+}
+LB_FN Lanes in_order(Lanes sums) {  // after all steps
+  return _mm256_permutevar8x32_ps(sums.v, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+}
+
 struct Finite {  // 0 as long as all is finite, else NaN
   __m256 sum;
   LB_IN Finite() : sum(_mm256_setzero_ps()) {}
@@ -279,13 +328,17 @@ struct Table {  // 16 numbers, looked up by 4 bits
   __m256 low, high;
   Table() = default;
   LB_IN explicit Table(const float *from) : low(_mm256_loadu_ps(from)), high(_mm256_loadu_ps(from + 8)) {}
+  LB_IN Lanes of(__m256i index) const {  // lookups take the low 3 bits, the blend bit 3
+    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, index), _mm256_permutevar8x32_ps(high, index),
+                            _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
+  }
   LB_IN Lanes look_up(const uint8_t *packed) const {
     int32_t eight;
     __builtin_memcpy(&eight, packed, 4);
-    const __m256i shift = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
-    const __m256i index = _mm256_srlv_epi32(_mm256_set1_epi32(eight), shift);  // lookups take 3 bits, the blend bit 3
-    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, index), _mm256_permutevar8x32_ps(high, index),
-                            _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
+    return of(_mm256_srlv_epi32(_mm256_set1_epi32(eight), _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28)));
+  }
+  LB_IN Lanes look_up_bytes(const uint8_t *codes) const {  // of one code each
+    return of(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)codes)));
   }
 };
 
@@ -316,8 +369,8 @@ LB_FN void store_bytes(uint8_t *to, const Lanes *u, bool is_signed) {
 }
 
 LB_FN void store_codes(uint8_t *to, __m256i codes) {
-  const __m256i words = _mm256_packs_epi32(codes, codes);
-  const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+  const __m256i words = _mm256_packus_epi32(codes, codes);
+  const __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
   const __m128i order = _mm_setr_epi8(0, 1, 2, 3, 8, 9, 10, 11, -1, -1, -1, -1, -1, -1, -1, -1);
   _mm_storel_epi64((__m128i *)to, _mm_shuffle_epi8(bytes, order));
 }
@@ -354,6 +407,29 @@ struct Drawn {
     return _mm256_and_si256(_mm256_srli_epi32(_mm256_castps_si256(u.v), 28), _mm256_set1_epi32(8));
   }
   LB_FN __m256i joined(__m256i a, __m256i b) { return _mm256_or_si256(a, b); }
+};
+
+// The code of a number in units of the scale in a small float (blocks.h: encode_minifloat has the formula).
+struct Minifloat {
+  __m256 top, least, steps;
+  __m256i sign;
+  __m128i width, place;  // where the mantissa ends, and how far the sign has to go
+  LB_IN explicit Minifloat(const lb_format &f)
+      : top(_mm256_set1_ps(f.top)),
+        least(_mm256_set1_ps(f.grid_least)),
+        steps(_mm256_set1_ps(12582912.0f / (float)(1 << f.grid_bits))),
+        sign(_mm256_set1_epi32(1 << (f.bits - 1))),
+        width(_mm_cvtsi32_si128(23 - f.grid_bits)),
+        place(_mm_cvtsi32_si128(32 - f.bits)) {}
+  LB_FN __m256i apart(__m256 a, __m256 b) { return _mm256_sub_epi32(_mm256_castps_si256(a), _mm256_castps_si256(b)); }
+  LB_IN __m256i code(Lanes x, Lanes inverse) const {
+    const __m256 raw = (x * inverse).v, u = _mm256_and_ps(raw, _mm256_cmp_ps(raw, raw, _CMP_ORD_Q));
+    const __m256 a = _mm256_min_ps(and_bits(u, 0x7FFFFFFFu).v, top);
+    const __m256 binade = _mm256_max_ps(and_bits(a, 0x7F800000u).v, least), shift = _mm256_mul_ps(binade, steps);
+    const __m256i fine = apart(_mm256_add_ps(a, shift), shift), coarse = _mm256_srl_epi32(apart(binade, least), width);
+    const __m256i turned = _mm256_and_si256(_mm256_srl_epi32(_mm256_castps_si256(u), place), sign);
+    return _mm256_or_si256(_mm256_add_epi32(fine, coarse), turned);
+  }
 };
 
 // A 4-bit codebook's code of a number in units of the scale, by a search tree of 15 thresholds. The lookups take the

@@ -93,26 +93,24 @@ static Scales look_up(const lb_matrix &m, const uint8_t *bytes, int count, Desk 
 
 // The squares of what rounding n values to nearest loses: the sum over each block, as blocks.total has it.
 static void losses(const lb_format &f, const float *x, int64_t col, int n, const Scales &s, float *to, Desk &desk) {
-  alignas(64) float each[SPAN], one[LB_BLOCK];
+  alignas(64) float each[SPAN];
   encode_units(f, x, col, n, s, nullptr, desk);
   decode_units(f, col, n, s, each, desk);
   LB_IVDEP for (int i = 0; i < n; ++i) each[i] = (each[i] - x[i]) * (each[i] - x[i]);
-  for (int i = 0; i < n; i += f.block) {
-    const int count = n - i < f.block ? n - i : f.block;
-    memcpy(one, each + i, sizeof(float) * count);
-    *to++ = sum_few(one, count);
-  }
+  sum_blocks(each, n, f.block, to);
 }
 
 // From the largest magnitude of each block of n values to the root of its mean square (scales.statistic).
-static void root_mean_squares(const float *x, int n, int block, float *statistic) {
-  alignas(64) float each[LB_BLOCK];
-  for (int i = 0; i < n; i += block, ++statistic) {
-    const int count = n - i < block ? n - i : block;
-    const float unit = *statistic > 0.0f ? lb::binade(*statistic) : 1.0f, by = 1.0f / unit;
-    LB_IVDEP for (int k = 0; k < count; ++k) each[k] = x[i + k] * by * (x[i + k] * by);
-    const float root = lb::sqrt((float)((double)sum_few(each, count) / count)) * unit;
-    *statistic = finite_bits(magnitude_bits(*statistic)) ? root : no_number();
+static void root_mean_squares(const lb_format &f, const float *x, int n, Desk &desk) {
+  alignas(64) float by[SPAN], sums[SPAN];
+  const int block = f.block, count = (n + block - 1) / block;
+  float *statistic = desk.absmax;
+  LB_IVDEP for (int b = 0; b < count; ++b) by[b] = statistic[b] > 0.0f ? 1.0f / lb::binade(statistic[b]) : 1.0f;
+  multiply(f, x, 0, n, by, desk.values);
+  LB_IVDEP for (int i = 0; i < n; ++i) desk.values[i] = desk.values[i] * desk.values[i];
+  sum_blocks(desk.values, n, block, sums);
+  LB_IVDEP for (int b = 0; b < count; ++b) {
+    statistic[b] = rms_of(statistic[b], (double)sums[b] / (n - b * block < block ? n - b * block : block));
   }
 }
 
@@ -123,7 +121,7 @@ static Scales derive_bytes(const lb_matrix &m, const float *x, int64_t col, int 
   float first[SPAN / 8], second[SPAN / 8];
   uint8_t other[SPAN / 8];
   peaks(x, n, f.block, desk.absmax);
-  if (f.rms) root_mean_squares(x, n, f.block, desk.absmax);
+  if (f.rms) root_mean_squares(f, x, n, desk);
   for (int b = 0; b < count; ++b) bytes[b] = (uint8_t)byte_of(f, desk.absmax[b], m.outer, f.candidates[0]);
   if (f.tries > 1) {
     for (int b = 0; b < count; ++b) other[b] = (uint8_t)byte_of(f, desk.absmax[b], m.outer, f.candidates[1]);

@@ -12,6 +12,13 @@ LB_FN float times(float x, float factor) {
   return factor == 1.0f ? x : product > LARGEST ? LARGEST : product;
 }
 
+// The root of the mean square of a block, which was summed in units of the binade of its largest magnitude.
+LB_FN float rms_of(float absmax, double mean) {
+  const float root = sqrt((float)mean) * (absmax > 0.0f ? binade(absmax) : 1.0f);
+  const float held = root > LARGEST ? LARGEST : root;
+  return finite_bits(magnitude_bits(absmax)) ? held : no_number();
+}
+
 // A power of two, by its biased exponent.
 LB_FN int32_t byte_e8m0(const lb_format &f, float statistic) {
   const bool up = f.power == LB_POWER_UP;

@@ -68,6 +68,9 @@ def _codebook(made: abi.Format, fmt: Format) -> None:
     made.ladder[:] = (*ladder, *[INFINITE] * (256 - len(ladder)))
     made.thresholds[:] = (*fmt.thresholds, *[INFINITE] * (256 - len(fmt.thresholds)))
     made.codes[: len(codes)] = codes
+    made.grid_bits, made.grid_least = _minifloat(fmt)
+    if made.grid_bits:
+        return
     if len(ladder) <= 16:
         made.tree[:] = _tree(made.thresholds[:15])
         rungs = [_rounded(value) for value in ladder]
@@ -78,6 +81,20 @@ def _codebook(made: abi.Format, fmt: Format) -> None:
             _bins(made, fmt)
     else:
         _cells(made, fmt.thresholds)
+
+
+def _minifloat(fmt: Format) -> tuple[int, float]:
+    """(bits of the mantissa, smallest normal number) of a codebook that is a small float's; (0, 0.0) for others."""
+    rungs = [value for value, _ in fmt.ladder]
+    codes = [code for _, code in fmt.ladder]
+    if not fmt.sign_magnitude or fmt.ties != "even" or codes != list(range(len(codes))):
+        return 0, 0.0
+    for bits in range(1, fmt.bits - 1):
+        fine, least = 1 << bits, rungs[1] * (1 << bits)
+        floats = [(k % fine + fine * (k >= fine)) * 2.0 ** max(k // fine - 1, 0) * rungs[1] for k in codes]
+        if rungs == floats:
+            return bits, least
+    return 0, 0.0
 
 
 def _tree(numbers: list[float]) -> list[float]:

@@ -1,6 +1,9 @@
 // Sums have one meaning (lowbit/backends/reference.py): a tree of halves.
 #pragma once
+#include <string.h>
+
 #include "arithmetic.h"
+#include "lanes.h"
 
 namespace LB_SPACE {
 
@@ -27,6 +30,40 @@ static float sum_few(float *x, int n) {
   while (width < n) width *= 2;
   for (int k = n; k < width; ++k) x[k] = 0.0f;
   return halve(x, width);
+}
+
+#ifdef LB_AVX2
+// The trees of COUNT blocks at once. The last step of a halving tree adds the sums of numbers in even and in odd places.
+template <int REGISTERS> LB_FN Lanes halved_to_one(const float *x, int apart) {
+  if constexpr (REGISTERS == 1) return Lanes::load(x);
+  else return halved_to_one<REGISTERS / 2>(x, 2 * apart) + halved_to_one<REGISTERS / 2>(x + apart, 2 * apart);
+}
+template <int BLOCK, int COUNT> LB_FN Lanes halved_blocks(const float *x) {
+  if constexpr (COUNT == 1) return halved_to_one<BLOCK / Lanes::COUNT>(x, Lanes::COUNT);
+  else return halved<Lanes::COUNT / COUNT>(halved_blocks<BLOCK, COUNT / 2>(x), halved_blocks<BLOCK, COUNT / 2>(x + COUNT / 2 * BLOCK));
+}
+template <int BLOCK> static int sum_registers(const float *x, int n, float *to) {
+  int i = 0;
+  for (; i + Lanes::COUNT * BLOCK <= n; i += Lanes::COUNT * BLOCK, to += Lanes::COUNT) {
+    in_order(halved_blocks<BLOCK, Lanes::COUNT>(x + i)).store(to);
+  }
+  return i;
+}
+#endif
+
+// The sums of blocks of n values, each at most 256 long; the last may be short.
+static void sum_blocks(const float *x, int n, int block, float *to) {
+  int i = 0;
+#ifdef LB_AVX2
+  if (block == 16) i = sum_registers<16>(x, n, to);
+  if (block == 32) i = sum_registers<32>(x, n, to);
+#endif
+  alignas(64) float one[LB_BLOCK];
+  for (to += i / block; i < n; i += block) {
+    const int count = n - i < block ? n - i : block;
+    memcpy(one, x + i, sizeof(float) * count);
+    *to++ = sum_few(one, count);
+  }
 }
 
 // The same for any count of doubles: what is missing to a power of two counts as 0. Overwrites x.
