@@ -150,7 +150,7 @@ def wide(x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("name", ["nf4", "log4", "dyn8", "e4m3"])
 def test_a_boundary_an_ulp_off_is_seen(name: str):
-    """In the tree that vector code searches, in the cells of formats with more values, in a small float's arithmetic."""
+    """In the tree that vector code searches, in the cells of formats with more values, in small floats' arithmetic."""
     fmt = lowbit.format(name).with_block(48)
     table = tables.table(fmt)
     if table.cells:

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from .. import codec, masters
+from .. import codec, eden, masters
 from ..blocks import halve
 from ..formats import Format
 from ..layout import row_stride, step_width
@@ -42,6 +42,7 @@ from ..rotation import rotate as turn
 from ..rotation import rotate_back as turn_back
 from ..rounding import bits16, key, narrow, uniform
 from ..rows import Measured, decode_rows, encode_rows, pack, row_bits, unpack
+from ..scales import best
 from ..stages import VECTORS, Job, Namespace, Program, Stage
 from ..stored import WHOLE
 from ..stored import decode as decode_weight
@@ -514,8 +515,12 @@ def encode(
     *,
     live: bool = False,
     rotation: Rotation | None = None,
+    run: int = 0,
 ) -> dict[str, Tensor]:
     """See `backends.encode`."""
+    if run:
+        assert noise is not None
+        return eden.encode(fmt, measured(fmt, x, rotation=rotation), noise, run)
     return encode_rows(fmt, _turned(x, rotation), noise, live=live)
 
 
@@ -531,14 +536,33 @@ def quantized(
     *,
     rotation: Rotation | None = None,
     dtype: torch.dtype = torch.float32,
+    run: int = 0,
+    edge: float | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """See `backends.quantized`."""
-    parts = encode(fmt, x, noise, rotation=rotation)
-    return decode(fmt, parts, rotation.padded(x.shape[1]) if rotation else x.shape[1], dtype), parts
+    parts = encode(fmt, x, noise, rotation=rotation, run=run)
+    values = decode(fmt, parts, rotation.padded(x.shape[1]) if rotation else x.shape[1], dtype)
+    if edge is not None:
+        parts["inside"] = inside(measured(fmt, x, rotation=rotation), edge)
+    return values, parts
 
 
-def rotate(x: Tensor, rotation: Rotation, *, back: bool = False, dtype: torch.dtype = torch.float32) -> Tensor:
+def inside(blocks: Measured, edge: float) -> Tensor:
+    """The part `inside` of a matrix."""
+    return pack((blocks.units(best(blocks.fmt, blocks).inverse).abs() <= edge).to(torch.uint8), 1)
+
+
+def rotate(
+    x: Tensor,
+    rotation: Rotation,
+    *,
+    back: bool = False,
+    dtype: torch.dtype = torch.float32,
+    mask: Tensor | None = None,
+) -> Tensor:
     """See `backends.rotate`."""
+    if mask is not None:
+        x = x * unpack(mask, 1, x.shape[1]).to(x.dtype)
     return (turn_back if back else turn)(_padded(x, rotation), rotation).to(dtype)
 
 

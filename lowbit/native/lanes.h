@@ -68,6 +68,8 @@ LB_FN Lanes flip(Lanes a, uint32_t bits) {  // the signs of the lanes whose bit 
   const __m512i x = _mm512_castps_si512(a.v);
   return _mm512_castsi512_ps(_mm512_mask_xor_epi32(x, (__mmask16)bits, x, _mm512_set1_epi32((int)0x80000000u)));
 }
+LB_FN Lanes chosen(uint32_t bits, Lanes a, Lanes b) { return where(Mask{(__mmask16)bits}, a, b); }
+LB_FN uint32_t lanes_of(Mask a) { return a.m; }
 template <int APART> LB_FN Lanes swap_lanes(Lanes a) {  // those that are 1, 2, 4 or 8 apart
   return APART == 1   ? _mm512_permute_ps(a.v, 0xB1)
          : APART == 2 ? _mm512_permute_ps(a.v, 0x4E)
@@ -283,11 +285,15 @@ LB_FN Lanes and_bits(Lanes a, uint32_t bits) {
   return _mm256_and_ps(a.v, _mm256_castsi256_ps(_mm256_set1_epi32((int)bits)));
 }
 LB_FN Lanes negative(Lanes a) { return _mm256_xor_ps(a.v, _mm256_set1_ps(-0.0f)); }
-LB_FN Lanes flip(Lanes a, uint32_t bits) {  // the signs of the lanes whose bit is set
+LB_FN Mask mask_of(uint32_t bits) {
   const __m256i each = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
-  const __m256i chosen = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32((int)bits), each), each);
-  return _mm256_xor_ps(a.v, _mm256_and_ps(_mm256_castsi256_ps(chosen), _mm256_set1_ps(-0.0f)));
+  return {_mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32((int)bits), each), each))};
 }
+LB_FN Lanes flip(Lanes a, uint32_t bits) {  // the signs of the lanes whose bit is set
+  return _mm256_xor_ps(a.v, _mm256_and_ps(mask_of(bits).m, _mm256_set1_ps(-0.0f)));
+}
+LB_FN Lanes chosen(uint32_t bits, Lanes a, Lanes b) { return where(mask_of(bits), a, b); }
+LB_FN uint32_t lanes_of(Mask a) { return (uint32_t)_mm256_movemask_ps(a.m); }
 template <int APART> LB_FN Lanes swap_lanes(Lanes a) {  // those that are 1, 2 or 4 apart
   return APART == 1   ? _mm256_permute_ps(a.v, 0xB1)
          : APART == 2 ? _mm256_permute_ps(a.v, 0x4E)
@@ -468,6 +474,16 @@ struct Ladder {
 };
 
 #endif
+
+// Which of 16 numbers, times a factor, are not beyond the edge on either side of 0; NaN is not.
+LB_FN uint16_t inside(const float *x, Lanes factor, Lanes edge) {
+  uint32_t bits = 0;
+  for (int k = 0; k < 16; k += Lanes::COUNT) {
+    const Lanes u = Lanes::load(x + k) * factor;
+    bits |= lanes_of(!(edge < and_bits(u, 0x7FFFFFFFu))) << k;
+  }
+  return (uint16_t)bits;
+}
 
 struct Uniform {  // the same number in every lane
   Lanes all;

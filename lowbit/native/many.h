@@ -10,7 +10,7 @@ namespace LB_SPACE {
 struct Desk {  // room for one thread
   alignas(64) float values[SPAN];
   alignas(64) float out[SPAN];
-  alignas(64) float absmax[SPAN], scale[SPAN], inverse[SPAN];  // of short blocks
+  alignas(64) float absmax[SPAN], scale[SPAN], inverse[SPAN], outer[SPAN];  // of short blocks
   alignas(64) uint8_t codes[SPAN];
   Draws draws;
 };
@@ -77,29 +77,6 @@ static void peaks(const float *x, int n, int block, float *to) {
   for (; b % 16; ++b) to[b] = 1.0f;
 }
 
-static Scales derive_short(const lb_format &f, const float *x, int n, Desk &desk) {
-  const int count = (n + f.block - 1) / f.block;
-  peaks(x, n, f.block, desk.absmax);
-  scales(f, desk.absmax, count, desk.scale, desk.inverse);
-  return {desk.inverse, desk.scale};
-}
-
-// What bytes stand for.
-static Scales look_up(const lb_matrix &m, const uint8_t *bytes, int count, Desk &desk) {
-  for (int b = 0; b < count; ++b) desk.scale[b] = m.multipliers[bytes[b]];
-  for (int b = 0; m.inverses && b < count; ++b) desk.inverse[b] = m.inverses[bytes[b]];
-  return {desk.inverse, desk.scale};
-}
-
-// The squares of what rounding n values to nearest loses: the sum over each block, as blocks.total has it.
-static void losses(const lb_format &f, const float *x, int64_t col, int n, const Scales &s, float *to, Desk &desk) {
-  alignas(64) float each[SPAN];
-  encode_units(f, x, col, n, s, nullptr, desk);
-  decode_units(f, col, n, s, each, desk);
-  LB_IVDEP for (int i = 0; i < n; ++i) each[i] = (each[i] - x[i]) * (each[i] - x[i]);
-  sum_blocks(each, n, f.block, to);
-}
-
 // From the largest magnitude of each block of n values to the root of its mean square (scales.statistic).
 static void root_mean_squares(const lb_format &f, const float *x, int n, Desk &desk) {
   alignas(64) float by[SPAN], sums[SPAN];
@@ -114,22 +91,133 @@ static void root_mean_squares(const lb_format &f, const float *x, int n, Desk &d
   }
 }
 
+// What the scale of each block of n values is to send to the top.
+static void find_wanted(const lb_format &f, const float *x, int n, Desk &desk) {
+  peaks(x, n, f.block, desk.absmax);
+  if (f.rms) root_mean_squares(f, x, n, desk);
+  for (int b = 0; b * f.block < n; ++b) desk.absmax[b] = wanted_of(f, desk.absmax[b]);
+}
+
+static Scales derive_short(const lb_format &f, const float *x, int n, Desk &desk) {
+  find_wanted(f, x, n, desk);
+  scales(f, desk.absmax, (n + f.block - 1) / f.block, desk.scale, desk.inverse);
+  return {desk.inverse, desk.scale};
+}
+
+// ---- scales that are stored in bytes
+
+// What bytes stand for: by tables, or next to the outer scales of their blocks.
+static Scales look_up(const lb_matrix &m, const uint8_t *bytes, int count, Desk &desk) {
+  if (m.multipliers) {
+    for (int b = 0; b < count; ++b) desk.scale[b] = m.multipliers[bytes[b]];
+    for (int b = 0; m.inverses && b < count; ++b) desk.inverse[b] = m.inverses[bytes[b]];
+  } else {
+    const float most = m.packed.format->max_scale;
+    LB_IVDEP for (int b = 0; b < count; ++b) {
+      const float held = widen_e4m3(bytes[b]), both = held * desk.outer[b];
+      desk.scale[b] = both > most ? most : both;
+      desk.inverse[b] = two_level_inverse(held, desk.outer[b]);
+    }
+  }
+  return {desk.inverse, desk.scale};
+}
+
+// The outer scale of each block: what makes the largest of those that share it `peak`.
+static void find_outer(const lb_format &f, int count, Desk &desk) {
+  const int each = f.outer / f.block;
+  for (int b = 0; b < count; b += each) {
+    const int end = b + each < count ? b + each : count;
+    float most = 0.0f;
+    for (int k = b; k < end; ++k) most = desk.absmax[k] > most ? desk.absmax[k] : most;  // NaN is not
+    const float scale = most / f.peak, outer = most > 0.0f ? scale > 0x1p-126f ? scale : 0x1p-126f : 0.0f;
+    for (int k = b; k < end; ++k) desk.outer[k] = outer;
+  }
+}
+
+static int64_t outers(const lb_matrix &m) { return (m.cols + m.packed.format->outer - 1) / m.packed.format->outer; }
+
+static void load_outer(const lb_matrix &m, int64_t row, int64_t col, int count, Desk &desk) {
+  const lb_format &f = *m.packed.format;
+  const int64_t each = f.outer / f.block, first = col / f.block;
+  for (int b = 0; b < count; ++b) desk.outer[b] = m.outers[row * outers(m) + (first + b) / each];
+}
+
+static void store_outer(const lb_matrix &m, int64_t row, int64_t col, int count, const Desk &desk) {
+  const lb_format &f = *m.packed.format;
+  const int each = f.outer / f.block;
+  for (int b = 0; b < count; b += each) m.outers[row * outers(m) + col / f.outer + b / each] = desk.outer[b];
+}
+
+// The squares of what rounding n values to nearest loses: the sum over each block, as blocks.total has it.
+static void losses(const lb_format &f, const float *x, int64_t col, int n, const Scales &s, float *to, Desk &desk) {
+  alignas(64) float each[SPAN];
+  encode_units(f, x, col, n, s, nullptr, desk);
+  decode_units(f, col, n, s, each, desk);
+  LB_IVDEP for (int i = 0; i < n; ++i) each[i] = (each[i] - x[i]) * (each[i] - x[i]);
+  sum_blocks(each, n, f.block, to);
+}
+
+static void find_bytes(const lb_format &f, int count, float candidate, uint8_t *bytes, const Desk &desk) {
+  const float top = f.top, smallest = f.smallest;  // copies: a store to a byte might change the format
+  if (f.stored == LB_SCALE_E8M0) {
+    for (int b = 0; b < count; ++b) bytes[b] = (uint8_t)byte_e8m0(f, times(desk.absmax[b], candidate));
+  } else {
+    LB_IVDEP for (int b = 0; b < count; ++b) {
+      bytes[b] = (uint8_t)byte_e4m3(top, smallest, desk.absmax[b], desk.outer[b], candidate);
+    }
+  }
+}
+
 // Bytes of whole blocks; of two candidates the one that loses less, the first of equals.
 static Scales derive_bytes(const lb_matrix &m, const float *x, int64_t col, int n, uint8_t *bytes, Desk &desk) {
   const lb_format &f = *m.packed.format;
   const int count = (n - 1) / f.block + 1;
-  float first[SPAN / 8], second[SPAN / 8];
+  alignas(64) float first[SPAN / 8], second[SPAN / 8];
   uint8_t other[SPAN / 8];
-  peaks(x, n, f.block, desk.absmax);
-  if (f.rms) root_mean_squares(f, x, n, desk);
-  for (int b = 0; b < count; ++b) bytes[b] = (uint8_t)byte_of(f, desk.absmax[b], m.outer, f.candidates[0]);
+  find_wanted(f, x, n, desk);
+  if (f.outer) find_outer(f, count, desk);
+  for (int b = 0; !f.outer && b < count; ++b) desk.outer[b] = m.outer;
+  find_bytes(f, count, f.candidates[0], bytes, desk);
   if (f.tries > 1) {
-    for (int b = 0; b < count; ++b) other[b] = (uint8_t)byte_of(f, desk.absmax[b], m.outer, f.candidates[1]);
+    find_bytes(f, count, f.candidates[1], other, desk);
     losses(f, x, col, n, look_up(m, bytes, count, desk), first, desk);
     losses(f, x, col, n, look_up(m, other, count, desk), second, desk);
     for (int b = 0; b < count; ++b) bytes[b] = second[b] < first[b] ? other[b] : bytes[b];
   }
   return look_up(m, bytes, count, desk);
+}
+
+// MS-EDEN: what rounding has lost of a run goes into the scales of its blocks, which are drawn anew.
+static void correct(const lb_matrix &m, int64_t row, int64_t col, int n, uint8_t *bytes, Desk &desk) {
+  const lb_format &f = *m.packed.format;
+  const int count = n / f.block, each = m.run / f.block;
+  alignas(64) float terms[SPAN], squares[SPAN / 8], products[SPAN / 8], held[SPAN / 8];
+  alignas(64) float shares[SPAN / 8], corrections[SPAN / 8];
+  double up[SPAN / 8], down[SPAN / 8];
+  LB_IVDEP for (int i = 0; i < n; ++i) terms[i] = desk.values[i] * desk.values[i];
+  sum_blocks(terms, n, f.block, squares);
+  decode(f, desk.codes, n, 1.0f, nullptr, desk.out);
+  LB_IVDEP for (int i = 0; i < n; ++i) terms[i] = desk.values[i] * desk.out[i];
+  sum_blocks(terms, n, f.block, products);
+  const uint16_t *draws = desk.draws.fill(m.key, row * m.stride + col / f.block, count);
+  LB_IVDEP for (int b = 0; b < count; ++b) {
+    held[b] = widen_e4m3(bytes[b]);
+    shares[b] = 1.0f - uniform(draws[b]);
+    const double weight = (double)held[b] * (double)held[b];
+    up[b] = held[b] > 0.0f ? (double)squares[b] * weight : 0.0;
+    down[b] = held[b] > 0.0f ? (double)products[b] * weight : 0.0;
+  }
+  for (int b = 0; b < count; b += each) {
+    const double whole = halve(up + b, each), rounded = halve(down + b, each);
+    const float correction = rounded > 0.0 ? (float)(whole / rounded) : 1.0f;
+    for (int k = b; k < b + each; ++k) corrections[k] = correction;
+  }
+  LB_IVDEP for (int b = 0; b < count; ++b) {
+    const float wanted = held[b] * corrections[b];
+    const int32_t drawn = drawn_e4m3(wanted > 448.0f ? 448.0f : wanted, shares[b]);
+    bytes[b] = (uint8_t)(held[b] == held[b] ? drawn : bytes[b]);
+  }
+  look_up(m, bytes, count, desk);
 }
 
 }  // namespace LB_SPACE
