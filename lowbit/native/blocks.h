@@ -412,8 +412,10 @@ static void encode_minifloat(const lb_format &f, const float *x, int n, float in
   const float top = f.top, least = f.grid_least, step = float_of((uint32_t)(127 - f.grid_bits) << 23);
   int i = 0;
 #ifdef LB_AVX2
-  const Minifloat codes(f);
-  for (; !DRAWN && i + Lanes::COUNT <= n; i += Lanes::COUNT) store_codes(to + i, codes.code(Lanes::load(x + i), inverse));
+  const Minifloat floats(f);
+  for (; i + Lanes::COUNT <= n; i += Lanes::COUNT) {
+    store_codes(to + i, floats.with_sign(floats.round<DRAWN>(Lanes::load(x + i) * inverse, DRAWN ? draws + i : nullptr)).v);
+  }
 #endif
   LB_IVDEP for (; i < n; ++i) {
     const uint32_t raw = bits_of(in_units(x[i], inverse)), magnitude = raw & 0x7FFFFFFFu;
@@ -456,7 +458,11 @@ static void encode_codebook(const lb_format &f, const float *x, int n, const Blo
     }
   }
   if (!f.same) {
-    for (int i = 0; i < n; ++i) to[i] = f.codes[to[i]];
+    int i = 0;
+#ifdef LB_AVX2
+    for (; f.rungs <= 16 && i + 32 <= n; i += 32) look_up_bytes(f.codes, to + i);
+#endif
+    for (; i < n; ++i) to[i] = f.codes[to[i]];
   }
   if (f.sign_magnitude) {
     const int shift = 32 - f.bits;

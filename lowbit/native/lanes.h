@@ -77,17 +77,42 @@ template <int APART> LB_FN Lanes swap_lanes(Lanes a) {  // those that are 1, 2, 
                       : _mm512_shuffle_f32x4(a.v, a.v, 0x4E);
 }
 
-// One step of the halving trees of several sums at once: every run of 2 * APART lanes becomes its first half plus its
-// second, those of a and then those of b (of the four quarters of a register by turns, once they are shorter).
-template <int APART> LB_FN Lanes halved(Lanes a, Lanes b) {
-  return APART == 8   ? _mm512_add_ps(_mm512_shuffle_f32x4(a.v, b.v, 0x44), _mm512_shuffle_f32x4(a.v, b.v, 0xEE))
-         : APART == 4 ? _mm512_add_ps(_mm512_shuffle_f32x4(a.v, b.v, 0x88), _mm512_shuffle_f32x4(a.v, b.v, 0xDD))
-         : APART == 2 ? _mm512_add_ps(_mm512_shuffle_ps(a.v, b.v, 0x44), _mm512_shuffle_ps(a.v, b.v, 0xEE))
-                      : _mm512_add_ps(_mm512_shuffle_ps(a.v, b.v, 0x88), _mm512_shuffle_ps(a.v, b.v, 0xDD));
+// One step of the trees of several blocks at once, on registers instead of lanes: the first halves of all runs of
+// 2 * APART lanes, those of a and then those of b (of the four quarters of a register by turns, once they are shorter),
+// and the second halves.
+template <int APART> LB_FN Lanes first_halves(Lanes a, Lanes b) {
+  return APART == 8   ? _mm512_shuffle_f32x4(a.v, b.v, 0x44)
+         : APART == 4 ? _mm512_shuffle_f32x4(a.v, b.v, 0x88)
+         : APART == 2 ? _mm512_shuffle_ps(a.v, b.v, 0x44)
+                      : _mm512_shuffle_ps(a.v, b.v, 0x88);
 }
-LB_FN Lanes in_order(Lanes sums) {  // after all steps
-  return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), sums.v);
+template <int APART> LB_FN Lanes second_halves(Lanes a, Lanes b) {
+  return APART == 8   ? _mm512_shuffle_f32x4(a.v, b.v, 0xEE)
+         : APART == 4 ? _mm512_shuffle_f32x4(a.v, b.v, 0xDD)
+         : APART == 2 ? _mm512_shuffle_ps(a.v, b.v, 0xEE)
+                      : _mm512_shuffle_ps(a.v, b.v, 0xDD);
 }
+LB_FN Lanes in_order(Lanes found) {  // after all steps
+  return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), found.v);
+}
+
+struct Ints {  // the bits of numbers
+  __m512i v;
+};
+LB_FN Ints ints(Lanes a) { return {_mm512_castps_si512(a.v)}; }
+LB_FN Ints operator+(Ints a, Ints b) { return {_mm512_add_epi32(a.v, b.v)}; }
+LB_FN Ints operator-(Ints a, Ints b) { return {_mm512_sub_epi32(a.v, b.v)}; }
+LB_FN Ints operator>>(Ints a, int places) { return {_mm512_srl_epi32(a.v, _mm_cvtsi32_si128(places))}; }
+LB_FN Ints ones(Mask a) { return {_mm512_maskz_set1_epi32(a.m, 1)}; }
+LB_FN Ints signs(Ints a) { return {_mm512_and_si512(a.v, _mm512_set1_epi32((int)0x80000000u))}; }
+LB_FN Lanes with_sign(Lanes a, Lanes sign) {  // of a number that has none
+  return _mm512_castsi512_ps(_mm512_or_si512(_mm512_castps_si512(a.v), signs(ints(sign)).v));
+}
+LB_FN Lanes most_bits(Lanes a, Lanes b) {
+  return _mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(a.v), _mm512_castps_si512(b.v)));
+}
+LB_FN Lanes smaller(Lanes a, Lanes b) { return _mm512_min_ps(a.v, b.v); }  // no NaN
+LB_FN Lanes larger(Lanes a, Lanes b) { return _mm512_max_ps(a.v, b.v); }
 
 struct Finite {  // 0 as long as all is finite, else NaN
   __m512 sum;
@@ -172,29 +197,6 @@ struct Drawn {
     return _mm512_and_si512(_mm512_srli_epi32(_mm512_castps_si512(u.v), 28), _mm512_set1_epi32(8));
   }
   LB_FN __m512i joined(__m512i a, __m512i b) { return _mm512_or_si512(a, b); }
-};
-
-// The code of a number in units of the scale in a small float (blocks.h: encode_minifloat has the formula).
-struct Minifloat {
-  __m512 top, least, steps;
-  __m512i sign;
-  __m128i width, place;  // where the mantissa ends, and how far the sign has to go
-  LB_IN explicit Minifloat(const lb_format &f)
-      : top(_mm512_set1_ps(f.top)),
-        least(_mm512_set1_ps(f.grid_least)),
-        steps(_mm512_set1_ps(12582912.0f / (float)(1 << f.grid_bits))),
-        sign(_mm512_set1_epi32(1 << (f.bits - 1))),
-        width(_mm_cvtsi32_si128(23 - f.grid_bits)),
-        place(_mm_cvtsi32_si128(32 - f.bits)) {}
-  LB_FN __m512i apart(__m512 a, __m512 b) { return _mm512_sub_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b)); }
-  LB_IN __m512i code(Lanes x, Lanes inverse) const {
-    const __m512 raw = (x * inverse).v, u = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(raw, raw, _CMP_ORD_Q), raw);
-    const __m512 a = _mm512_min_ps(and_bits(u, 0x7FFFFFFFu).v, top);
-    const __m512 binade = _mm512_max_ps(and_bits(a, 0x7F800000u).v, least), shift = _mm512_mul_ps(binade, steps);
-    const __m512i fine = apart(_mm512_add_ps(a, shift), shift), coarse = _mm512_srl_epi32(apart(binade, least), width);
-    const __m512i turned = _mm512_srl_epi32(_mm512_castps_si512(u), place);
-    return _mm512_ternarylogic_epi32(_mm512_add_epi32(fine, coarse), turned, sign, 0xF8);  // a | b & c
-  }
 };
 
 // A 4-bit codebook's code of a number in units of the scale: the bin it falls in, then the bin's threshold.
@@ -300,16 +302,40 @@ template <int APART> LB_FN Lanes swap_lanes(Lanes a) {  // those that are 1, 2 o
                       : _mm256_permute2f128_ps(a.v, a.v, 0x01);
 }
 
-// One step of the halving trees of several sums at once: every run of 2 * APART lanes becomes its first half plus its
-// second, those of a and then those of b (of the two halves of a register by turns, once they are shorter).
-template <int APART> LB_FN Lanes halved(Lanes a, Lanes b) {
-  return APART == 4   ? _mm256_add_ps(_mm256_permute2f128_ps(a.v, b.v, 0x20), _mm256_permute2f128_ps(a.v, b.v, 0x31))
-         : APART == 2 ? _mm256_add_ps(_mm256_shuffle_ps(a.v, b.v, 0x44), _mm256_shuffle_ps(a.v, b.v, 0xEE))
-                      : _mm256_add_ps(_mm256_shuffle_ps(a.v, b.v, 0x88), _mm256_shuffle_ps(a.v, b.v, 0xDD));
+// One step of the trees of several blocks at once, on registers instead of lanes: the first halves of all runs of
+// 2 * APART lanes, those of a and then those of b (of the two halves of a register by turns, once they are shorter),
+// and the second halves.
+template <int APART> LB_FN Lanes first_halves(Lanes a, Lanes b) {
+  return APART == 4   ? _mm256_permute2f128_ps(a.v, b.v, 0x20)
+         : APART == 2 ? _mm256_shuffle_ps(a.v, b.v, 0x44)
+                      : _mm256_shuffle_ps(a.v, b.v, 0x88);
 }
-LB_FN Lanes in_order(Lanes sums) {  // after all steps
-  return _mm256_permutevar8x32_ps(sums.v, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+template <int APART> LB_FN Lanes second_halves(Lanes a, Lanes b) {
+  return APART == 4   ? _mm256_permute2f128_ps(a.v, b.v, 0x31)
+         : APART == 2 ? _mm256_shuffle_ps(a.v, b.v, 0xEE)
+                      : _mm256_shuffle_ps(a.v, b.v, 0xDD);
 }
+LB_FN Lanes in_order(Lanes found) {  // after all steps
+  return _mm256_permutevar8x32_ps(found.v, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+}
+
+struct Ints {  // the bits of numbers
+  __m256i v;
+};
+LB_FN Ints ints(Lanes a) { return {_mm256_castps_si256(a.v)}; }
+LB_FN Ints operator+(Ints a, Ints b) { return {_mm256_add_epi32(a.v, b.v)}; }
+LB_FN Ints operator-(Ints a, Ints b) { return {_mm256_sub_epi32(a.v, b.v)}; }
+LB_FN Ints operator>>(Ints a, int places) { return {_mm256_srl_epi32(a.v, _mm_cvtsi32_si128(places))}; }
+LB_FN Ints ones(Mask a) { return {_mm256_srli_epi32(_mm256_castps_si256(a.m), 31)}; }
+LB_FN Ints signs(Ints a) { return {_mm256_and_si256(a.v, _mm256_set1_epi32((int)0x80000000u))}; }
+LB_FN Lanes with_sign(Lanes a, Lanes sign) {  // of a number that has none
+  return _mm256_or_ps(a.v, _mm256_and_ps(sign.v, _mm256_set1_ps(-0.0f)));
+}
+LB_FN Lanes most_bits(Lanes a, Lanes b) {
+  return _mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(a.v), _mm256_castps_si256(b.v)));
+}
+LB_FN Lanes smaller(Lanes a, Lanes b) { return _mm256_min_ps(a.v, b.v); }  // no NaN
+LB_FN Lanes larger(Lanes a, Lanes b) { return _mm256_max_ps(a.v, b.v); }
 
 struct Finite {  // 0 as long as all is finite, else NaN
   __m256 sum;
@@ -415,29 +441,6 @@ struct Drawn {
   LB_FN __m256i joined(__m256i a, __m256i b) { return _mm256_or_si256(a, b); }
 };
 
-// The code of a number in units of the scale in a small float (blocks.h: encode_minifloat has the formula).
-struct Minifloat {
-  __m256 top, least, steps;
-  __m256i sign;
-  __m128i width, place;  // where the mantissa ends, and how far the sign has to go
-  LB_IN explicit Minifloat(const lb_format &f)
-      : top(_mm256_set1_ps(f.top)),
-        least(_mm256_set1_ps(f.grid_least)),
-        steps(_mm256_set1_ps(12582912.0f / (float)(1 << f.grid_bits))),
-        sign(_mm256_set1_epi32(1 << (f.bits - 1))),
-        width(_mm_cvtsi32_si128(23 - f.grid_bits)),
-        place(_mm_cvtsi32_si128(32 - f.bits)) {}
-  LB_FN __m256i apart(__m256 a, __m256 b) { return _mm256_sub_epi32(_mm256_castps_si256(a), _mm256_castps_si256(b)); }
-  LB_IN __m256i code(Lanes x, Lanes inverse) const {
-    const __m256 raw = (x * inverse).v, u = _mm256_and_ps(raw, _mm256_cmp_ps(raw, raw, _CMP_ORD_Q));
-    const __m256 a = _mm256_min_ps(and_bits(u, 0x7FFFFFFFu).v, top);
-    const __m256 binade = _mm256_max_ps(and_bits(a, 0x7F800000u).v, least), shift = _mm256_mul_ps(binade, steps);
-    const __m256i fine = apart(_mm256_add_ps(a, shift), shift), coarse = _mm256_srl_epi32(apart(binade, least), width);
-    const __m256i turned = _mm256_and_si256(_mm256_srl_epi32(_mm256_castps_si256(u), place), sign);
-    return _mm256_or_si256(_mm256_add_epi32(fine, coarse), turned);
-  }
-};
-
 // A 4-bit codebook's code of a number in units of the scale, by a search tree of 15 thresholds. The lookups take the
 // low 3 bits of minus the rung, so the tables are turned round.
 struct Ladder {
@@ -474,6 +477,42 @@ struct Ladder {
 };
 
 #endif
+
+// A number in units of the scale rounded to a small float, as blocks.h does it one by one: encode_minifloat.
+struct Minifloat {
+  struct Rounded {
+    Lanes value, sign;
+    Ints code;  // without the sign
+  };
+  Lanes top, least, steps, step;
+  int width, place;  // where the mantissa ends, and how far the sign has to go
+  LB_IN explicit Minifloat(const lb_format &f)
+      : top(f.top),
+        least(f.grid_least),
+        steps(12582912.0f / (float)(1 << f.grid_bits)),
+        step(1.0f / (float)(1 << f.grid_bits)),
+        width(23 - f.grid_bits),
+        place(32 - f.bits) {}
+  template <bool DRAWN> LB_IN Rounded round(Lanes raw, const uint16_t *draws) const {
+    const Lanes u = where(raw == raw, raw, 0.0f), a = smaller(and_bits(u, 0x7FFFFFFFu), top);
+    const Lanes binade = larger(and_bits(a, 0x7F800000u), least), shift = binade * steps, sum = a + shift;
+    const Lanes near = sum - shift;
+    const Ints code = ints(sum) - ints(shift) + (ints(binade) - ints(least) >> width);
+    if (!DRAWN) return {near, u, code};
+    const Lanes gap = binade * step, chance = (Lanes::whole(draws) + 0.5f) * 0x1p-16f;
+    const Mask over = a < near;
+    const Lanes low = where(over, near - gap, near);
+    const Mask up = (1.0f - chance) * gap <= a - low;
+    return {where(up, low + gap, low), u, code - ones(over) + ones(up)};
+  }
+  LB_IN Ints with_sign(const Rounded &r) const { return r.code + (signs(ints(r.sign)) >> place); }
+};
+
+// Of 32 numbers below 16, those that a table has for them.
+LB_FN void look_up_bytes(const uint8_t *table, uint8_t *codes) {
+  const __m256i each = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)table));
+  _mm256_storeu_si256((__m256i *)codes, _mm256_shuffle_epi8(each, _mm256_loadu_si256((const __m256i *)codes)));
+}
 
 // Which of 16 numbers, times a factor, are not beyond the edge on either side of 0; NaN is not.
 LB_FN uint16_t inside(const float *x, Lanes factor, Lanes edge) {

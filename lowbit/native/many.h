@@ -49,9 +49,40 @@ static void encode_units(const lb_format &f, const float *x, int64_t col, int n,
   encode(f, desk.values, n, one, draws, desk.codes);
 }
 
+#ifdef LB_AVX2
+// Whole blocks in units of their scales, rounded, and times the scales: what codes would stand for, without making them.
+template <bool DRAWN>
+static void round_minifloat(const lb_format &f, const float *x, int n, const Scales &s, const uint16_t *draws, float *to) {
+  const Minifloat floats(f);
+  const int block = f.block;
+  for (int i = 0, b = 0; i < n; ++b) {
+    const Lanes inverse = s.inverse[b], scale = s.scale[b];
+    for (const int end = i + block; i < end; i += Lanes::COUNT) {
+      const Minifloat::Rounded r = floats.round<DRAWN>(Lanes::load(x + i) * inverse, DRAWN ? draws + i : nullptr);
+      (with_sign(r.value, r.sign) * scale).store(to + i);
+    }
+  }
+}
+#endif
+
 static void decode_units(const lb_format &f, int64_t col, int n, const Scales &s, float *to, Desk &desk) {
   decode(f, desk.codes, n, 1.0f, nullptr, desk.out);
   multiply(f, desk.out, col, n, s.scale, to);
+}
+
+static void round_units(const lb_format &f, const float *x, int64_t col, int n, const Scales &s, const uint16_t *draws,
+                        float *to, Desk &desk) {
+  int done = 0;
+#ifdef LB_AVX2
+  if (f.grid_bits && f.block % 16 == 0 && col % f.block == 0) {
+    done = n / f.block * f.block;
+    (draws ? round_minifloat<true> : round_minifloat<false>)(f, x, done, s, draws, to);
+  }
+#endif
+  if (done == n) return;
+  const Scales rest = {s.inverse + done / f.block, s.scale + done / f.block};
+  encode_units(f, x + done, col + done, n - done, rest, draws ? draws + done : nullptr, desk);
+  decode_units(f, col + done, n - done, rest, to + done, desk);
 }
 
 // ---- scales
@@ -65,6 +96,7 @@ static Scales given(const lb_matrix &m, int64_t row, int64_t col) {
 static void peaks(const float *x, int n, int block, float *to) {
   int b = 0;
 #ifdef LB_AVX2
+  b = join_short<Most>(x, n, block, to) / block;
   if (block % 16 == 0) {
     for (; (b + 1) * block <= n; ++b) {
       Peak most;
@@ -151,8 +183,7 @@ static void store_outer(const lb_matrix &m, int64_t row, int64_t col, int count,
 // The squares of what rounding n values to nearest loses: the sum over each block, as blocks.total has it.
 static void losses(const lb_format &f, const float *x, int64_t col, int n, const Scales &s, float *to, Desk &desk) {
   alignas(64) float each[SPAN];
-  encode_units(f, x, col, n, s, nullptr, desk);
-  decode_units(f, col, n, s, each, desk);
+  round_units(f, x, col, n, s, nullptr, each, desk);
   LB_IVDEP for (int i = 0; i < n; ++i) each[i] = (each[i] - x[i]) * (each[i] - x[i]);
   sum_blocks(each, n, f.block, to);
 }

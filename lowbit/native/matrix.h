@@ -129,7 +129,12 @@ static void encode_many(const lb_matrix &m, const Line &line, Desk &desk) {
     const Scales s = m.inverse ? given(m, line.row, col)
                      : stored  ? derive_bytes(m, x, col, n, bytes, desk)
                                : derive_short(f, x, n, desk);
-    encode_units(f, x, col, n, s, draws_for(m, line.row, col, n, desk), desk);
+    const uint16_t *draws = draws_for(m, line.row, col, n, desk);
+    if (!o.codes && !m.run) {
+      round_units(f, x, col, n, s, draws, line.to + from, desk);
+      continue;
+    }
+    encode_units(f, x, col, n, s, draws, desk);
     if (m.mask) store_mask(m, line.row, col, desk.values, n, 1.0f);
     if (m.run) correct(m, line.row, col, n, bytes, desk);
     if (o.codes) store_codes(o, line.row, col, desk.codes, n);
@@ -241,14 +246,16 @@ static void apply_mask(const lb_matrix &m, int64_t row, int64_t col, float *x, i
 // The rows of a piece as lines that `work` is to do. `room` is for values that do not lie in memory as they must.
 template <class Work> static bool each_line(const lb_matrix &m, const Piece &p, float *room, Work work) {
   const int64_t n = p.last - p.first, width = n + ASIDE;
-  const bool own = m.columns || m.dtype != LB_FLOAT32 || m.rotation;
-  if (own) copy_piece(m, p, room, width);
+  const bool masked = m.mask && m.rotation < 0;
+  const bool moved = m.columns || m.dtype != LB_FLOAT32 || (m.rotation && (m.filled < m.cols || masked));
+  if (moved) copy_piece(m, p, room, width);
   for (int l = 0; l < p.lanes; ++l) {
     const int64_t row = p.row + l, at = row * m.cols + p.first;
     float *copy = room + l * width, *to = m.out_dtype == LB_FLOAT32 ? (float *)m.out + at : copy;
-    if (m.mask && m.rotation < 0) apply_mask(m, row, p.first, copy, n);
-    if (m.rotation) rotate(m, copy, n, p.first);
-    const float *x = own ? copy : (const float *)m.values + row * m.step + p.first;
+    const float *x = moved ? copy : (const float *)m.values + row * m.step + p.first;
+    if (masked) apply_mask(m, row, p.first, copy, n);
+    if (m.rotation) rotate(m, x, copy, n, p.first);
+    if (m.rotation) x = copy;
     if (!work(Line{row, p.first, n, x, m.out ? to : nullptr})) return false;
     if (m.out && to == copy) put(copy, m.out_dtype, n, place(m.out, m.out_dtype, at));
   }

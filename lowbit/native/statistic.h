@@ -16,8 +16,7 @@ static void terms(const lb_matrix &m, int what, const Line &line, int n, float *
   const Scales s = given(m, line.row, line.col);
   const float *x = line.x;
   if (what == LB_LOSSES) {
-    encode_units(f, x, line.col, n, s, nullptr, desk);
-    decode_units(f, line.col, n, s, to, desk);
+    round_units(f, x, line.col, n, s, nullptr, to, desk);
     LB_IVDEP for (int i = 0; i < n; ++i) to[i] = to[i] - x[i];
   } else if (what == LB_PRODUCTS) {
     encode_units(f, x, line.col, n, s, nullptr, desk);
