@@ -8,13 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import codec
+from .. import codec, eden
 from ..formats import Format
 from ..rotation import Rotation
 from ..rotation import rotate as turn
 from ..rotation import rotate_back as turn_back
 from ..rounding import narrow, uniform
-from ..rows import Measured, decode_rows, encode_rows, row_bits
+from ..rows import Measured, decode_rows, encode_rows, pack, row_bits, unpack
+from ..scales import best
 
 
 def takes(fmt: Format, live: bool = False) -> bool:
@@ -42,8 +43,12 @@ def encode(
     *,
     live: bool = False,
     rotation: Rotation | None = None,
+    run: int = 0,
 ) -> dict[str, Tensor]:
     """See `backends.encode`."""
+    if run:
+        assert noise is not None
+        return eden.encode(fmt, measured(fmt, x, rotation=rotation), noise, run)
     return encode_rows(fmt, _turned(x, rotation), noise, live=live)
 
 
@@ -59,14 +64,33 @@ def quantized(
     *,
     rotation: Rotation | None = None,
     dtype: torch.dtype = torch.float32,
+    run: int = 0,
+    edge: float | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """See `backends.quantized`."""
-    parts = encode(fmt, x, noise, rotation=rotation)
-    return decode(fmt, parts, rotation.padded(x.shape[1]) if rotation else x.shape[1], dtype), parts
+    parts = encode(fmt, x, noise, rotation=rotation, run=run)
+    values = decode(fmt, parts, rotation.padded(x.shape[1]) if rotation else x.shape[1], dtype)
+    if edge is not None:
+        parts["inside"] = inside(measured(fmt, x, rotation=rotation), edge)
+    return values, parts
 
 
-def rotate(x: Tensor, rotation: Rotation, *, back: bool = False, dtype: torch.dtype = torch.float32) -> Tensor:
+def inside(blocks: Measured, edge: float) -> Tensor:
+    """The part `inside` of a matrix."""
+    return pack((blocks.units(best(blocks.fmt, blocks).inverse).abs() <= edge).to(torch.uint8), 1)
+
+
+def rotate(
+    x: Tensor,
+    rotation: Rotation,
+    *,
+    back: bool = False,
+    dtype: torch.dtype = torch.float32,
+    mask: Tensor | None = None,
+) -> Tensor:
     """See `backends.rotate`."""
+    if mask is not None:
+        x = x * unpack(mask, 1, x.shape[1]).to(x.dtype)
     return (turn_back if back else turn)(_padded(x, rotation), rotation).to(dtype)
 
 
