@@ -46,8 +46,11 @@ class Format(Structure):
         ("piece", c_int32 * 32),
         *((name, c_float * 16) for name in ("piece_slope", "piece_offset", "piece_most")),
         ("halves", c_uint16 * 256 * 2),
+        ("grid_bits", c_int32),
+        ("grid_least", c_float),
         *((name, c_int32) for name in ("stored", "power", "exponent", "mantissa", "last", "tries", "rms")),
-        *((name, c_float) for name in ("gain", "smallest")),
+        ("outer", c_int32),
+        *((name, c_float) for name in ("peak", "gain", "smallest")),
         ("candidates", c_float * 2),
     )
 
@@ -123,6 +126,7 @@ class Matrix(Structure):
         ("signs", c_uint32 * 2),
         ("inverse", c_void_p),
         ("packed", Operand),
-        *((name, c_void_p) for name in ("bytes", "multipliers", "inverses")),
-        ("outer", c_float),
+        *((name, c_void_p) for name in ("bytes", "multipliers", "inverses", "outers", "mask")),
+        *((name, c_float) for name in ("outer", "edge")),
+        ("run", c_int32),
     )
