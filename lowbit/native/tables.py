@@ -15,6 +15,7 @@ from . import abi
 
 INFINITE = math.inf
 ALL = 2**31 - 128  # values of a row: one block
+MOST_OUTER = 4 * abi.BLOCK  # values that are worked on together
 
 
 @lru_cache(maxsize=256)
@@ -39,15 +40,22 @@ def table(fmt: Format) -> abi.Format:
         made.values[: len(fmt.values)] = fmt.values
     if fmt.kind == "codebook":
         _codebook(made, fmt)
+    made.rms, made.gain = fmt.scaling.statistic == "rms", fmt.scaling.gain
     if stores(fmt):
         _scaling(made, fmt)
     return made
 
 
+def derives(fmt: Format) -> bool:
+    """Whether the library derives a format's scales, and stores them in fp32."""
+    way, simple = fmt.scaling, fmt.scaling.statistic in ("absmax", "rms") and fmt.scaling.candidates == (1.0,)
+    return not fmt.compressed or (fmt.block[0] == 1 and way.stored == "fp32" and simple)
+
+
 def stores(fmt: Format) -> bool:
     """Whether the library derives a format's scales, and stores them in a byte each."""
     way, (rows, columns) = fmt.scaling, fmt.block
-    known = way.stored == "e8m0" or (way.stored == "e4m3" and way.rounding == "nearest" and not way.outer)
+    known = way.stored == "e8m0" or (way.stored == "e4m3" and way.rounding == "nearest" and way.outer <= MOST_OUTER)
     short = rows == 1 and columns % 8 == 0 and 0 < columns <= abi.BLOCK
     return known and short and way.statistic in ("absmax", "rms") and len(way.candidates) <= 2
 
@@ -55,10 +63,10 @@ def stores(fmt: Format) -> bool:
 def _scaling(made: abi.Format, fmt: Format) -> None:
     way = fmt.scaling
     made.stored, made.power = abi.SCALED[way.stored], abi.POWER.get(way.rounding, 0)
+    made.outer, made.peak = way.outer, fmt.top * way.peak
     made.exponent, made.mantissa = exponents(fmt)
     made.last, made.tries = last_power(fmt), len(way.candidates)
-    made.rms = way.statistic == "rms"
-    made.gain, made.smallest = way.gain, way.least
+    made.smallest = way.least
     made.candidates[: made.tries] = way.candidates
 
 
@@ -68,6 +76,9 @@ def _codebook(made: abi.Format, fmt: Format) -> None:
     made.ladder[:] = (*ladder, *[INFINITE] * (256 - len(ladder)))
     made.thresholds[:] = (*fmt.thresholds, *[INFINITE] * (256 - len(fmt.thresholds)))
     made.codes[: len(codes)] = codes
+    made.grid_bits, made.grid_least = _minifloat(fmt)
+    if made.grid_bits:
+        return
     if len(ladder) <= 16:
         made.tree[:] = _tree(made.thresholds[:15])
         rungs = [_rounded(value) for value in ladder]
@@ -78,6 +89,21 @@ def _codebook(made: abi.Format, fmt: Format) -> None:
             _bins(made, fmt)
     else:
         _cells(made, fmt.thresholds)
+        _pieces(made, fmt)
+
+
+def _minifloat(fmt: Format) -> tuple[int, float]:
+    """(bits of the mantissa, smallest normal number) of a codebook that is a small float's; (0, 0.0) for others."""
+    rungs = [value for value, _ in fmt.ladder]
+    codes = [code for _, code in fmt.ladder]
+    if not fmt.sign_magnitude or fmt.ties != "even" or codes != list(range(len(codes))):
+        return 0, 0.0
+    for bits in range(1, fmt.bits - 1):
+        fine, least = 1 << bits, rungs[1] * (1 << bits)
+        floats = [(k % fine + fine * (k >= fine)) * 2.0 ** max(k // fine - 1, 0) * rungs[1] for k in codes]
+        if rungs == floats:
+            return bits, least
+    return 0, 0.0
 
 
 def _tree(numbers: list[float]) -> list[float]:
@@ -125,6 +151,47 @@ def _bins(made: abi.Format, fmt: Format) -> None:
             made.bin_threshold[place] = threshold
         made.bin_rung[:] = [sum(place < at for place in places) for at in range(32)]
         return
+
+
+def _pieces(made: abi.Format, fmt: Format) -> None:
+    """Cut magnitudes into up to 16 pieces with evenly spaced thresholds, at most two to a binade, if that can be.
+
+    Within a piece the sum never falls as the magnitude rises, so a magnitude on the other side of a threshold than its
+    sum is has a sum that is no further from a whole number than the threshold's.
+    """
+    middle = sum(t < 0 for t in fmt.thresholds)
+    above = fmt.thresholds[middle:]
+    mirrored = fmt.thresholds[:middle] == tuple(-t for t in above[:middle])[::-1]
+    if not (mirrored and made.same and middle in (0, 127)):
+        return
+    runs: list[list[int]] = [[]]  # each: the thresholds inside a piece; the one between two runs ends the first piece
+    ends = []
+    for k, t in enumerate(above):
+        run = runs[-1]
+        even = len(run) < 2 or abs((t - above[run[-1]]) / (above[run[1]] - above[run[0]]) - 1) < 1e-3
+        run.append(k) if even else (ends.append(k), runs.append([]))
+    binades = [(_bits(above[k]) >> 23) - 96 for k in ends]
+    if len(runs) > 16 or len(set(binades)) < len(binades) or not 0 <= min(binades) <= max(binades) < 32 or fmt.top > 1:
+        return
+    made.piece_end[:] = [INFINITE] * 32
+    made.piece[:] = [sum(b < binade for b in binades) for binade in range(32)]
+    farthest = 0.0
+    for number, run in enumerate(runs):
+        if number < len(ends):
+            made.piece_end[binades[number]] = above[ends[number]]
+        first = run[0] if run else len(above)
+        slope = (run[-1] - first) / (above[run[-1]] - above[first]) if len(run) > 1 else 0.0
+        slope = _rounded(slope)
+        offset = _rounded(first + 1 - slope * above[first] if run else first + 0.5)
+        made.piece_slope[number], made.piece_offset[number] = slope, offset
+        made.piece_most[number] = first + len(run) + 0.5
+        begin = above[ends[number - 1]] if number else 0.0
+        farthest = max(farthest, first - _rounded(slope * begin + offset))
+        farthest = max([farthest, *(abs(_rounded(slope * above[k] + offset) - (k + 1)) for k in run)])
+    if farthest > 1e-3 or any(len(run) == 1 for run in runs):
+        return
+    made.piece_near = 2 * farthest + 2**-16
+    made.pieces, made.middle = len(runs), middle
 
 
 @dataclass(frozen=True)
