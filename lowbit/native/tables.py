@@ -192,6 +192,8 @@ def _pieces(made: abi.Format, fmt: Format) -> None:
         return
     made.piece_near = 2 * farthest + 2**-16
     made.pieces, made.middle = len(runs), middle
+    for code, value in enumerate(fmt.values):
+        made.halves[0][code], made.halves[1][code] = _bits(value) & 0xFFFF, _bits(value) >> 16
 
 
 @dataclass(frozen=True)
