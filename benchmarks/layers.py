@@ -40,7 +40,7 @@ def ours(side: int, names: list[str]) -> dict[str, nn.Module]:
     for name in names:
         made[f"lowbit {name}"] = QuantLinear(side, side, bias=False, recipe=name)
     if "qlora-nf4" in names:
-        made["lowbit qlora-nf4"].requires_grad_(False)
+        made["lowbit qlora-nf4"].requires_grad_(False)  # as `quantize_` does
     return made
 
 

@@ -33,7 +33,7 @@ model = nn.Sequential(nn.Embedding(50, 128), Attention(128), Attention(128), nn.
 
 # 1  The base: NF4 with double-quantized scales (QLoRA's format), frozen. No 16-bit copy is kept.
 model.requires_grad_(False)
-report = lowbit.quantize_(model, lowbit.Recipe(store="nf4-dq"), skip=["3"])
+report = lowbit.quantize_(model, "qlora-nf4", skip=["3"])
 weight = model[1].q_proj.weight
 print(f"{len(report.converted)} layers in {8 * weight.nbytes / weight.numel():.2f} bits a weight")
 

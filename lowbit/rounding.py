@@ -29,10 +29,11 @@ def mix(x: int) -> int:
     return x ^ (x >> 16)
 
 
-def key(seed: int, step: int | Tensor, tensor: int, operand: int) -> tuple[int, int]:
+def key(seed: int, step: int | Tensor, tensor: int | Tensor, operand: int) -> tuple[int, int]:
     """Two independent 32-bit keys of a stream of random bits, mixed on the host.
 
-    Where only a device knows the step, an int64 tensor [], they are such tensors too: nobody waits for it.
+    Where only a device knows the step, or a compiler is not to know a number, it is an int64 tensor [], and the keys
+    are such tensors too: nobody waits for it.
     """
     words: list[Any] = [w & _MASK for w in (seed, seed >> 32, step, step >> 32, tensor, operand)]
     keys = []

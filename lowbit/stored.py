@@ -98,7 +98,7 @@ def name_of(fmt: Format, rest: bool) -> str:
 @cache
 def _by_tag() -> Mapping[int, Format]:
     """Every format that a weight can be kept in, by the number that names it in a checkpoint."""
-    blocks = [1 << i for i in range(3, 9)]
+    blocks = [1 << i for i in range(9)]  # all that `_unfit` lets pass
     made = [fmt.with_block(n) for fmt in catalogue().values() if not _unfit(fmt) for n in blocks]
     return {fmt.tag: fmt for fmt in (*made, *(store.format for store in stores().values()))}
 
@@ -253,7 +253,7 @@ def frozen(fmt: Format) -> str | None:
         return None
     return (
         f"the scales of {fmt.name!r} are quantized together, so a block's cannot change alone: it is for frozen "
-        "weights (requires_grad_(False)); a weight that is trained can be kept as 'nf4'"
+        "weights (requires_grad_(False), or Recipe(frozen=True)); a weight that is trained can be kept as 'nf4'"
     )
 
 

@@ -314,10 +314,11 @@ def test_converting_nothing_warns() -> None:
 @pytest.mark.parametrize("name", recipes())
 def test_to_dense_holds_the_weights_that_forward_used(name: str) -> None:
     model = Model()
+    keys = list(model.state_dict())
     quantize_(model, replace(find_recipe(name), dense=(0, 0)))
     layer = model.model.layers[0].up_proj
     used, parameter, optimizer = layer.quantized_weight(), layer.weight, torch.optim.SGD(model.parameters(), lr=0.1)
-    keys, others = list(model.state_dict()), {n: p.clone() for n, p in model.named_parameters() if "proj" not in n}
+    others = {n: p.clone() for n, p in model.named_parameters() if "proj" not in n}
     assert to_dense_(model) is model
     assert QuantLinear not in kinds(model).values() and type(layer) is nn.Linear
     assert layer.weight is parameter and torch.equal(layer.weight, used.bfloat16())

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import lowbit
-from lowbit.nn import Operand, QuantLinear, Recipe, recipes
+from lowbit.nn import Operand, QuantLinear, Recipe, StoredWeight, recipes
 
 TOKENS, FEATURES, OUTPUTS = 256, 512, 384
 
@@ -19,18 +19,23 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+def parts_of(t: torch.Tensor) -> list[torch.Tensor]:
+    return list(t.parts.values()) if isinstance(t, StoredWeight) else [t]
+
+
 def kept(layer: nn.Module, dtype: torch.dtype = torch.float32) -> tuple[int, int]:
     """(bytes that autograd keeps, bytes of them that are no parameter)."""
     x = torch.randn(TOKENS, FEATURES, dtype=dtype, requires_grad=True)
     found: dict[int, torch.Tensor] = {}
 
     def pack(t: torch.Tensor) -> torch.Tensor:
-        found[t.untyped_storage().data_ptr()] = t
+        for part in parts_of(t):
+            found[part.untyped_storage().data_ptr()] = part
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         y = layer(x)
-    own = {p.untyped_storage().data_ptr() for p in layer.parameters()}
+    own = {part.untyped_storage().data_ptr() for p in layer.parameters() for part in parts_of(p)}
     y.sum().backward()
     sizes = {at: t.untyped_storage().nbytes() for at, t in found.items()}
     return sum(sizes.values()), sum(n for at, n in sizes.items() if at not in own)

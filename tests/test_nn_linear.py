@@ -228,7 +228,8 @@ def test_evaluation_is_quantized_and_deterministic(name: str) -> None:
     with torch.no_grad():
         assert torch.equal(made.eval()(x), train)
         assert torch.equal(made.eval()(x), train)
-    assert torch.equal(train, F.linear(x, made.weight, made.bias)) == (name == "mxfp4")  # backward only
+    # mxfp4 quantizes the backward pass only, and of qlora-nf4 the weight is what is stored.
+    assert torch.equal(train, F.linear(x, made.weight, made.bias)) == (name in ("mxfp4", "qlora-nf4"))
 
 
 def test_wrong_input() -> None:
@@ -311,4 +312,5 @@ def test_training_lowers_the_loss(name: str) -> None:
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < 0.5 * losses[0], losses[::10]
+    frozen = not model[0].weight.requires_grad  # biases alone are trained
+    assert losses[-1] < (0.9 if frozen else 0.5) * losses[0], losses[::10]

@@ -62,7 +62,7 @@ def test_zero_and_subnormal_blocks_give_no_nan(name: str, tiny: float) -> None:
         tensor[:33] *= tiny  # whole tiles
         tensor[:, :18] *= tiny
     with torch.no_grad():
-        made.weight[:17] *= tiny
+        made.weight.copy_(torch.cat([made.weight[:17] * tiny, made.weight[17:] + 0]))
     assert all(t.isfinite().all() for t in run(made, x, g))
     everything = run(made, x * 0, g * 0)
     assert all(t.isfinite().all() for t in everything)

@@ -78,8 +78,13 @@ def ours(layer: QuantLinear, x: Tensor, g: Tensor) -> list[Tensor]:
 def layer_of(name: str, outputs: int, features: int) -> QuantLinear:
     layer = QuantLinear(features, outputs, bias=False, recipe=name, name="block.0")
     with torch.no_grad():
-        layer.weight.copy_(randn(outputs, features, seed=1) / features**0.5)
+        layer.weight.copy_(weight_of(outputs, features))
     return layer
+
+
+def weight_of(outputs: int, features: int) -> Tensor:
+    """What the layer is given; a layer that stores it has no more than its codes."""
+    return randn(outputs, features, seed=1) / features**0.5
 
 
 def test_every_preset_has_a_statement() -> None:
@@ -92,7 +97,7 @@ def test_the_three_matmuls_of_a_preset_are_its_statement(name: str, tokens: int,
     layer = layer_of(name, outputs, features)
     x, g = randn(tokens, features, seed=2), randn(tokens, outputs, seed=3)
     got = ours(layer, x, g)
-    expected = STATEMENTS[name](*(v.detach().double().numpy() for v in (x, layer.weight, g)), FromLowbit(layer))
+    expected = STATEMENTS[name](*(v.double().numpy() for v in (x, weight_of(outputs, features), g)), FromLowbit(layer))
     for what, a, b in zip(("y", "gx", "gW"), got, expected, strict=True):
         scale = np.abs(b).max()
         np.testing.assert_allclose(a.numpy() / scale, b / scale, atol=2e-6, rtol=0, err_msg=f"{name} {what}")

@@ -24,7 +24,8 @@ X = torch.randn(6, 64, generator=torch.Generator().manual_seed(1))
 RECIPES = {
     "stored": lowbit.Recipe(store="nf4-dq"),
     "int4": lowbit.Recipe(store="int4"),
-    "qlora-nf4": "qlora-nf4",  # the float weight is still there, and must not be what is merged with
+    "qlora-nf4": "qlora-nf4",
+    "master": "quartet2",  # the float weight is still there, and must not be what is merged with
     "a4": lowbit.Recipe(store="nf4", activation="int8"),
 }
 

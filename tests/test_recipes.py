@@ -46,6 +46,13 @@ def test_shorthands() -> None:
     assert Recipe(gradient="int8").bits is None
 
 
+def test_what_is_stored_is_not_called_a_float() -> None:
+    assert Recipe(store="int4").matmuls.startswith("forward float × stored, dgrad float × forward")
+    assert Recipe(store="int4", dgrad=("int8", None)).matmuls.endswith("dgrad int8:256 × stored, wgrad float × forward")
+    assert Recipe(activation="int8").matmuls.startswith("forward int8:256 × float")
+    assert find_recipe("switchback").matmuls.endswith("wgrad float × float")
+
+
 def test_operands_normalise() -> None:
     assert Operand("int4:32") == Operand("int4", block=32) == Operand(lowbit.format("int4:32")).__class__("int4:32")
     assert Operand("int4").block == lowbit.format("int4").block[1]

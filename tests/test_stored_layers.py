@@ -147,6 +147,77 @@ def test_a_model_of_stored_weights_compiles_in_one_graph_and_stays_compiled(stor
     torch._dynamo.reset()
 
 
+def two_layers(recipe: Recipe) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(96, 64), nn.ReLU(), nn.Linear(64, 48))
+    if lowbit.stored.frozen(lowbit.stored.find_store(recipe.store).format):
+        model[0].weight.requires_grad_(False), model[2].weight.requires_grad_(False)
+    quantize_(model, recipe)
+    return model
+
+
+RECIPES = [
+    {},
+    {"activation": "int8"},
+    {"weight": "nf4", "activation": "int8"},  # of other stores' values; the nf4 store's own are not rounded again
+    {"weight": "int4", "gradient": Operand("int8", rounding="stochastic")},
+    {"forward": (Operand("mxfp4", hadamard=32), Operand("mxfp4", hadamard=32))},
+]
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's compiler does it
+@pytest.mark.parametrize("store", [*lowbit.stored.stores(), "int8:4", "mxfp8"])
+@pytest.mark.parametrize("operands", RECIPES, ids=lambda operands: "-".join(operands) or "none")
+def test_every_store_compiles_to_the_bits_of_eager_mode_and_stays_compiled(store: str, operands: dict):
+    """Codes made after the first call are seen, and neither they nor another backward pass need a new graph."""
+    model = two_layers(Recipe(**operands, store=store))
+    eager, x = copy.deepcopy(model), torch.randn(5, 96)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for seed in range(3):
+        found = []
+        for net, run in ((model, compiled), (eager, eager)):
+            given = x.clone().requires_grad_()
+            y = run(given)
+            y.square().sum().backward()
+            found.append([y, given.grad, *(p.grad for p in net.parameters() if p.requires_grad)])
+            for p in net.parameters():
+                p.grad = None
+                if type(p) is StoredWeight:
+                    p.assign_(torch.randn(p.shape, generator=torch.Generator().manual_seed(seed)))
+        assert all(map(torch.equal, *found))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's compiler does it
+@pytest.mark.parametrize("store", ["int8", "nf4", "nvfp4", "split"])
+def test_a_compiled_layer_keeps_codes_and_no_dense_weight_for_the_backward_pass(store: str):
+    model, saved = two_layers(Recipe(activation="int8", store=store)), []
+    torch._dynamo.reset()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        torch.compile(model, fullgraph=True, backend="aot_eager")(torch.randn(5, 96, requires_grad=True))
+    weights = [t for t in saved if t.shape in ((64, 96), (96, 64), (48, 64), (64, 48)) and t.is_floating_point()]
+    assert saved and not weights
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's compiler does it
+@pytest.mark.parametrize("recipe", [Recipe(activation="int8", store="int8"), "tetrajet2"], ids=str)
+def test_blocks_that_are_compiled_one_by_one_share_a_graph(recipe: str | Recipe):
+    """More blocks than torch compiles versions of a function; fullgraph makes one version too many an error."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(64, 64), nn.ReLU()) for _ in range(10)))
+    quantize_(model, recipe)
+    for part in model:
+        part.compile(fullgraph=True, backend="aot_eager")
+    model(torch.randn(2, 64, requires_grad=True)).sum().backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    torch._dynamo.reset()
+
+
 # --- Made and unmade -------------------------------------------------------------------------------------------------
 
 
@@ -192,8 +263,8 @@ def test_there_is_no_dense_copy_of_a_model_after_a_step():
         opt.zero_grad(set_to_none=True)
     gc.collect()
     shapes = {tuple(p.shape) for p in model.parameters() if isinstance(p, StoredWeight)}
-    found = [t for t in gc.get_objects() if issubclass(type(t), Tensor) and tuple(t.shape) in shapes]
-    found = [t for t in found if id(t) not in others]
+    found = [t for t in gc.get_objects() if id(t) not in others and issubclass(type(t), Tensor)]
+    found = [t for t in found if tuple(t.shape) in shapes]
     assert [t for t in found if not isinstance(t, StoredWeight) and t.is_floating_point()] == []
 
 
@@ -267,6 +338,33 @@ def test_frozen_formats_are_for_frozen_weights():
     x = torch.randn(3, 64, requires_grad=True)
     model.up(x).sum().backward()
     assert x.grad is not None and model.up.weight.grad is None
+
+
+def test_qlora_nf4_stores_a_base_and_freezes_it():
+    """Embedding, norm, biases and head stay as they were: peft, or the user, decides about those."""
+    model = tied(Recipe(activation="int8"))
+    to_dense_(model, torch.float32)
+    model.up(torch.randn(3, 64)).sum().backward()
+    report = quantize_(model, "qlora-nf4")
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trained == ["embed.weight", "up.bias", "norm.weight", "norm.bias"]
+    assert model.up.weight.store == model.down.weight.store == "nf4-dq" and model.up.weight.grad is None
+    assert "quantized, stored as nf4-dq, 4.1" in str(report) and "bits, frozen" in str(report)
+    assert "float × stored" in str(report) and "store nf4-dq, frozen" in str(report)
+    x = torch.randn(3, 64, requires_grad=True)
+    model.up(x).sum().backward()
+    assert model.up.weight.grad is None
+    assert torch.allclose(x.grad, model.up.weight.dequantize().sum(0).expand(3, 64), atol=1e-5)
+    opt = lowbit.optim.AdamW(model.named_parameters(), lr=1e-2)
+    model(TOKENS).sum().backward(), opt.step()
+
+
+@pytest.mark.parametrize("store", ["master", "int8"])
+def test_any_recipe_can_be_for_a_frozen_base(store: str):
+    model = Tied()
+    report = quantize_(model, Recipe(weight="int4", store=store, frozen=True, embedding="int8"), skip=())
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["up.bias", "norm.weight", "norm.bias"]
+    assert str(report).count("frozen") == 5 and report.recipe.frozen
 
 
 def test_rescale_gives_a_shrunken_model_its_codes_back():

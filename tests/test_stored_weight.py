@@ -4,6 +4,7 @@ import copy
 import gc
 import io
 import pickle
+import warnings
 from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import lowbit
 from lowbit.nn import StoredFlat, StoredWeight
 from lowbit.nn.stored import StoredView
 
@@ -338,7 +340,6 @@ UPDATES = {
     "addcdiv_": lambda w, g: w.addcdiv_(g, g.abs() + 1, value=-0.1),
     "addcmul_": lambda w, g: w.addcmul_(g, g, value=-0.1),
     "lerp_": lambda w, g: w.lerp_(g, 0.1),
-    "copy_": lambda w, g: w.copy_(g),
     "clamp_": lambda w, g: w.clamp_(-0.05, 0.05),
     "index_add_": lambda w, g: w.index_add_(0, torch.tensor([1, 4]), g[:2]),
     "masked_fill_": lambda w, g: w.masked_fill_(g > 0, 0.0),
@@ -401,8 +402,38 @@ def test_initializers_give_new_scales(store: str):
     assert (w.dequantize() == 0).all()
 
 
+@pytest.mark.parametrize("store", [*STORES, "nf4-dq"])
+def test_a_copy_of_a_whole_weight_has_scales_of_its_own(store: str):
+    """Under the old scales, values a thousandth as large would vanish, or be thrown from 0 to a code."""
+    small, expected = dense() * 1e-3, parts(StoredWeight.of(dense() * 1e-3, store))
+    split = StoredWeight.of(small, "split8")
+    for way, source in (
+        (lambda w: w.copy_(small), small),
+        (lambda w: w.data.copy_(small), small),
+        (lambda w: w.copy_(small.double()), small),
+        (lambda w: w.t().copy_(small.t()), small),
+        (lambda w: w.view(-1).copy_(small.view(-1)), small),
+        (lambda w: w.copy_(small[:1]), small[:1].expand(12, 96)),
+        (lambda w: w.copy_(split), split.load()),
+    ):
+        w = StoredWeight.of(dense(), store)
+        with torch.no_grad():
+            way(w)
+        assert same(parts(w), parts(StoredWeight.of(source.contiguous(), store))) and w.writes == 0
+    assert same(parts(StoredWeight.of(small, store)), expected)
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_a_copy_of_some_rows_leaves_the_others_alone(store: str):
+    w = StoredWeight.of(dense(), store)
+    before = parts(w)
+    w[2:5].copy_(dense(seed=1)[2:5] * 0.1)
+    assert torch.equal(w.codes[:2], before["codes"][:2]) and torch.equal(w.codes[5:], before["codes"][5:])
+    assert (w[2:5].dequantize() - dense(seed=1)[2:5] * 0.1).abs().max() < 0.01
+
+
 def test_orthogonal_initialization_writes_through_a_view():
-    w = StoredWeight.of(torch.zeros(64, 64), "split8")
+    w = StoredWeight.of(torch.ones(64, 64) * 100, "split8")
     nn.init.orthogonal_(w)
     assert torch.allclose(w.load() @ w.load().t(), torch.eye(64), atol=1e-3)
 
@@ -481,8 +512,37 @@ def test_a_function_of_it_compiles_in_one_graph(store: str):
     assert torch.allclose(p.grad, expected)
 
 
+def test_compiled_code_is_kept_under_what_it_depends_on():
+    """By default torch hashes the inner tensors and warns; a warning is an error here."""
+    weights = [StoredWeight.of(dense(), store, stream=3) for store in (*lowbit.stored.stores(), "int4:16", "e2m1")]
+    frozen = StoredWeight.of(dense(), "int8").requires_grad_()
+    others = [frozen, StoredWeight.of(dense().bfloat16(), "int8"), StoredWeight.of(dense()[:4], "int8")]
+    hashes = [w._stable_hash_for_caching() for w in (*weights, *others)]
+    assert len(set(hashes)) == len(hashes)
+    for w in weights:  # other codes and random bits, and another process, are the same to it
+        assert (
+            StoredWeight.of(dense(seed=1), w.store, stream=4)._stable_hash_for_caching() == w._stable_hash_for_caching()
+        )
+    assert " object at 0x" not in "".join(hashes)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's compiler does it
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # torch's compiler uses it
+def test_torchs_own_compiler_does_not_warn_about_it():
+    torch._dynamo.reset()
+    w, x = StoredWeight.of(dense(), "nf4").requires_grad_(), torch.randn(4, 96)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        y = torch.compile(lambda x, w: F.linear(x, w), fullgraph=True)(x, w)
+    assert not [str(c.message) for c in caught if "StoredWeight" in str(c.message)]
+    assert torch.allclose(y, F.linear(x, w.dequantize()), atol=1e-5)
+    torch._dynamo.reset()
+
+
 def test_a_compiled_update_has_the_bits_of_an_eager_one():
+    """… for weights with random bits of their own, which share the graph."""
     p, q, g = made("int4"), made("int4"), dense(seed=1)
+    others = [StoredWeight.of(dense(), "int4", stream=8).requires_grad_() for _ in range(2)]
 
     def update(w: Tensor, g: Tensor) -> None:
         with torch.no_grad():
@@ -490,10 +550,14 @@ def test_a_compiled_update_has_the_bits_of_an_eager_one():
             w.add_(g, alpha=-0.01)
 
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     compiled = torch.compile(update, fullgraph=True, backend="aot_eager")
     for _ in range(3):
-        compiled(p, g), update(q, g)
-        assert same(parts(p), parts(q)) and p.writes == q.writes
+        for a, b in ((p, q), others):
+            compiled(a, g), update(b, g)
+            assert same(parts(a), parts(b)) and a.writes == b.writes
+    assert not same(parts(p), parts(others[0]))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 def test_what_moves_it_between_processes_unasked_is_refused():

@@ -28,7 +28,7 @@ from .cuda_step import step as step
 from .cuda_step import uncapturable as uncapturable
 from .cuda_step import unprepared as unprepared
 from .cuda_step import unsupported as unsupported
-from .reference import inside
+from .reference_matrix import inside
 
 THREADS = 256
 VALUES = 8  # of a lane
@@ -118,7 +118,7 @@ def _module(
     return machine(device).module(texts["codec.cu"], {**headers, "spec.h": spec})
 
 
-HEADERS = ("stdint.h", "abi.h", "words.h", "arithmetic.h", "device.h", "formats.h")
+HEADERS = ("stdint.h", "abi.h", "words.h", "arithmetic.h", "device.h", "quick.h", "formats.h")
 
 
 def _at_once(fmt: Format) -> bool:

@@ -40,6 +40,11 @@ class Format(Structure):
         ("cell_high", c_uint32),
         ("below", c_float * 32),
         ("gaps", c_float * 16),
+        *((name, c_int32) for name in ("pieces", "middle")),
+        ("piece_near", c_float),
+        ("piece_end", c_float * 32),
+        ("piece", c_int32 * 32),
+        *((name, c_float * 16) for name in ("piece_slope", "piece_offset", "piece_most")),
         ("grid_bits", c_int32),
         ("grid_least", c_float),
         *((name, c_int32) for name in ("stored", "power", "exponent", "mantissa", "last", "tries", "rms")),
@@ -67,7 +72,10 @@ class Stage(Structure):
     _fields_ = (
         ("kernel", c_void_p),
         ("fused", c_void_p),
-        *((name, c_int32) for name in ("kind", "reduce", "over", "reads", "writes", "reads_g")),
+        *(
+            (name, c_int32)
+            for name in ("kind", "reduce", "over", "reads", "writes", "reads_g", "plain", "unit", "above")
+        ),
         ("rootable", c_uint32),
         ("read", c_int32 * ARRAYS),
         ("write", c_int32 * ARRAYS),

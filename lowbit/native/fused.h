@@ -3,8 +3,8 @@
 // written evenly, as the processor's look-ahead likes it.
 //
 // For each stage, kernels.h says what it is called with (`adamw_adamw_lanes`); this makes a loop for each way in which
-// the operands may be stored: p and g as fp32 or bf16, moments as fp32, bytes or codes of 4 bits. Other ways go through
-// fp32 in the first-level cache, where what is read is always LB_FLOATS.
+// the operands may be stored: p and g as fp32 or bf16, moments as fp32, bytes, codes of 4 bits or, with AVX-512, of 8.
+// Other ways go through fp32 in the first-level cache, where what is read is always LB_FLOATS.
 #pragma once
 #include "abi.h"
 #include "lanes.h"
@@ -47,10 +47,12 @@ template <class Stage, uint64_t KINDS, int K> struct Reader {
   const void *from;
   Lanes scale;
   Table table;
+  Table256 book;
   Reader<Stage, KINDS, K + 1> rest;
   LB_IN Reader(const lb_fused *call, int half)
       : from(call->frame.in[K]), scale(call->scale[half][K]), rest(call, half) {
     if (KIND == LB_NIBBLES) table = Table(call->table[K]);
+    if (KIND == LB_CODES) book = {call->table[K]};
   }
   LB_IN void read(int i, Lanes *x) const {
     constexpr int BITS = KIND == LB_FLOATS ? 32 : KIND == LB_BF16 ? 16 : KIND == LB_NIBBLES ? 4 : 8;
@@ -63,6 +65,7 @@ template <class Stage, uint64_t KINDS, int K> struct Reader {
     if (KIND == LB_BF16) return Lanes::widen((const uint16_t *)from + i);
     if (KIND == LB_BYTES) return Lanes::signed_bytes((const uint8_t *)from + i) * scale;
     if (KIND == LB_NIBBLES) return table.look_up((const uint8_t *)from + i / 2) * scale;
+    if constexpr (KIND == LB_CODES) return book.look_up((const uint8_t *)from + i) * scale;
     const Lanes root = Lanes::bytes((const uint8_t *)from + i) * scale;
     return root * root;
   }
@@ -72,6 +75,13 @@ template <class Stage, uint64_t KINDS> struct Reader<Stage, KINDS, Stage::READS>
   LB_IN void read(int, Lanes *) const {}
 };
 
+// The rung of u, a value in units of its scale: how many thresholds are below it.
+static int rung_of(const lb_format &f, float u) {
+  int rung = 0;
+  for (int half = 128; half; half /= 2) rung += f.thresholds[rung + half - 1] < u ? half : 0;
+  return rung;
+}
+
 // Write W of a loop, and those after it: from the draft of the block before to where it belongs, 32 values at a time.
 template <class Stage, uint64_t KINDS, int W> struct Writer {
   static constexpr int KIND = kind_written<Stage, KINDS>(W);
@@ -80,6 +90,7 @@ template <class Stage, uint64_t KINDS, int W> struct Writer {
   void *to;
   Lanes inverse;
   Ladder ladder;
+  Slopes slopes;
   int least;
   const uint16_t *draws;
   Writer<Stage, KINDS, W + 1> rest;
@@ -87,8 +98,9 @@ template <class Stage, uint64_t KINDS, int W> struct Writer {
       : draft(call->draft[W]), to(call->to[W]), inverse(call->inverse[half][W]), least(call->least[W]),
         draws(call->draws), rest(call, half) {
     if (KIND == LB_NIBBLES) ladder = Ladder(*call->format[W]);
+    if constexpr (KIND == LB_CODES) slopes = Slopes(*call->format[W]);
   }
-  LB_IN void write(int i) const {
+  LB_IN void write(int i, uint32_t (*doubtful)[LB_BLOCK / 32]) const {
     Lanes x[GROUPS];
     for (int k = 0; k < GROUPS; ++k) x[k] = Lanes::load(draft + i + k * Lanes::COUNT);
     if (KIND == LB_BYTES) {
@@ -99,6 +111,8 @@ template <class Stage, uint64_t KINDS, int W> struct Writer {
       store_bytes((uint8_t *)to + i, x, false);
     } else if (KIND == LB_NIBBLES) {
       ladder.store((uint8_t *)to + i / 2, x, inverse, least);
+    } else if constexpr (KIND == LB_CODES) {
+      doubtful[W][i / 32] = slopes.store((uint8_t *)to + i, x, inverse, least);
     } else {
       for (int k = 0; k < GROUPS; ++k) {
         const int at = i + k * Lanes::COUNT;
@@ -107,12 +121,28 @@ template <class Stage, uint64_t KINDS, int W> struct Writer {
         else store_bf16((uint16_t *)to + at, x[k]);
       }
     }
-    rest.write(i);
+    rest.write(i, doubtful);
+  }
+  // The codes that arithmetic was not sure of.
+  static void look_again(const lb_fused *call, const uint32_t (*doubtful)[LB_BLOCK / 32]) {
+    if (KIND == LB_CODES) {
+      const lb_format &f = *call->format[W];
+      for (int i = 0; i < LB_BLOCK; i += 32) {
+        for (uint32_t left = doubtful[W][i / 32]; left; left &= left - 1) {
+          const int at = i + __builtin_ctz(left);
+          const float x = call->draft[W][at];
+          const int rung = rung_of(f, x * call->inverse[at / HALF][W]), least = x > 0.0f ? call->least[W] : 0;
+          ((uint8_t *)call->to[W])[at] = (uint8_t)(rung > least ? rung : least);
+        }
+      }
+    }
+    Writer<Stage, KINDS, W + 1>::look_again(call, doubtful);
   }
 };
 template <class Stage, uint64_t KINDS> struct Writer<Stage, KINDS, Stage::WRITES> {
   LB_IN Writer(const lb_fused *, int) {}
-  LB_IN void write(int) const {}
+  LB_IN void write(int, uint32_t (*)[LB_BLOCK / 32]) const {}
+  static void look_again(const lb_fused *, const uint32_t (*)[LB_BLOCK / 32]) {}
 };
 
 template <class Stage, uint64_t KINDS> static void fused(const lb_fused *call) {
@@ -120,6 +150,7 @@ template <class Stage, uint64_t KINDS> static void fused(const lb_fused *call) {
   const Stage stage(&call->frame);
   float *out[WRITES];
   for (int w = 0; w < WRITES; ++w) out[w] = call->frame.out[w];
+  uint32_t doubtful[WRITES][LB_BLOCK / 32];
   for (int half = 0; half < 2; ++half) {
     const Reader<Stage, KINDS, 0> reader(call, half);
     const Writer<Stage, KINDS, 0> writer(call, half);
@@ -143,12 +174,13 @@ template <class Stage, uint64_t KINDS> static void fused(const lb_fused *call) {
           else peaks[w].see(y);
         }
       }
-      writer.write(j);
+      writer.write(j, doubtful);
     }
     uint32_t *found = call->frame.peaks + half * (WRITES + 1);
     for (int w = 0; w < WRITES; ++w) found[w] = kind_written<Stage, KINDS>(w) == LB_FLOATS ? 0 : peaks[w].of_all();
     found[WRITES] = finite.all() ? 0 : 0x7FC00000u;
   }
+  Writer<Stage, KINDS, 0>::look_again(call, doubtful);
 }
 
 template <class Stage, uint64_t KINDS> LB_FN bool offer(uint64_t kinds, uint32_t roots, lb_fused_kernel &found) {
@@ -161,6 +193,7 @@ template <class Stage, int P, int G> LB_FN bool offer_moments(uint64_t kinds, ui
   if constexpr (Stage::MOMENTS > 0) {
     known |= offer<Stage, kinds_of<Stage>(P, G, LB_BYTES)>(kinds, roots, found);
     known |= offer<Stage, kinds_of<Stage>(P, G, LB_NIBBLES)>(kinds, roots, found);
+    if constexpr (LOOKS_UP_BYTES) known |= offer<Stage, kinds_of<Stage>(P, G, LB_CODES)>(kinds, roots, found);
   }
   return known;
 }

@@ -26,6 +26,7 @@ struct Lanes {
   LB_IN Lanes(float x) : v(_mm512_set1_ps(x)) {}
   LB_FN Lanes load(const float *from) { return _mm512_loadu_ps(from); }
   LB_IN void store(float *to) const { _mm512_storeu_ps(to, v); }
+  LB_IN float first() const { return _mm512_cvtss_f32(v); }
   LB_FN Lanes widen(const uint16_t *from) {  // bf16
     const __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from));
     return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
@@ -129,6 +130,16 @@ struct Peak {  // the largest magnitude of each lane, as its bits
   LB_IN void see_root(Lanes a) { most = _mm512_max_epu32(most, _mm512_castps_si512(a.v)); }  // -0 counts as infinite
   LB_IN void see(Lanes a) { most = _mm512_max_epi32(most, _mm512_castps_si512(and_bits(a, 0x7FFFFFFFu).v)); }
   LB_IN uint32_t of_all() const { return (uint32_t)_mm512_reduce_max_epu32(most); }
+};
+
+struct Least {  // the smallest magnitude of each lane but 0, as its bits less 1
+  __m512i least;
+  LB_IN Least() : least(_mm512_set1_epi32(0x7F7FFFFF)) {}
+  LB_IN void see(Lanes a) {
+    const __m512i magnitude = _mm512_castps_si512(and_bits(a, 0x7FFFFFFFu).v);
+    least = _mm512_min_epu32(least, _mm512_sub_epi32(magnitude, _mm512_set1_epi32(1)));
+  }
+  LB_IN uint32_t of_all() const { return (uint32_t)_mm512_reduce_min_epu32(least) + 1; }
 };
 
 struct Table {  // 16 numbers, looked up by 4 bits
@@ -239,6 +250,74 @@ struct Ladder {
   }
 };
 
+// 256 numbers, looked up by bytes: 32 at a time, and then by the high bits among the eight that were found.
+struct Table256 {
+  const float *values;
+  template <int FROM, int COUNT> LB_IN __m512 among(__m512i index, const __mmask16 *high) const {
+    if constexpr (COUNT == 32) {
+      return _mm512_permutex2var_ps(_mm512_loadu_ps(values + FROM), index, _mm512_loadu_ps(values + FROM + 16));
+    } else {
+      const __m512 low = among<FROM, COUNT / 2>(index, high + 1);
+      return _mm512_mask_mov_ps(low, high[0], among<FROM + COUNT / 2, COUNT / 2>(index, high + 1));
+    }
+  }
+  LB_IN Lanes look_up(const uint8_t *codes) const {
+    const __m512i index = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)codes));  // the low 5 bits count
+    const __mmask16 high[3] = {_mm512_test_epi32_mask(index, _mm512_set1_epi32(128)),
+                               _mm512_test_epi32_mask(index, _mm512_set1_epi32(64)),
+                               _mm512_test_epi32_mask(index, _mm512_set1_epi32(32))};
+    return among<0, 256>(index, high);
+  }
+};
+
+// The code of 8 bits of a number in units of the scale, by pieces; a bit for each that is too near a threshold.
+struct Slopes {
+  __m512 end_low, end_high, slope, offset, most, near;
+  __m512i piece_low, piece_high, middle;
+  Slopes() = default;
+  LB_IN explicit Slopes(const lb_format &f)
+      : end_low(_mm512_loadu_ps(f.piece_end)),
+        end_high(_mm512_loadu_ps(f.piece_end + 16)),
+        slope(_mm512_loadu_ps(f.piece_slope)),
+        offset(_mm512_loadu_ps(f.piece_offset)),
+        most(_mm512_loadu_ps(f.piece_most)),
+        near(_mm512_set1_ps(f.piece_near)),
+        piece_low(_mm512_loadu_si512(f.piece)),
+        piece_high(_mm512_loadu_si512(f.piece + 16)),
+        middle(_mm512_set1_epi32(f.middle)) {}
+  LB_IN __m512i code(Lanes u, uint32_t *doubtful) const {
+    const __m512i raw = _mm512_castps_si512(u.v), one = _mm512_set1_epi32(1);
+    const __mmask16 negative = _mm512_movepi32_mask(raw);
+    const __m512i magnitude = _mm512_and_si512(raw, _mm512_set1_epi32(0x7FFFFFFF));
+    // A tie goes down, which for what is negative is to the larger magnitude.
+    const __m512i key = _mm512_mask_add_epi32(magnitude, negative, magnitude, one);
+    const __m512 x = _mm512_castsi512_ps(key);
+    const __m512i binade = _mm512_max_epi32(_mm512_sub_epi32(_mm512_srli_epi32(key, 23), _mm512_set1_epi32(96)),
+                                            _mm512_setzero_si512());
+    const __mmask16 after = _mm512_cmp_ps_mask(_mm512_permutex2var_ps(end_low, binade, end_high), x, _CMP_LT_OQ);
+    __m512i piece = _mm512_permutex2var_epi32(piece_low, binade, piece_high);
+    piece = _mm512_mask_add_epi32(piece, after, piece, one);
+    const __m512 sum = _mm512_min_ps(
+        _mm512_fmadd_ps(x, _mm512_permutexvar_ps(piece, slope), _mm512_permutexvar_ps(piece, offset)),
+        _mm512_permutexvar_ps(piece, most));
+    const __m512 apart = _mm512_reduce_ps(sum, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);  // from a whole number
+    *doubtful = _mm512_cmp_ps_mask(_mm512_abs_ps(apart), near, _CMP_LT_OQ);
+    const __m512i count = _mm512_cvttps_epi32(sum);
+    const __m512i rung = _mm512_mask_sub_epi32(_mm512_add_epi32(middle, count), negative, middle, count);
+    return _mm512_max_epi32(rung, _mm512_setzero_si512());
+  }
+  // 32 numbers as codes, as Ladder::store; a bit for each that has to be looked at again.
+  LB_IN uint32_t store(uint8_t *to, const Lanes *x, Lanes inverse, int least) const {
+    uint32_t doubtful[2];
+    for (int k = 0; k < 2; ++k) {
+      __m512i found = code(x[k] * inverse, doubtful + k);
+      if (least) found = _mm512_mask_max_epi32(found, (Lanes(0.0f) < x[k]).m, found, _mm512_set1_epi32(least));
+      store_codes(to + 16 * k, found);
+    }
+    return doubtful[0] | doubtful[1] << 16;
+  }
+};
+
 #else
 
 struct Mask {
@@ -253,6 +332,7 @@ struct Lanes {
   LB_IN Lanes(float x) : v(_mm256_set1_ps(x)) {}
   LB_FN Lanes load(const float *from) { return _mm256_loadu_ps(from); }
   LB_IN void store(float *to) const { _mm256_storeu_ps(to, v); }
+  LB_IN float first() const { return _mm256_cvtss_f32(v); }
   LB_FN Lanes widen(const uint16_t *from) {  // bf16
     const __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)from));
     return _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
@@ -357,6 +437,20 @@ struct Peak {  // the largest magnitude of each lane, as its bits
     __m128i four = _mm_max_epu32(_mm256_castsi256_si128(most), _mm256_extracti128_si256(most, 1));
     four = _mm_max_epu32(four, _mm_shuffle_epi32(four, 0x4E));
     return (uint32_t)_mm_cvtsi128_si32(_mm_max_epu32(four, _mm_shuffle_epi32(four, 0xB1)));
+  }
+};
+
+struct Least {  // the smallest magnitude of each lane but 0, as its bits less 1
+  __m256i least;
+  LB_IN Least() : least(_mm256_set1_epi32(0x7F7FFFFF)) {}
+  LB_IN void see(Lanes a) {
+    const __m256i magnitude = _mm256_castps_si256(and_bits(a, 0x7FFFFFFFu).v);
+    least = _mm256_min_epu32(least, _mm256_sub_epi32(magnitude, _mm256_set1_epi32(1)));
+  }
+  LB_IN uint32_t of_all() const {
+    __m128i four = _mm_min_epu32(_mm256_castsi256_si128(least), _mm256_extracti128_si256(least, 1));
+    four = _mm_min_epu32(four, _mm_shuffle_epi32(four, 0x4E));
+    return (uint32_t)_mm_cvtsi128_si32(_mm_min_epu32(four, _mm_shuffle_epi32(four, 0xB1))) + 1;
   }
 };
 
@@ -527,6 +621,37 @@ LB_FN uint16_t inside(const float *x, Lanes factor, Lanes edge) {
   }
   return (uint16_t)bits;
 }
+// The sum of all lanes of N registers, N a power of two, by halving (trees.h). Overwrites x.
+template <int N> LB_FN float halve_lanes(Lanes *x) {
+  for (int i = 0; i < N / 2; ++i) x[i] = x[i] + x[i + N / 2];
+  return halve_lanes<N / 2>(x);
+}
+template <> LB_IN float halve_lanes<1>(Lanes *x) {
+  Lanes a = x[0];
+#ifdef LB_AVX512
+  a = a + swap_lanes<8>(a);
+#endif
+  a = a + swap_lanes<4>(a);
+  a = a + swap_lanes<2>(a);
+  a = a + swap_lanes<1>(a);
+  return a.first();
+}
+
+#ifdef LB_AVX512
+constexpr bool LOOKS_UP_BYTES = true;
+#else
+constexpr bool LOOKS_UP_BYTES = false;  // 8 lanes find one of 8 numbers only
+
+struct Table256 {
+  const float *values;
+  Lanes look_up(const uint8_t *) const;
+};
+struct Slopes {
+  Slopes() = default;
+  explicit Slopes(const lb_format &);
+  uint32_t store(uint8_t *, const Lanes *, Lanes, int) const;
+};
+#endif
 
 struct Uniform {  // the same number in every lane
   Lanes all;

@@ -7,6 +7,8 @@ from .embedding import QuantEmbedding
 from .linear import QuantLinear
 from .materialize import materialize_
 from .operand import Operand
+from .osci_reset import OsciReset
+from .out_control import OutControl
 from .presets import recipes
 from .recipe import Recipe
 from .report import Report
@@ -16,6 +18,8 @@ from .stored_state import rescale_
 
 __all__ = [
     "Operand",
+    "OsciReset",
+    "OutControl",
     "QuantEmbedding",
     "QuantLinear",
     "Recipe",

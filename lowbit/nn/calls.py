@@ -18,8 +18,9 @@ class Calls:
     `use_reentrant=False` it runs under hooks on what it saves.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, layer: int) -> None:
         self.count = torch.zeros((), dtype=torch.int64, device="cpu")  # a tensor, so that compiled graphs can count
+        self.layer = torch.tensor(layer, device="cpu")  # … and that those of other layers are the same graphs
         self.notes: deque[tuple[int, Tensor]] = deque(maxlen=256)  # not all are repeated: some only evaluate
 
     def number(self, x: Tensor, training: bool) -> int:
@@ -34,10 +35,10 @@ class Calls:
         return int(self.count)
 
     def traced(self, training: bool) -> Tensor:
-        """The number of this call in a graph that a compiler traces: an int64 scalar."""
+        """The numbers of this call and of its layer, in a graph that a compiler traces: int64 [2]."""
         if training or torch.is_grad_enabled():
             self.count += 1
-        return self.count.clone()
+        return torch.stack((self.count, self.layer))
 
     def _repeated(self, x: Tensor) -> int:
         notes = self.notes

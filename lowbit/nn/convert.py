@@ -29,7 +29,7 @@ from .presets import find_recipe
 from .recipe import Recipe
 from .report import Entry, Report
 from .stored import StoredWeight
-from .stored_state import check_free, dense_parameter_
+from .stored_state import check_free, dense_parameter_, freeze_
 
 
 def quantize_(
@@ -44,8 +44,9 @@ def quantize_(
     Only modules of the exact class `nn.Linear` are converted, and those of `nn.Embedding` if the recipe has a store for
     them; norms and everything else stay as they are. Weights keep a float master unless the recipe stores them:
     parameters, optimizer and state dict do not change. A stored weight is the same object still, so optimizers, hooks
-    and ties hold; its state dict has the codes. Modules of torch that read a layer's weight without calling it are
-    known and left alone; if one of yours does that, name its layers in `skip`.
+    and ties hold; its state dict has the codes. Where a recipe is for a frozen base (`Recipe.frozen`, as "qlora-nf4"),
+    the weights that are converted are frozen, no others, and the report says so. Modules of torch that read a layer's
+    weight without calling it are known and left alone; if one of yours does that, name its layers in `skip`.
 
     Args:
         model: any module.
@@ -97,7 +98,7 @@ def quantize_(
         reasons[name] = reason
 
     for name, module in chosen.items():
-        _check_stored(module, name, found.store if isinstance(module, nn.Linear) else found.embedding)
+        _check_stored(module, name, found)
     report = _report(model, found, chosen, reasons, _unused(model, patterns))
     for name, module in chosen.items():
         if isinstance(module, nn.Linear):
@@ -106,6 +107,8 @@ def quantize_(
             module.__class__ = QuantEmbedding
         assert isinstance(module, QuantLinear | QuantEmbedding)
         module._adopt(found, name)
+        if found.frozen:
+            freeze_(module.weight)
     if not chosen:
         warnings.warn(f"quantize_ converted nothing. {_why_nothing(reasons)}", UserWarning, stacklevel=2)
     return report
@@ -148,7 +151,7 @@ def to_dense_(model: nn.Module, dtype: torch.dtype | None = torch.bfloat16) -> n
         done |= {id(layer.weight), id(bias)}
         plain = nn.Linear if isinstance(layer, QuantLinear) else nn.Embedding
         layer.__class__ = plain  # pyright: ignore[reportAttributeAccessIssue]
-        for name in ("recipe", "_layer_id", "_calls", "high_precision"):
+        for name in ("recipe", "_layer_id", "_calls", "high_precision", "norms", "channels"):
             layer.__dict__.pop(name, None)
     return model
 
@@ -163,12 +166,14 @@ def _store(parameter: Tensor, values: Tensor, dtype: torch.dtype | None) -> None
     parameter.data = values.to(dtype)
 
 
-def _check_stored(module: nn.Linear | nn.Embedding, name: str, store: str | None) -> None:
+def _check_stored(module: nn.Linear | nn.Embedding, name: str, recipe: Recipe) -> None:
     """Whether the weight can become a stored one; some formats are for frozen weights only."""
+    store = recipe.store if isinstance(module, nn.Linear) else recipe.embedding
     if store in (None, "master"):
         return
     check_free(module.weight, f"{name or 'the model'}.weight", "quantize_")
-    if module.weight.requires_grad and (reason := frozen(find_store(store).format)):
+    trained = module.weight.requires_grad and not recipe.frozen
+    if trained and (reason := frozen(find_store(store).format)):
         raise ValueError(f"quantize_: {name or 'the model'}.weight requires a gradient, and {reason}")
 
 
@@ -296,7 +301,7 @@ def _report(
             store = "master" if reason else recipe.store if linear else recipe.embedding or "master"
             seen = {id(p): store for p in parameters} | seen
             store = next((seen[id(p)] for p in parameters), store)
-            entries.append(Entry(full, shape, count, reason, store, table=not linear))
+            entries.append(Entry(full, shape, count, reason, store, not linear, recipe.frozen and not reason))
     lazy = nn.parameter.UninitializedParameter
     rest = [p.numel() for p in model.parameters() if id(p) not in seen and not isinstance(p, lazy)]
     return Report(recipe, tuple(entries), len(rest), sum(rest), tuple(unused))

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backends
-from ..backends.reference import blocks, joined
+from ..backends.reference_matrix import blocks, joined
 from ..rotation import Rotation
 from ..rows import unpack
 from .operand import Operand

@@ -11,7 +11,7 @@ to be lenient: operands of different dtypes are promoted, where nn.Linear raises
 from __future__ import annotations
 
 import zlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,10 @@ from .matmul import has_autocast
 from .presets import find_recipe
 from .recipe import Recipe
 from .stored_state import StoredState, store_parameter_
-from .three import Call, ThreeMatmuls, forward_rotation, forward_weight
+from .three import Call, ThreeMatmuls, as_matrix, forward_rotation, forward_weight
+
+if TYPE_CHECKING:
+    from .out_control import Channels
 
 
 class QuantLinear(StoredState, nn.Linear):
@@ -45,6 +48,8 @@ class QuantLinear(StoredState, nn.Linear):
 
     recipe: Recipe
     high_precision = False  # see `lowbit.high_precision_`
+    norms: Tensor | None = None  # of the input's features, while they are recorded, and
+    channels: Channels | None = None  # those that were chosen by them: see `lowbit.nn.OutControl`
 
     def __init__(
         self,
@@ -64,7 +69,7 @@ class QuantLinear(StoredState, nn.Linear):
     def _adopt(self, recipe: Recipe, name: str) -> None:
         self.recipe = recipe
         self._layer_id = zlib.crc32(clean_name(name).encode())
-        self._calls = Calls()
+        self._calls = Calls(self._layer_id)
         if recipe.store != "master":
             store_parameter_(self.weight, recipe.store, self._layer_id)
 
@@ -75,16 +80,29 @@ class QuantLinear(StoredState, nn.Linear):
         if self.high_precision:
             bias = None if self.bias is None else self.bias.to(dtype)
             return F.linear(input.to(dtype), self.weight.to(dtype), bias)
+        if self.norms is not None and self.training:
+            self.norms += as_matrix(input.detach()).float().norm(dim=0)
+        number: Any = 0
         if torch.compiler.is_compiling():
             number = self._calls.traced(self.training) if self.recipe.stochastic else None
-            recipe = _handle(self.recipe)
-            return _operators().apply(input, self.weight, self.bias, recipe, dtype, number, self._layer_id)
-        number = self._calls.number(input, self.training) if self.recipe.stochastic else 0
-        call = Call(self.recipe, dtype, number, self._layer_id)
-        return ThreeMatmuls.apply(input, self.weight, self.bias, call)  # pyright: ignore
+        elif self.recipe.stochastic:
+            number = self._calls.number(input, self.training)
+        if self.channels is not None:
+            return self.channels.multiplied(self, number, input, dtype)
+        return self.multiplied(self.recipe, number, input, self.weight, self.bias, dtype)
+
+    def multiplied(
+        self, recipe: Recipe, number: Any, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        """The three matmuls of this layer's call of a number, by a recipe, of these operands."""
+        if torch.compiler.is_compiling():
+            return _operators().apply(x, weight, bias, _handle(recipe), dtype, number)
+        return ThreeMatmuls.apply(x, weight, bias, Call(recipe, dtype, number, self._layer_id))  # pyright: ignore
 
     def quantized_weight(self) -> Tensor:
         """The weight that the forward pass multiplies with, in fp32, a rotation undone."""
+        if self.channels is not None:
+            return self.channels.weight(self.weight.detach(), self.recipe)
         values = forward_weight(self.weight.detach(), self.recipe).float()
         return turned_back(values, forward_rotation(self.recipe), self.in_features)
 

@@ -1,15 +1,16 @@
-"""Where two operands are multiplied: as codes, where a matrix unit takes them, or as the values they stand for.
+"""Where two operands are multiplied: as the values that codes stand for, or as codes, where a matrix unit takes them.
 
-`torch._int_mm` sums products of int8 codes exactly, `torch._scaled_mm` those of fp8 codes in fp32; the blocks' scales
-come after, so blocks must be whole rows or the whole tensor. Both give the product of the values up to the rounding of
-fp32 sums (tests hold them to 1e-5 of the largest result). Other formats are multiplied as values: matrix units for
-NVFP4 and MXFP8 need scales in an order of their own, and a GPU to be tested on.
+As values, unless `LOWBIT_MATMUL=codes` asks for codes. On a CPU that is always in fp32 (float64 for float64 models):
+matrix units for bf16 and int8 are rare there, and without them torch's bf16 matmul took 6 times and `torch._int_mm` 26
+times as long as fp32 on an EPYC with AVX2 (512 x 1024 x 1024, one thread, torch 2.13). On NVIDIA GPUs codes should be
+faster (torchao measured 17,000 to 29,000 tokens a second from int8 and 10 to 25 per cent from fp8:
+https://github.com/pytorch/ao, READMEs of quantized_training and float8), but nobody has measured these layers there, so
+they are not the default: time your model with and without.
 
-On a CPU values are multiplied, always in fp32 (float64 for float64 models): matrix units for bf16 and int8 are rare
-there, and without them torch's bf16 matmul took 6 times and `torch._int_mm` 26 times as long as fp32 on an EPYC with
-AVX2 (512 × 1024 × 1024, one thread, torch 2.13). On NVIDIA GPUs int8 codes are multiplied from compute capability 8.0
-on and fp8 codes from 8.9 on: torchao measured 17,000 to 29,000 tokens a second from int8 and 10 to 25 per cent from fp8
-(https://github.com/pytorch/ao, READMEs of quantized_training and float8). `LOWBIT_MATMUL=codes` or `values` forces it.
+`torch._int_mm` sums products of int8 codes exactly (from compute capability 8.0 on), `torch._scaled_mm` those of fp8
+codes in fp32 (8.9); the blocks' scales come after, so blocks must be whole rows or the whole tensor. MXFP8 and NVFP4
+codes are multiplied with their block scales (10.0: `blockwise`). All give the product of the values up to the rounding
+of fp32 sums (tests hold them to 1e-5 of the largest result). What has no such kernel is multiplied as values.
 """
 
 from __future__ import annotations
@@ -27,10 +28,11 @@ from .. import scales
 from ..compiler import constant
 from ..formats import Format
 from ..rows import unpack
+from . import blockwise
 from .fake import decode
 from .operand import Operand
 
-Kind = Literal["int8", "fp8"]
+Kind = Literal["int8", "fp8", "mxfp8", "nvfp4"]
 FP8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 LEAST = {"int8": (8, 0), "fp8": (8, 9)}  # compute capability
 TILE = 16  # on a GPU, what the sizes of codes must be multiples of
@@ -74,31 +76,29 @@ def multiplied_as(a: Coded, b: Coded) -> Kind | None:
 def kind_of(
     a: Operand | None, b: Operand | None, device: torch.device, a_across: bool = False, b_across: bool = False
 ) -> Kind | None:
-    """How operands [m, k] and [n, k] are multiplied as codes on a device, if they are.
+    """How operands [m, k] and [n, k] are multiplied as codes on a device, if they are asked to be and can be.
 
     Raises `ValueError` if `LOWBIT_MATMUL` is none of auto, codes and values.
     """
     mode = os.environ.get("LOWBIT_MATMUL", "") or "auto"
     if mode not in ("auto", "codes", "values"):
-        raise ValueError(f"LOWBIT_MATMUL={mode!r}: it may be auto, codes or values")
-    if mode == "values" or a is None or b is None or not (_scaled_after(a, a_across) and _scaled_after(b, b_across)):
+        raise ValueError(f"LOWBIT_MATMUL={mode!r}: it may be codes, or values, which is what auto means")
+    if mode != "codes" or a is None or b is None or a.codes is None or b.codes is None:
         return None
-    first, second = a.codes, b.codes
-    assert first is not None and second is not None
+    if not (_scaled_after(a.codes, a_across) and _scaled_after(b.codes, b_across)):
+        return blockwise.kind_of(a.codes, b.codes, a_across, b_across, device)
     kind: Kind | None = None
-    if first.kind == second.kind == "integer":
+    if a.codes.kind == b.codes.kind == "integer":
         kind = "int8"
-    elif (one := _fp8(first)) and (two := _fp8(second)) and (one, two) != (torch.float8_e5m2,) * 2:
+    elif (one := _fp8(a.codes)) and (two := _fp8(b.codes)) and (one, two) != (torch.float8_e5m2,) * 2:
         kind = "fp8"
-    if kind is None or mode == "codes":
-        return kind
-    return kind if device.type == "cuda" and torch.cuda.get_device_capability(device) >= LEAST[kind] else None
+    too_old = kind and device.type == "cuda" and torch.cuda.get_device_capability(device) < LEAST[kind]
+    return None if too_old else kind
 
 
-def _scaled_after(operand: Operand, across: bool) -> bool:
+def _scaled_after(fmt: Format, across: bool) -> bool:
     """Whether scales can be multiplied with after the sum: one for each row (or for all) of what is summed along."""
-    fmt = operand.codes
-    if fmt is None or fmt.scaling.stored not in ("fp32", "bf16"):
+    if fmt.scaling.stored not in ("fp32", "bf16"):
         return False
     return fmt.block == (0, 0) or (fmt.block == (1, 0) and not across)
 
@@ -108,6 +108,8 @@ def _fp8(fmt: Format) -> torch.dtype | None:
 
 
 def _of_codes(kind: Kind, a: Coded, b: Coded) -> Tensor:
+    if kind == "mxfp8" or kind == "nvfp4":
+        return blockwise.product(kind, a, b)
     (first, x), (second, w) = _codes(a), _codes(b)
     m, n = x.shape[0], w.shape[0]
     if x.device.type == "cuda":

@@ -97,8 +97,8 @@ def _four_bits() -> Iterator[Recipe]:
     # TetraJet-v2, https://arxiv.org/abs/2510.27527, section 4, the release's TJv2-base: 1 x 16 blocks whose E4M3
     # scales share one fp32 scale in 128 values (double-block); backward, rotations of 16, stochastic rounding of both
     # operands, and the forward's values quantized again (aligned activations). Its two other parts belong to a training
-    # loop, not to a layer: OutControl keeps the channels in MXFP8 that were largest in some steps early on, OsciReset
-    # writes master weights.
+    # loop, not to a layer: OutControl (`out_control`) chooses the channels that are multiplied in MXFP8 from then on,
+    # OsciReset (`osci_reset`) writes master weights.
     gradient = Operand("nvfp4-128", rounding="stochastic", hadamard=16)
     again = Operand("nvfp4-128", rounding="stochastic", hadamard=16, of="forward")
     yield Recipe(name="tetrajet2", forward=("nvfp4-128", "nvfp4-128"), dgrad=(gradient, again), wgrad=(gradient, again))
@@ -117,9 +117,9 @@ def _four_bits() -> Iterator[Recipe]:
         name="luq", weight="int4-sawb", activation="int4-sawb", gradient=Operand("e3m0:tensor", rounding="stochastic")
     )
 
-    # QLoRA, https://arxiv.org/abs/2305.14314, section 3: NF4 in blocks of 64 with double-quantized scales, for a base
-    # that is not trained; activations and gradients stay in high precision.
-    yield Recipe(name="qlora-nf4", weight="nf4-dq")
+    # QLoRA, https://arxiv.org/abs/2305.14314, section 3: a base that is kept as NF4 in blocks of 64, with scales
+    # that are quantized again, and is not trained; activations and gradients stay in high precision.
+    yield Recipe(name="qlora-nf4", store="nf4-dq", frozen=True)
 
 
 def _released() -> Iterator[Recipe]:

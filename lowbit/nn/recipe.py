@@ -44,6 +44,7 @@ class Recipe:
             scales with no float copy, by the name of a store (`lowbit.nn.stored`: "int8", "int4", "split" …). Where the
             forward weight is None, or has the format of the store, the stored values are what it multiplies with.
         embedding: the name of a store for the tables of `nn.Embedding`, or None: they stay dense.
+        frozen: `quantize_` freezes the weights of the layers that it converts: they are a base under adapters.
         dense: how many of a model's first and last blocks `quantize_` leaves alone: whole numbers, or below 1 a part
             of all blocks, rounded up.
         seed: of stochastic rounding and of the signs of rotations.
@@ -61,6 +62,7 @@ class Recipe:
     wgrad: tuple[Slot, Reused]
     store: str
     embedding: str | None
+    frozen: bool
     dense: tuple[float, float]
     seed: int
     name: str
@@ -76,6 +78,7 @@ class Recipe:
         gradient: Spec = None,
         store: str = "master",
         embedding: str | None = None,
+        frozen: bool = False,
         dense: tuple[float, float] = (0, 0),
         seed: int = 0,
         name: str = "",
@@ -91,6 +94,7 @@ class Recipe:
             "wgrad": _pair("wgrad", (gradient, FORWARD) if wgrad is None else wgrad),
             "store": store if store == "master" else find_store(store).name,
             "embedding": None if embedding is None else find_store(embedding).name,
+            "frozen": frozen,
             "dense": _dense(dense),
             "seed": seed,
             "name": name,
@@ -154,14 +158,16 @@ class Recipe:
 
     @property
     def matmuls(self) -> str:
-        """The operands on one line: `forward a × b, dgrad c × d, wgrad e × f`."""
-        pairs = {"forward": self.forward, "dgrad": self.dgrad, "wgrad": self.wgrad}
-        return ", ".join(f"{k} {a or 'float'} × {b or 'float'}" for k, (a, b) in pairs.items())
+        """The operands on one line: `forward a × b, dgrad c × d, wgrad e × f`; "stored" are the store's own values."""
+        kept = "float" if self.store == "master" else "stored"
+        pairs = {"forward": (self.forward, kept), "dgrad": (self.dgrad, kept), "wgrad": (self.wgrad, "float")}
+        return ", ".join(f"{name} {a or 'float'} × {b or other}" for name, ((a, b), other) in pairs.items())
 
     def __str__(self) -> str:
         first, last = self.dense
         dense = f", dense first {first:g} and last {last:g}" if first or last else ""
         tables = f", embeddings {self.embedding}" if self.embedding else ""
+        tables += ", frozen" if self.frozen else ""
         return f"{self.name + ': ' if self.name else ''}{self.matmuls}, store {self.store}{tables}{dense}"
 
 

@@ -19,6 +19,7 @@ class Entry(NamedTuple):
     reason: str | None
     store: str = "master"
     table: bool = False  # of an embedding: no matmul
+    frozen: bool = False  # by the recipe
 
     @property
     def nbytes(self) -> int:
@@ -150,10 +151,11 @@ def _cells(group: tuple[int, Entry]) -> tuple[str, str, str, str]:
 
 
 def _now(entry: Entry) -> str:
+    frozen = ", frozen" if entry.frozen else ""
     if entry.store == "master":
-        return "quantized"
+        return f"quantized{frozen}"
     bits = f", {8 * entry.nbytes / entry.parameters:.2f} bits" if entry.parameters else ""
-    return f"{'stored' if entry.table else 'quantized, stored'} as {entry.store}{bits}"
+    return f"{'stored' if entry.table else 'quantized, stored'} as {entry.store}{bits}{frozen}"
 
 
 def _table(rows: list[tuple[str, str, str, str]]) -> list[str]:

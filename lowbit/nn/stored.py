@@ -10,8 +10,8 @@ of it; what is done to it decides what comes back:
     t, view, w[0], transpose …               a `StoredView`: read, it is dense; written to, it writes to the weight
     embedding, index_select of rows          dense; only the rows asked for are decoded
     zeros_like, w + 1, w @ x, w.float() @ x  dense, of what the forward pass sees (a split store's codes alone)
-    mul_, add_, addcdiv_, copy_, w[0] = x    decoded to fp32, computed, written with stochastic rounding
-    normal_, uniform_, zero_, fill_ …        stored anew: new scales, rounded to nearest
+    mul_, add_, addcdiv_, w[0] = x           decoded to fp32, computed, written with stochastic rounding
+    copy_, normal_, uniform_, zero_, fill_ … stored anew: new scales, rounded to nearest
     copy_ of a weight stored alike           its parts are copied, no rounding
     p.data = dense                           stored anew
 
@@ -47,7 +47,8 @@ class StoredWeight(StoredTensor):
     Attributes:
         format: of the codes.
         parts: plain tensors as in `lowbit.rows`: `codes`, `scale` …, and `rest` for a split store.
-        stream: tells the random bits of its writes from other weights'.
+        stream: tells the random bits of its writes from other weights'; int64 [] on the CPU, and no number, so that
+            compiled code does not depend on it.
         writes: how often it was written to by torch; int64 [], on its device.
     """
 
@@ -55,7 +56,7 @@ class StoredWeight(StoredTensor):
     partial = False  # some rows of a weight, which share a scale of the tensor with the others
     format: Format
     parts: dict[str, Tensor]
-    stream: int
+    stream: Tensor
     writes: Tensor
 
     @staticmethod
@@ -66,7 +67,7 @@ class StoredWeight(StoredTensor):
         shape: Iterable[int],
         dtype: torch.dtype = torch.float32,
         *,
-        stream: int = 0,
+        stream: int | Tensor = 0,
         writes: Tensor | None = None,
     ) -> StoredWeight:
         device = parts["codes"].device
@@ -79,14 +80,15 @@ class StoredWeight(StoredTensor):
         shape: Iterable[int],
         dtype: torch.dtype = torch.float32,
         *,
-        stream: int = 0,
+        stream: int | Tensor = 0,
         writes: Tensor | None = None,
     ) -> None:
-        self.format, self.parts, self.stream = format, dict(parts), stream
+        self.format, self.parts = format, dict(parts)
+        self.stream = stream if isinstance(stream, Tensor) else torch.tensor(stream, device="cpu")
         self.writes = torch.zeros((), dtype=torch.int64, device=self.device) if writes is None else writes
 
     @classmethod
-    def of(cls, value: Tensor, store: str, *, stream: int = 0) -> StoredWeight:
+    def of(cls, value: Tensor, store: str, *, stream: int | Tensor = 0) -> StoredWeight:
         """A dense tensor, rounded to nearest; its dtype is the outer dtype. A meta tensor gives meta parts.
 
         Raises:
@@ -136,10 +138,7 @@ class StoredWeight(StoredTensor):
         if fresh:
             self.assign_(values)
             return
-        count: Any = self.writes
-        if type(count) is Tensor and count.device.type == "cpu":  # on the host it costs nothing to know the number
-            count = int(count)
-        noise = key(0, count, self.stream, _OPERAND)
+        noise = key(0, _number(self.writes), _number(self.stream), _OPERAND)
         stored.store_(self.format, self.parts, values.reshape(rows_of(self.shape)), noise)
         self.writes.add_(1)
 
@@ -252,17 +251,31 @@ class StoredWeight(StoredTensor):
         return memo[id(self)]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        state = (self.format, self.parts, tuple(self.shape), self.dtype, self.stream, self.writes)
+        state = (self.format, self.parts, tuple(self.shape), self.dtype, int(self.stream), self.writes)
         return _rebuild, (*state, self.requires_grad, isinstance(self, torch.nn.Parameter))
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
-        return [*self.parts, "writes"], (self.format, self.stream, self.dtype)
+        return [*self.parts, "writes", "stream"], (self.format, self.dtype)
 
     @staticmethod
     def __tensor_unflatten__(tensors: dict[str, Tensor], about: Any, size: Any, stride: Any) -> StoredWeight:
-        format, stream, dtype = about
-        parts = {part: tensor for part, tensor in tensors.items() if part != "writes"}
-        return StoredWeight(format, parts, size, dtype, stream=stream, writes=tensors["writes"])
+        format, dtype = about
+        parts = {part: tensor for part, tensor in tensors.items() if part not in ("writes", "stream")}
+        return StoredWeight(format, parts, size, dtype, stream=tensors["stream"], writes=tensors["writes"])
+
+    def _stable_hash_for_caching(self) -> str:
+        """What compiled code depends on, in words: the key under which torch keeps it from process to process."""
+        parts = {part: (x.dtype, tuple(x.shape), x.stride(), x.storage_offset()) for part, x in self.parts.items()}
+        about = (
+            self.format.name,
+            self.format.tag,
+            self.dtype,
+            tuple(self.shape),
+            self.requires_grad,
+            str(self.device),
+            parts,
+        )
+        return f"{type(self).__name__}: {about}"
 
     def __getattr__(self, name: str) -> Tensor:
         try:
@@ -317,6 +330,11 @@ def is_stored(weight: Tensor, operand: Operand | None) -> bool:
     if not isinstance(weight, StoredWeight):
         return False
     return operand is None or (operand.codes is not None and stored.same_grid(operand.codes, weight.format))
+
+
+def _number(x: Tensor) -> Any:
+    """A number in a tensor: as it is, where a device or a compiler has it; on the host it costs nothing to know it."""
+    return int(x) if type(x) is Tensor and x.device.type == "cpu" else x
 
 
 def _replay(x: Tensor, steps: Iterable[Step]) -> Tensor:

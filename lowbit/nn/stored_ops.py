@@ -22,7 +22,7 @@ class StoredTensor(Tensor):
     """A tensor with no memory of its own: what `StoredWeight` and its views share."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
-    owns_codes = False
+    owns_codes = False  # a StoredWeight
     owns_rows = False
     whole = False  # whether its elements are those of `weight`, in order
     weight: Any
@@ -74,7 +74,7 @@ class Opened(NamedTuple):
 
     def close(self, *, fresh: bool = False) -> None:
         """Write the values back. `fresh`: this part of them has nothing of the old ones left."""
-        self.weight.write_(self.values, fresh=fresh and self.part is self.values)
+        self.weight.write_(self.values, fresh=fresh and self.part.numel() == self.values.numel())
 
 
 class Step(NamedTuple):
@@ -106,6 +106,11 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return _writing(func, args, kwargs)
     if func.is_view and isinstance(args[0], StoredTensor):
         return _view(func, args, kwargs)
+    return dense_call(func, args, kwargs)
+
+
+def dense_call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """`func` of what the forward pass sees of the stored tensors."""
     return func(*tree_map(_read, args), **tree_map(_read, kwargs))
 
 
@@ -203,13 +208,16 @@ def _new_zeros(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _copy(func: Any, args: Any, kwargs: Any) -> Any:
+    """A whole weight's copy is another weight: scales of its own, or the very parts of one that is stored alike."""
     to, source = args[:2]
     if isinstance(source, StoredTensor) and source.whole and source.shape == to.shape:
         source = source.weight
-    if not to.alike(source):
-        return _writing(func, args, kwargs)
-    to.take_(source)
-    return to
+    if to.alike(source):
+        to.take_(source)
+        return to
+    if isinstance(source, StoredTensor) and source.owns_codes:
+        source = source.opened().values  # all that it has, and not only what the forward pass sees
+    return _writing(func, (to, source, *args[2:]), kwargs)
 
 
 def _embedding(func: Any, args: Any, kwargs: Any) -> Any:
@@ -263,6 +271,6 @@ RULES: dict[str, Rule] = {
 # For what takes a list of tensors, stored and other ones; `stored_flat` fills it.
 LIST_RULES: dict[str, Rule] = {}
 
-# What overwrites a tensor without reading it, from nothing but numbers: an initialization, with scales of its own.
-_NEW_VALUES = "normal_ uniform_ zero_ fill_ bernoulli_ exponential_ log_normal_ cauchy_ geometric_ random_"
+# What overwrites a tensor without reading it: an initialization or another weight, with scales of its own.
+_NEW_VALUES = "copy_ normal_ uniform_ zero_ fill_ bernoulli_ exponential_ log_normal_ cauchy_ geometric_ random_"
 FRESH = frozenset(f"aten::{name}" for name in _NEW_VALUES.split())

@@ -159,10 +159,16 @@ def _assigned(old: StoredWeight, saved: Saved) -> StoredWeight:
 
 
 @torch.no_grad()
-def store_parameter_(parameter: Tensor, store: str, stream: int) -> None:
+def store_parameter_(parameter: Tensor, store: str, stream: int | Tensor) -> None:
     """Make a parameter a stored weight. It stays the same object, wherever it is used, with its hooks and gradient."""
     if not isinstance(parameter, StoredWeight):
         become(parameter, StoredWeight.of(parameter.detach(), store, stream=stream))
+
+
+def freeze_(parameter: Tensor) -> None:
+    """Make a parameter one that is not trained; a gradient that it has will not be used."""
+    parameter.requires_grad_(False)
+    parameter.grad = None
 
 
 @torch.no_grad()

@@ -22,10 +22,11 @@ from typing import Any, ClassVar
 
 from typing_extensions import Unpack
 
-from ..stages import Stage, fold
-from .adamw import AdamW, debias
+from ..stages import Stage, fold, together
+from .adamw import AdamW, adamw, debias
 from .base import Options, Params
-from .stabilizers import AdaClip, AdaGN, MomentumReset
+from .parts import stabilizers
+from .stabilizers import AdaClip, AdaGN, MomentumReset, normalize
 from .variants import Variants
 
 
@@ -34,6 +35,9 @@ def closed_form(s, c):
     """Weights of 1 - beta**k, with the released code's counter k."""
     s.exp_avg_weight = c.weight1
     s.exp_avg_sq_weight = c.weight2
+
+
+normalized = together(normalize, adamw)  # as the CPU library runs them
 
 
 class StableSPAM(Variants, AdamW):
@@ -85,7 +89,7 @@ class StableSPAM(Variants, AdamW):
         )
         hyper = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad}
         hyper.update(total_steps=total_steps, eta_min=eta_min, variant=variant)
-        options["stabilize"] = (*options.get("stabilize", ()), *parts)
+        options["stabilize"] = (*stabilizers(options.get("stabilize", ())), *parts)
         super(AdamW, self).__init__(params, hyper, **options)
 
     def _official_reset(self, group: Mapping[str, Any]) -> bool:

@@ -1,4 +1,4 @@
-"""Recipes in NVFP4: NVIDIA's, Quartet II and TetraJet-v2."""
+"""Recipes in NVFP4: NVIDIA's, Quartet II and TetraJet-v2, and what TetraJet-v2 does beside its layers."""
 
 import numpy as np
 
@@ -85,3 +85,33 @@ def tetrajet2(x: Matrix, w: Matrix, g: Matrix, draws: Draws) -> Matmuls:
         return aq @ double_block(b, draws.uniform(f"{name} {second}", *b.shape)).T
 
     return xq @ wq.T, product("dgrad", g, wq.T, "weight"), product("wgrad", g.T, xq.T, "activation")
+
+
+def mxfp8(x: Matrix) -> Matrix:
+    """E4M3 in blocks of 32, whose scale is absmax / 448 rounded up to a power of two."""
+    largest = per_block(x, (1, 32), absmax)
+    scale = 2.0 ** np.ceil(np.log2(np.where(largest > 0, largest, 448) / 448))
+    return nearest(x / scale, E4M3) * scale
+
+
+def out_control(x: Matrix, w: Matrix, g: Matrix, draws: Draws, inside: Matrix, outside: Matrix) -> Matmuls:
+    """2510.27527, OutControl: `tetrajet2` of the channels inside, MXFP8 of those outside, but for dgrad."""
+    gx, gw = np.empty_like(x), np.empty_like(w)
+    y, gx[:, inside], gw[:, inside] = tetrajet2(x[:, inside], w[:, inside], g, draws)
+    xq, wq = mxfp8(x[:, outside]), mxfp8(w[:, outside])
+    signs = draws.signs("dgrad", 16, g.shape[1])
+    gr, wr = rotated(g, 16, signs), rotated(wq.T, 16, signs)
+    gq = double_block(gr, draws.uniform("dgrad gradient", *gr.shape))
+    gx[:, outside] = gq @ double_block(wr, draws.uniform("dgrad weight", *wr.shape)).T
+    gw[:, outside] = mxfp8(g.T) @ mxfp8(xq.T).T
+    return y + xq @ wq.T, gx, gw
+
+
+def osci_reset(ws: list[Matrix], threshold: float) -> Matrix:
+    """2510.27527, OsciReset: the last of the masters of some steps, at its code where that swung more than the master.
+
+    The last step is not measured: it is the one at which weights are reset.
+    """
+    qs = [double_block(w) for w in ws]
+    w_way, q_way = (np.abs(np.diff(np.stack(values[:-1]), axis=0)).sum(0) for values in (ws, qs))
+    return np.where(divided(q_way, w_way) >= threshold, qs[-1], ws[-1])
