@@ -8,10 +8,14 @@
 #ifdef __CUDACC__
 #define LB_UNROLL _Pragma("unroll")
 #define LB_ONE_AT_A_TIME _Pragma("unroll 1")
+#define LB_RARELY asm volatile("pmevent 0;")  // a profiler can count it, and what reads machine code leaves its block out
+#define LB_KEEP(pointer) asm("" : "+l"(pointer))  // as it is: what it was made of is not to be added up again at each use
 #define LB_GLOBAL(pointer) __builtin_assume(__isGlobal(pointer))  // else every access finds out what it accesses
 // The bytes of shared memory that the launch asks for; the shim has its own.
 #define LB_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 #else
+#define LB_KEEP(pointer)
+#define LB_RARELY
 #define LB_GLOBAL(pointer)
 #define LB_UNROLL
 #define LB_ONE_AT_A_TIME
@@ -34,18 +38,59 @@ LB_FN float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 LB_FN float larger_magnitude(float most, float x) {
 #if defined(__CUDACC__) && __CUDA_ARCH__ >= 800
   float found;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(found) : "f"(most), "f"(abs(x)));
+  asm("{ .reg .f32 size; abs.f32 size, %2; max.NaN.f32 %0, %1, size; }" : "=f"(found) : "f"(most), "f"(x));
   return found;
 #else
   return float_of((uint32_t)peak_of((int32_t)bits_of(most), x));
 #endif
 }
 
+// Of two sums of 16 bits, each plus 0 times a bf16 number: NaN from the first that is not finite.
+LB_FN uint32_t nothing_plus(uint32_t sums, uint32_t numbers) {
+#if defined(__CUDACC__) && __CUDA_ARCH__ >= 800
+  asm("fma.rn.bf16x2 %0, %1, %2, %0;" : "+r"(sums) : "r"(numbers), "r"(0u));
+#else
+  if ((numbers & 0x7F80u) == 0x7F80u) sums |= 0x7FFFu;
+  if ((numbers & 0x7F800000u) == 0x7F800000u) sums |= 0x7FFF0000u;
+#endif
+  return sums;
+}
+
+// ---- tables in shared memory that begin on a multiple of their size: an address is put together by one logical instruction
+
+// The entry that is `offset & MASK` bytes from the beginning; tables are not written after a barrier.
+#ifdef __CUDACC__
+template <uint32_t MASK> LB_FN uint32_t address_in(const void *table, uint32_t offset) {
+  return (uint32_t)__cvta_generic_to_shared(table) | (offset & MASK);
+}
+template <uint32_t MASK> LB_FN float float_in(const void *table, uint32_t offset) {
+  float found;
+  asm("ld.shared.f32 %0, [%1];" : "=f"(found) : "r"(address_in<MASK>(table, offset)));
+  return found;
+}
+template <uint32_t MASK> LB_FN void pair_in(const void *table, uint32_t offset, float &x, uint32_t &y) {
+  asm("ld.shared.v2.b32 {%0, %1}, [%2];" : "=f"(x), "=r"(y) : "r"(address_in<MASK>(table, offset)));
+}
+#else
+template <uint32_t MASK> LB_FN float float_in(const void *table, uint32_t offset) {
+  return *(const float *)((const char *)table + (offset & MASK));
+}
+template <uint32_t MASK> LB_FN void pair_in(const void *table, uint32_t offset, float &x, uint32_t &y) {
+  x = float_in<MASK>(table, offset);
+  y = *(const uint32_t *)((const char *)table + (offset & MASK) + 4);
+}
+#endif
+
 // ---- reductions over LANES neighbouring lanes, a power of two; every lane of the warp takes part and gets the result
 
 template <int LANES> LB_FN uint32_t largest(uint32_t x) {
   if constexpr (LANES == 32) {
     return __reduce_max_sync(WHOLE_WARP, x);
+  } else if constexpr (LANES == 16) {
+    const bool above = lane() >= 16;
+    const uint32_t low = __reduce_max_sync(WHOLE_WARP, above ? 0u : x);
+    const uint32_t high = __reduce_max_sync(WHOLE_WARP, above ? x : 0u);
+    return above ? high : low;
   } else {
     LB_UNROLL for (int apart = LANES / 2; apart > 0; apart /= 2) {
       const uint32_t other = __shfl_xor_sync(WHOLE_WARP, x, apart);
@@ -56,8 +101,9 @@ template <int LANES> LB_FN uint32_t largest(uint32_t x) {
 }
 
 template <int LANES> LB_FN bool any(bool x) {
+  if (LANES == 32) return __any_sync(WHOLE_WARP, x) != 0;
   const uint32_t votes = __ballot_sync(WHOLE_WARP, x);
-  const uint32_t mine = LANES == 32 ? WHOLE_WARP : ((1u << LANES % 32) - 1u) << (lane() / LANES * LANES);
+  const uint32_t mine = ((1u << LANES % 32) - 1u) << (lane() / LANES * LANES);
   return (votes & mine) != 0u;
 }
 

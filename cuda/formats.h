@@ -6,20 +6,21 @@
 //     Shared                      tables that the threads of a block keep in shared memory; may be empty
 //     prepare(Shared &)           fills them: called by all threads, who meet afterwards before any of them goes on
 //     decode<V>(codes, scale, base, shared, x)
-//     encode<V, STOCHASTIC, LIVE, BOUNDED>(x, source, inverse, base, draws, shared)  returns codes
+//     encode<V, STOCHASTIC, LIVE, BOUNDED, POSITIVE>(x, source, inverse, base, draws, shared)  returns codes
 //
 // The codes of V values are Codes<Fmt, V>: the bytes that they take in memory (at least one), the bits above them 0.
 // `base` is that of log formats, the zero point of affine ones, nothing to others. `source` is sqrt(x) for a SQUARE
 // format, else x once more; `inverse` is inverse(scale); draws are 16 random bits for each value, unread without
 // STOCHASTIC. LIVE: no value above 0 becomes 0 (an unsigned format is always so). BOUNDED: the scale was derived from
-// these values and is finite, so that none is NaN, infinite or far beyond the top: what a step stores.
+// these values and is finite, so that none is NaN, infinite or far beyond the top: what a step stores. POSITIVE: if the
+// format is LIVE or unsigned, all values are above 2**-100, and `inverse` is above 2**-20.
 //
 // scale_of<Fmt>(absmax) and log_base<Fmt, V, LANES>(x, scale) say what a block of values is stored with.
 //
 // What is slow on a GPU is avoided: a conversion between integers and floats is an addition of a number whose ulp is 1,
 // bytes are taken apart and put together by permutations, and a code of 16 is found by one look into a small table.
 #pragma once
-#include "device.h"
+#include "quick.h"
 
 namespace lb {
 
@@ -99,6 +100,18 @@ template <class Fmt> LB_FN float scale_of(float absmax) {
   return finite_bits(magnitude_bits(absmax)) ? scale : float_of(0x7FC00000u);
 }
 
+// The same without a choice, between bounds that leave nothing to hold; and its reciprocal.
+template <class Fmt> LB_FN float quick_scale(float absmax, Doubt &doubt) {
+  constexpr float TOP = Fmt::TOP, SHARE = 1.0f / TOP, LEAST = 2.0f * TOP * Fmt::MIN_SCALE, MOST = 0.5f * TOP * Fmt::MAX_SCALE;
+  doubt.otherwise |= !(absmax >= (LEAST > 0x1p-90f ? LEAST : 0x1p-90f) && absmax <= (MOST < 0x1p20f ? MOST : 0x1p20f));
+  const float near = absmax * SHARE;
+  return TOP == 1.0f ? absmax : fma(fma(-near, TOP, absmax), SHARE, near);
+}
+LB_FN float quick_inverse(float scale) {
+  Doubt none;
+  return divided(1.0f, scale, &none).x;
+}
+
 // ---- rounding
 
 LB_FN float share_of(uint32_t bits16) {  // 1 - uniform(bits16), exactly
@@ -142,7 +155,7 @@ template <class Fmt> struct Integers {
   }
 
   // The code, plus BIAS, in the low bits of what is returned; the bits above are those of INTEGER.
-  template <bool STOCHASTIC, bool LIVE, bool BOUNDED>
+  template <bool STOCHASTIC, bool LIVE, bool BOUNDED, bool POSITIVE>
   LB_FN uint32_t code(float x, float source, float inverse, uint32_t draw) {
     constexpr float LIMIT = (float)Fmt::LIMIT, LEAST = Fmt::SIGNED ? -LIMIT : 0.0f;
     constexpr bool RAISED = LIVE || !Fmt::SIGNED;
@@ -150,7 +163,7 @@ template <class Fmt> struct Integers {
     // A value a little beyond the top is rounded to it, but may not be rounded up from there.
     if (STOCHASTIC || !BOUNDED) u = smaller(larger(u, LEAST), LIMIT);
     if constexpr (!STOCHASTIC) {
-      if (RAISED) u = larger(u, x > 0.0f ? 1.0f : LEAST);
+      if (RAISED) u = larger(u, POSITIVE || x > 0.0f ? 1.0f : LEAST);
       return bits_of(u + (INTEGER + BIAS));
     } else {
       const float sum = add_down(u, INTEGER + BIAS), low = sum - (INTEGER + BIAS);
@@ -158,16 +171,16 @@ template <class Fmt> struct Integers {
       const uint32_t made = bits_of(sum) + (above >= share_of(draw) * gap ? 1u : 0u);
       if (!RAISED) return made;
       const uint32_t one = INTEGER_BITS + BIAS + 1u;
-      return x > 0.0f && made < one ? one : made;
+      return (POSITIVE || x > 0.0f) && made < one ? one : made;
     }
   }
 
-  template <int V, bool STOCHASTIC, bool LIVE, bool BOUNDED>
+  template <int V, bool STOCHASTIC, bool LIVE, bool BOUNDED, bool POSITIVE = false>
   LB_FN Codes<Fmt, V> encode(const float (&x)[V], const float (&source)[V], float inverse, float,
                              const uint32_t (&draws)[V], const Shared &) {
     uint32_t c[V];
     LB_UNROLL for (int i = 0; i < V; ++i) {
-      c[i] = code<STOCHASTIC, LIVE, BOUNDED>(x[i], source[i], inverse, STOCHASTIC ? draws[i] : 0u);
+      c[i] = code<STOCHASTIC, LIVE, BOUNDED, POSITIVE>(x[i], source[i], inverse, STOCHASTIC ? draws[i] : 0u);
     }
     Codes<Fmt, V> packed = pack<Fmt, V>(c, INTEGER_BITS);
     if (BIAS) {
@@ -188,7 +201,7 @@ struct alignas(8) Bin {
 
 template <class Fmt, bool BINS> struct Ways;  // to a rung
 template <class Fmt> struct Ways<Fmt, true> {
-  alignas(8) Bin bins[Fmt::BINS];
+  alignas(sizeof(Bin) * Fmt::BINS) Bin bins[Fmt::BINS];
   LB_FN void prepare(Ways &ways) {
     for (int k = (int)threadIdx.x; k < Fmt::BINS; k += (int)blockDim.x) {
       ways.bins[k] = {float_of(Fmt::bins(2 * k)), Fmt::bins(2 * k + 1)};
@@ -196,8 +209,9 @@ template <class Fmt> struct Ways<Fmt, true> {
   }
   // u is on the ladder's range, or next to it. The sum's low bits are the offset of an entry.
   LB_FN uint32_t rung(float u, const Ways &ways) {
-    const uint32_t offset = bits_of(fma(u, Fmt::TIMES, Fmt::PLUS)) & (Fmt::BINS - 1) * (uint32_t)sizeof(Bin);
-    const Bin bin = *(const Bin *)((const char *)ways.bins + offset);
+    Bin bin;
+    constexpr uint32_t MASK = (Fmt::BINS - 1) * (uint32_t)sizeof(Bin);
+    pair_in<MASK>(ways.bins, bits_of(fma(u, Fmt::TIMES, Fmt::PLUS)), bin.threshold, bin.rung);
     return bin.rung + (bits_of(bin.threshold - u) >> 31);  // the sign of a difference is exact
   }
 };
@@ -223,7 +237,7 @@ template <class Fmt> struct Ways<Fmt, false> {
 template <class Fmt> struct Codebook {
   using To = Ways<Fmt, (Fmt::BINS > 0)>;
   struct Shared {
-    float values[1 << Fmt::BITS];
+    alignas(4 << Fmt::BITS) float values[1 << Fmt::BITS];
     To ways;
   };
   LB_FN void prepare(Shared &shared) {
@@ -240,8 +254,7 @@ template <class Fmt> struct Codebook {
     LB_UNROLL for (int i = 0; i < V; ++i) {
       const uint32_t word = codes.word[i / EACH];
       const int at = i % EACH * Fmt::BITS - 2;
-      const uint32_t offset = (at < 0 ? word << 2 : word >> (at < 0 ? 0 : at)) & MASK;
-      const float value = *(const float *)((const char *)shared.values + offset) * scale;
+      const float value = float_in<MASK>(shared.values, at < 0 ? word << 2 : word >> (at < 0 ? 0 : at)) * scale;
       x[i] = Fmt::SQUARE ? value * value : value;
     }
   }
@@ -255,11 +268,11 @@ template <class Fmt> struct Codebook {
   static constexpr uint32_t SIGN = Fmt::SIGN_MAGNITUDE ? 1u << (Fmt::BITS - 1) : 0u;
 
   // The rung before it is raised.
-  template <bool STOCHASTIC, bool BOUNDED>
+  template <bool STOCHASTIC, bool BOUNDED, bool POSITIVE>
   LB_FN uint32_t rung_of(float u, uint32_t draw, const Shared &shared) {
     constexpr bool HELD = !BOUNDED || STOCHASTIC;
     if (HELD) u = smaller(u, Fmt::TOP);
-    if (!Fmt::SIGN_MAGNITUDE && (HELD || !Fmt::SIGNED)) u = larger(u, Fmt::BOTTOM);
+    if (!Fmt::SIGN_MAGNITUDE && (HELD || (!Fmt::SIGNED && !POSITIVE))) u = larger(u, Fmt::BOTTOM);
     const uint32_t rung = To::rung(u, shared.ways);
     if (!STOCHASTIC) return rung;
     // From the nearest rung to the one at or below, and up again by chance.
@@ -274,7 +287,7 @@ template <class Fmt> struct Codebook {
     return rung > least ? rung : least;
   }
 
-  template <int V, bool STOCHASTIC, bool LIVE, bool BOUNDED>
+  template <int V, bool STOCHASTIC, bool LIVE, bool BOUNDED, bool POSITIVE = false>
   LB_FN Codes<Fmt, V> encode(const float (&x)[V], const float (&source)[V], float inverse, float,
                              const uint32_t (&draws)[V], const Shared &shared) {
     constexpr bool RAISED = (LIVE || !Fmt::SIGNED) && Fmt::HAS_ZERO;
@@ -283,7 +296,7 @@ template <class Fmt> struct Codebook {
     uint32_t c[V];
     LB_UNROLL for (int i = 0; i < V; ++i) {
       const float u = unit_of<BOUNDED>(Fmt::SIGN_MAGNITUDE ? size(source[i]) : source[i], inverse);
-      c[i] = rung_of<STOCHASTIC, BOUNDED>(u, STOCHASTIC ? draws[i] : 0u, shared);
+      c[i] = rung_of<STOCHASTIC, BOUNDED, POSITIVE>(u, STOCHASTIC ? draws[i] : 0u, shared);
       if (RAISED && !KNOWN) c[i] = raised(c[i], x[i]);
       if constexpr (!Fmt::SAME) c[i] = Fmt::codes((int)c[i]);
       if constexpr (Fmt::SIGN_MAGNITUDE) {
@@ -292,7 +305,7 @@ template <class Fmt> struct Codebook {
       }
     }
     Codes<Fmt, V> packed = pack<Fmt, V>(c);
-    if (RAISED && KNOWN && __builtin_expect(inverse <= 0.5f, 0)) {
+    if (RAISED && KNOWN && !POSITIVE && __builtin_expect(inverse <= 0.5f, 0)) {
       LB_UNROLL for (int i = 0; i < V; ++i) {
         const uint32_t least = x[i] > 0.0f && code_at<Fmt, V>(packed, i) == 0u ? 1u : 0u;
         packed.word[i / EACH] |= least << i % EACH * Fmt::BITS;
@@ -321,7 +334,7 @@ template <class Fmt> struct Floats {
     }
   }
 
-  template <int V, bool STOCHASTIC, bool LIVE, bool BOUNDED>
+  template <int V, bool STOCHASTIC, bool LIVE, bool BOUNDED, bool POSITIVE = false>
   LB_FN Codes<Fmt, V> encode(const float (&x)[V], const float (&)[V], float, float, const uint32_t (&draws)[V],
                              const Shared &) {
     Codes<Fmt, V> packed;
@@ -368,7 +381,7 @@ template <class Fmt> struct Powers {
     LB_UNROLL for (int i = 0; i < V; ++i) x[i] = x[i] * scale;
   }
 
-  template <int V, bool STOCHASTIC, bool LIVE, bool BOUNDED>
+  template <int V, bool STOCHASTIC, bool LIVE, bool BOUNDED, bool POSITIVE = false>
   LB_FN Codes<Fmt, V> encode(const float (&x)[V], const float (&)[V], float inverse, float base,
                              const uint32_t (&draws)[V], const Shared &) {
     uint32_t c[V];
@@ -398,7 +411,7 @@ template <class Fmt> struct Affine {
     }
   }
 
-  template <int V, bool STOCHASTIC, bool LIVE, bool BOUNDED>
+  template <int V, bool STOCHASTIC, bool LIVE, bool BOUNDED, bool POSITIVE = false>
   LB_FN Codes<Fmt, V> encode(const float (&x)[V], const float (&)[V], float inverse, float zero,
                              const uint32_t (&draws)[V], const Shared &) {
     constexpr float LIMIT = (float)Fmt::LIMIT;

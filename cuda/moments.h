@@ -54,7 +54,7 @@ template <int K> LB_FN const OwnTables<K, true> &own_tables(const Tables<0> &tab
 
 // Where a lane's codes and their scale are.
 template <int K> LB_FN int64_t code_index(const Job &job, const Place &place) {
-  if (LINEAR || FLOATS<K>) return place.at * BITS<K> / 8;
+  if (LINEAR || FLOATS<K>) return (int64_t)((uint64_t)place.at * (uint64_t)BITS<K> / 8u);
   return place.row * ((job.cols * BITS<K> + 7) / 8) + place.col * BITS<K> / 8;
 }
 
@@ -68,6 +68,28 @@ template <int K> constexpr int CODE_EACH = FLOATS<K> ? BITS<K> / 8 : 1;  // byte
 template <int K> LB_FN int code_count(const Place &place) {              // accesses, of the values that exist
   return FLOATS<K> ? place.count : (place.count * BITS<K> + 7) / 8;
 }
+
+// What is stored of a tensor, from a number on. Only where rows do not matter, and for moments and 16-bit parameters.
+template <int K> LB_FN void begin_moments([[maybe_unused]] int64_t first, [[maybe_unused]] Job &job) {
+  if constexpr (K < MOMENTS) {
+    constexpr int64_t block = FormatOf<K>::BLOCK;
+    job.codes[K] = (uint8_t *)job.codes[K] + first * BITS<K> / 8;
+    if (!FLOATS<K>) job.scale[K] += first / block;
+    if (FormatOf<K>::KIND == LB_KIND_LOG) job.base[K] += first / block;
+    LB_KEEP(job.codes[K]);
+    LB_KEEP(job.scale[K]);
+    begin_moments<K + 1>(first, job);
+  }
+}
+LB_FN void begin_with(int64_t first, Job &job, Dynamic &now) {
+  job.param = (uint8_t *)job.param + first * SIZE<PARAM>;
+  if (MASTER != LB_NONE) job.companion = (uint8_t *)job.companion + first * COMPANION;
+  now.grad = (const uint8_t *)now.grad + first * SIZE<GRAD>;
+  LB_KEEP(job.param);
+  LB_KEEP(now.grad);
+  begin_moments<0>(first, job);
+}
+
 
 // What a stage makes of what lies beyond a row's end is no value.
 LB_FN void keep_inside([[maybe_unused]] const Place &place, [[maybe_unused]] float (&x)[V]) {
@@ -92,7 +114,7 @@ template <int K, uint32_t WANTED> struct Fetched {
       to.codes = lb::fetch<CODE_BYTES<K>, CODE_EACH<K>>(job.codes[K], code_index<K>(job, place), code_count<K>(place));
       LB_UNROLL for (int part = 0; part < PARTS<K>; ++part) {
         to.scale[part] = to.base[part] = 1.0f;
-        if (!FLOATS<K> && place.count > part * PART<K>) {
+        if (!FLOATS<K> && (LINEAR || place.count > part * PART<K>)) {
           const int64_t index = scale_index<K>(job, place) + part;
           to.scale[part] = load_float(job.scale[K] + index);
           if (FormatOf<K>::KIND == LB_KIND_LOG) to.base[part] = load_float(job.base[K] + index);
@@ -138,6 +160,11 @@ LB_FN void widen_gradient(const GradientWords &from, float (&g)[V]) {
 
 LB_FN bool finite_gradient(const GradientWords &raw) {
   if (GRAD == LB_FLOAT16) return all_finite<GRAD>(raw);
+  if (GRAD == LB_BFLOAT16) {
+    uint32_t sums = 0u;
+    LB_UNROLL for (int k = 0; k < GradientWords::COUNT; ++k) sums = nothing_plus(sums, raw.word[k]);
+    return (sums & 0x7FFF7FFFu) == 0u;
+  }
   float sum = 0.0f;  // 0 * x is NaN for infinities and NaNs
   LB_UNROLL for (int k = 0; k < V; ++k) sum = fma(value<GRAD>(raw.word, k), 0.0f, sum);
   return sum == 0.0f;
@@ -178,10 +205,18 @@ LB_FN void load_vectors([[maybe_unused]] const Job &job, [[maybe_unused]] const 
 
 // ---- storing
 
-LB_FN float quick_inverse(float scale) {
-  Doubt doubt;
-  const Quick found = reciprocal(Quick{scale, &doubt});
-  return Doubt::any(doubt) ? inverse(scale) : found.x;
+// A value above 0 must not be encoded as 0.
+template <int K> constexpr bool RAISED = !FLOATS<K> && (Moment<K>::LIVE || !FormatOf<K>::SIGNED);
+
+// The bits of the largest magnitude; of numbers that are not below 0, bits are as numbers.
+template <bool POSITIVE, int COUNT> LB_FN uint32_t most_of(const float (&x)[COUNT]) {
+  uint32_t bits = 0u;
+  float most = 0.0f;
+  LB_UNROLL for (int k = 0; k < COUNT; ++k) {
+    if (POSITIVE) bits = bits_of(x[k]) > bits ? bits_of(x[k]) : bits;
+    else most = larger_magnitude(most, x[k]);
+  }
+  return POSITIVE ? bits : magnitude_bits(most);
 }
 
 template <int K> struct Scaled {  // what a lane knows of the blocks that its values of a moment are in
@@ -189,18 +224,23 @@ template <int K> struct Scaled {  // what a lane knows of the blocks that its va
   float scale[PARTS<K>], inverse[PARTS<K>], base[PARTS<K>];
 };
 
-// A moment's scales; true if it cannot be stored.
-template <int K> LB_FN bool scale_moment(Scaled<K> &to) {
+// A moment's scales; true if it cannot be stored. Quick ones are in doubt unless that and much more is well.
+template <bool QUICK, int K> LB_FN bool scale_moment(Doubt &doubt, Scaled<K> &to) {
   using F = FormatOf<K>;
   bool bad = false;
   LB_UNROLL for (int part = 0; part < PARTS<K>; ++part) {
     to.scale[part] = to.inverse[part] = to.base[part] = 0.0f;
     if constexpr (!FLOATS<K>) {  // floats can be stored or not as they are narrowed
-      float values[PART<K>], most = 0.0f;
+      float values[PART<K>];
       take_part<K>(part, to.source, values);
-      LB_UNROLL for (int k = 0; k < PART<K>; ++k) most = larger_magnitude(most, values[k]);
-      to.scale[part] = scale_of<F>(float_of(largest<SCALE_LANES<K>>(magnitude_bits(most))));
-      to.inverse[part] = quick_inverse(to.scale[part]);
+      const float absmax = float_of(largest<SCALE_LANES<K>>(most_of<QUICK && !F::SIGNED>(values)));
+      if constexpr (QUICK) {
+        to.scale[part] = quick_scale<F>(absmax, doubt);
+        to.inverse[part] = quick_inverse(to.scale[part]);
+      } else {
+        to.scale[part] = scale_of<F>(absmax);
+        to.inverse[part] = inverse(to.scale[part]);
+      }
       if constexpr (F::KIND == LB_KIND_LOG) to.base[part] = log_base<F, PART<K>, SCALE_LANES<K>>(values, to.scale[part]);
       bad |= !finite_bits(magnitude_bits(to.scale[part]));
     }
@@ -208,12 +248,12 @@ template <int K> LB_FN bool scale_moment(Scaled<K> &to) {
   return bad;
 }
 
-template <int K> LB_FN CodeWords<K> encode_moment(const Key &key, const Place &place, const Tables<K> &tables,
+template <bool QUICK, int K> LB_FN CodeWords<K> encode_moment(const Key &key, const Place &place, const Tables<K> &tables,
                                                   const float (&x)[V], const Scaled<K> &scaled) {
   using F = FormatOf<K>;
   constexpr int bits = PART<K> * BITS<K>;
   uint32_t draws[V] = {};
-  if (Moment<K>::STOCHASTIC) draw(key, place.number, draws);
+  if (Moment<K>::STOCHASTIC) draw(key, place, draws);
   CodeWords<K> codes = {};
   LB_UNROLL for (int part = 0; part < PARTS<K>; ++part) {
     float values[PART<K>], source[PART<K>];
@@ -221,7 +261,7 @@ template <int K> LB_FN CodeWords<K> encode_moment(const Key &key, const Place &p
     take_part<K>(part, F::SQUARE ? scaled.source : x, values);  // a root is above 0 where its square is
     take_part<K>(part, scaled.source, source);
     LB_UNROLL for (int k = 0; k < PART<K>; ++k) own_draws[k] = draws[part * PART<K> + k];
-    const auto own = Codec<F>::template encode<PART<K>, Moment<K>::STOCHASTIC, Moment<K>::LIVE, GUARDED>(
+    const auto own = Codec<F>::template encode<PART<K>, Moment<K>::STOCHASTIC, Moment<K>::LIVE, QUICK || GUARDED, QUICK>(
         values, source, scaled.inverse[part], scaled.base[part], own_draws, tables.own);
     if constexpr (PARTS<K> == 1) codes = own;
     else codes.word[part * bits / 32] |= own.word[0] << part * bits % 32;
@@ -244,7 +284,7 @@ LB_FN void store_moment(const Job &job, const Place &place, CodeWords<K> codes, 
   if constexpr (!FLOATS<K>) {
     if (lane() % SCALE_LANES<K> != 0) return;
     LB_UNROLL for (int part = 0; part < PARTS<K>; ++part) {
-      if (place.count <= part * PART<K>) return;
+      if (!LINEAR && place.count <= part * PART<K>) return;
       const int64_t index = scale_index<K>(job, place) + part;
       store_float(job.scale[K] + index, scaled.scale[part]);
       if (FormatOf<K>::KIND == LB_KIND_LOG) store_float(job.base[K] + index, scaled.base[part]);

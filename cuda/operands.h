@@ -20,7 +20,8 @@ static_assert(WIDTH % V == 0 && LANES <= 32, "a step block belongs to one warp, 
 // Where a lane's values are.
 struct Place {
   int64_t row, col;  // of the first
-  int64_t number;    // for random bits
+  int64_t number;
+  int64_t counted;   // the same for random bits, counted from where their key is (stream_keys)
   int64_t block;     // number of the step block
   int64_t at;        // offset of the first value
   int count;         // how many of the V values exist: those beyond a row's or the tensor's end do not
@@ -34,7 +35,7 @@ LB_FN int64_t quotient(int64_t a, int64_t b) {  // of natural numbers: 64 bits t
 
 LB_FN Place place(const Job &job, int64_t number) {
   Place to;
-  to.number = number;
+  to.number = to.counted = number;
   to.block = (int64_t)((uint64_t)number / WIDTH);
   if (LINEAR) {  // only vectors ask for a row and a column
     to.row = VECTORS > 0 ? quotient(number, job.cols) : 0;
@@ -98,8 +99,9 @@ struct Key {
   uint32_t first, second;
 };
 
-// rounding.key of (seed, step, tensor, operand); the lanes of a warp share the work.
-template <int COUNT> LB_FN void stream_keys(const Job &job, const Dynamic &now, Key (&keys)[COUNT]) {
+// rounding.key of (seed, step, tensor, operand), for numbers of the chunk of `from` and counted from there: the high bits of
+// their pairs are the same. The lanes of a warp share the work.
+template <int COUNT> LB_FN void stream_keys(const Job &job, const Dynamic &now, int64_t from, Key (&keys)[COUNT]) {
   static_assert(2 * COUNT <= 32, "a lane for each word of each key");
   const uint32_t words[6] = {(uint32_t)now.seed, (uint32_t)(now.seed >> 32), (uint32_t)now.step,
                              (uint32_t)(now.step >> 32), (uint32_t)job.tensor, (uint32_t)(lane() / 2)};
@@ -107,17 +109,17 @@ template <int COUNT> LB_FN void stream_keys(const Job &job, const Dynamic &now, 
   LB_UNROLL for (int k = 0; k < 6; ++k) mixed = mix(mixed * 0x9E3779B9u + words[k] + 1u);
   LB_UNROLL for (int k = 0; k < COUNT; ++k) {
     keys[k].first = __shfl_sync(WHOLE_WARP, mixed, 2 * k);
-    keys[k].second = __shfl_sync(WHOLE_WARP, mixed, 2 * k + 1);
+    keys[k].second = __shfl_sync(WHOLE_WARP, mixed, 2 * k + 1) + (uint32_t)(from >> 33) * 0x9E3779B1u;
+    keys[k].first += (uint32_t)(from >> 1);
   }
 }
 
-// 16 random bits for each of the V values from a number on.
-LB_FN void draw(const Key &key, int64_t number, uint32_t (&draws)[V]) {
-  const int64_t pair = number / 2;
-  const uint32_t second = (uint32_t)(pair >> 32) * 0x9E3779B1u + key.second;
+// 16 random bits for each of the V values from a place on.
+LB_FN void draw(const Key &key, const Place &place, uint32_t (&draws)[V]) {
+  const uint32_t pair = (uint32_t)((uint64_t)place.counted >> 1);
   LB_UNROLL for (int k = 0; k < (V + 1) / 2; ++k) {
-    const uint32_t both = hash((uint32_t)pair + (uint32_t)k, key.first, second);
-    draws[2 * k % V] = V == 1 && number % 2 ? both >> 16 : both & 0xFFFFu;
+    const uint32_t both = hash(pair + (uint32_t)k, key.first, key.second);
+    draws[2 * k % V] = V == 1 && lane() % 2 ? both >> 16 : both & 0xFFFFu;
     if (V > 1) draws[(2 * k + 1) % V] = both >> 16;
   }
 }
@@ -190,32 +192,29 @@ LB_FN ParamWords narrow_any(const uint32_t (&draws)[V], const float (&p)[V]) {
   return words;
 }
 
-// The same, and whether all of it is finite.
-LB_FN ParamWords narrow_parameter(const Key &key, const Place &place, const float (&p)[V], bool &finite) {
-  ParamWords words;
-  if constexpr (PARAM == LB_FLOAT32) {
-    LB_UNROLL for (int k = 0; k < V; ++k) words.word[k] = bits_of(p[k]);
-    finite = all_finite<PARAM>(words);
-    return words;
-  }
+// The same, and whether all of it is finite: where it is not, a quick course is in doubt.
+template <bool QUICK>
+LB_FN ParamWords narrow_parameter(const Key &key, const Place &place, const float (&p)[V], bool &finite, Doubt &doubt) {
+  ParamWords words = {};
   uint32_t draws[V] = {};
-  if (STOCHASTIC) draw(key, place.number, draws);
-  if constexpr (PARAM == LB_BFLOAT16 && V % 2 == 0 && (MASTER == LB_NONE || MASTER == LB_KAHAN)) {
-    float most = 0.0f;  // nothing below 3.38e38 becomes infinite
-    LB_UNROLL for (int k = 0; k < V; ++k) most = larger_magnitude(most, p[k]);
-    if (most < 3.38e38f) {
-      LB_UNROLL for (int k = 0; k < V; k += 2) {
-        const uint32_t a = bits_of(p[k]), b = bits_of(p[k + 1]);
-        const uint32_t low = a + (STOCHASTIC ? draws[k] : 0x7FFFu + (a >> 16 & 1u));
-        const uint32_t high = b + (STOCHASTIC ? draws[k + 1] : 0x7FFFu + (b >> 16 & 1u));
-        words.word[k / 2] = permute(low, high, 0x7632);
-      }
-      finite = true;
-      return words;
+  if (STOCHASTIC && PARAM != LB_FLOAT32) draw(key, place, draws);
+  if constexpr (QUICK && PARAM == LB_BFLOAT16 && V % 2 == 0 && (MASTER == LB_NONE || MASTER == LB_KAHAN)) {
+    LB_UNROLL for (int k = 0; k < V; k += 2) {
+      const uint32_t a = bits_of(p[k]), b = bits_of(p[k + 1]);
+      const uint32_t low = a + (STOCHASTIC ? draws[k] : 0x7FFFu + (a >> 16 & 1u));
+      const uint32_t high = b + (STOCHASTIC ? draws[k + 1] : 0x7FFFu + (b >> 16 & 1u));
+      words.word[k / 2] = permute(low, high, 0x7632);
     }
+    LB_UNROLL for (int k = 0; k < V; ++k) Doubt::must_be_finite(doubt, p[k]);
+    finite = true;
+    return words;
+  } else if constexpr (PARAM == LB_FLOAT32) {
+    LB_UNROLL for (int k = 0; k < V; ++k) words.word[k] = bits_of(p[k]);
+  } else {
+    words = narrow_any(draws, p);
   }
-  words = narrow_any(draws, p);
   finite = all_finite<PARAM>(words);
+  if (QUICK) doubt.otherwise |= !finite;
   return words;
 }
 

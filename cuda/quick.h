@@ -1,14 +1,14 @@
-// A float that divides and takes roots by a straight course of instructions, and knows where that course leads astray.
+// A float that divides, takes roots and averages by a straight course of instructions, and knows where that leads astray.
 //
 // The machine has no IEEE division and square root: it has approximations, which a compiler makes exact by a few
 // fused multiply-adds (Markstein, "Computation of elementary functions on the IBM RISC System/6000 processor", 1990),
 // and for operands far from 1 it branches to a slower course, at every single division. Those branches keep the
 // scheduler from working on several values at once. Here the course is the compiler's own (a test compares them, for every
-// architecture), without branches, and so are the bits
-// unless there is `Doubt`; then a warp does all of it again with plain floats.
+// architecture), without branches, and so are the bits unless there is `Doubt`; then a warp does all of it again with
+// plain floats.
 //
-// Doubt is a few sums: of squares that overflow where an operand is too large, of bits that are lost where one is too
-// small. Comparisons would say it shorter, but they share a pipe with all integer work, at half the rate.
+// Doubt is cheap because it is summed up: integers are compared as they are, three at a time (VIMNMX3 on sm_90), and what
+// is infinite or NaN stays so in a sum of squares.
 #pragma once
 #include "device.h"
 
@@ -25,28 +25,51 @@ LB_FN float near_reciprocal_root(float x) {
   asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-LB_FN float flushed_product(float a, float b) {  // 0 for what is subnormal
-  float y;
-  asm("mul.ftz.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
-  return y;
-}
 #else  // the approximations' error is not in the results
 LB_FN float flushed(float x) { return float_of(bits_of(x) & 0x7F800000u) == 0.0f ? x * 0.0f : x; }
 LB_FN float near_reciprocal(float x) { return flushed(1.0f / flushed(x)); }
 LB_FN float near_reciprocal_root(float x) { return 1.0f / __builtin_sqrtf(flushed(x)); }
-LB_FN float flushed_product(float a, float b) { return flushed(flushed(a) * flushed(b)); }
 #endif
 
 struct Doubt {
-  float large = 0.0f;  // infinite or NaN: an operand or a quotient was too large
-  float roots = 0.0f;  // the same of roots, apart: then the same roots taken twice are the same sum
-  float small = 0.0f;  // not 0: a quotient was too small
-  int32_t least = 0;   // the smallest numerator's bits: it was -0
+  float strange = 0.0f;           // infinite or NaN: some number was, or its square
+  uint32_t numerator = ~0u;       // the least 2 |x| - 1, as bits: of 0 that is the largest
+  uint32_t denominator = 0u;      // the largest, as bits: what is negative is larger than all others
+  uint32_t least = ~0u, most = 0u;  // of numbers that must be above 0, as bits
+  bool otherwise = false;         // what quick numbers do not know
+
+  LB_FN void must_be_finite(Doubt &doubt, float x) { doubt.strange = fma(x, x, doubt.strange); }  // and below 2**64
+  LB_FN void must_be_positive(Doubt &doubt, float x) {
+    const uint32_t bits = bits_of(x);
+    doubt.least = bits < doubt.least ? bits : doubt.least;
+    doubt.most = bits > doubt.most ? bits : doubt.most;
+  }
+
+  // That of several numbers, of which each has begun with what was strange so far. In loops of their own the compiler finds
+  // integers three at a time.
+  template <int COUNT> LB_FN Doubt together(const Doubt (&each)[COUNT]) {
+    Doubt all = each[COUNT - 1];
+    LB_UNROLL for (int k = 0; k < COUNT - 1; ++k) all.otherwise |= each[k].otherwise;
+    LB_UNROLL for (int k = 0; k < COUNT - 1; ++k) {
+      all.numerator = each[k].numerator < all.numerator ? each[k].numerator : all.numerator;
+    }
+    LB_UNROLL for (int k = 0; k < COUNT - 1; ++k) {
+      all.denominator = each[k].denominator > all.denominator ? each[k].denominator : all.denominator;
+    }
+    LB_UNROLL for (int k = 0; k < COUNT - 1; ++k) all.least = each[k].least < all.least ? each[k].least : all.least;
+    all.most = 0u;
+    LB_UNROLL for (int k = 0; k < COUNT; ++k) all.most = each[k].most > all.most ? each[k].most : all.most;
+    return all;
+  }
 
   LB_FN bool any(const Doubt &doubt) {
-    return !(doubt.large + doubt.roots <= 3.4028234663852886e38f) || doubt.small != 0.0f ||
-           doubt.least == (int32_t)0x80000000;
+    return !(doubt.strange <= 3.4028234663852886e38f) || doubt.numerator < 2u * LEAST_NUMERATOR - 1u ||
+           doubt.denominator > MOST_DENOMINATOR || doubt.least < LEAST_POSITIVE || doubt.most > MOST_POSITIVE ||
+           doubt.otherwise;
   }
+
+  static constexpr uint32_t LEAST_NUMERATOR = (127u - 80u) << 23, MOST_DENOMINATOR = (127u + 40u) << 23;
+  static constexpr uint32_t LEAST_POSITIVE = (127u - 100u) << 23, MOST_POSITIVE = 0x7F7FFFFFu;
 };
 
 struct Quick {
@@ -69,27 +92,29 @@ LB_FN Quick operator*(Quick a, Quick b) { return {a.x * b.x, a.doubt}; }
 LB_FN Quick operator*(Quick a, float b) { return {a.x * b, a.doubt}; }
 LB_FN Quick operator*(float a, Quick b) { return {a * b.x, b.doubt}; }
 
-// Right for 2**-64 < |b| < 2**64 and a that is +0 or makes 2**-38 < |a / b| < 2**64: then nothing overflows, no reciprocal
-// is subnormal, and what is left of a is a float when the quotient's product with b is taken away.
+// Right for 0 <= b <= 2**40 and a that is 0 or 2**-80 <= |a|, if the quotient is below 2**64. The reciprocal of a smaller
+// b is infinite, and the quotient then NaN. Otherwise the quotient is above 2**-120, and what is left of a when its product
+// with b is taken away is a float: a multiple of 2**-127. Where nothing is left, the quotient keeps its sign, that of 0
+// too: the remainder is taken the other way round, so that nothing is -0 beside +0.
 LB_FN Quick divided(float a, float b, Doubt *doubt) {
   const float near = near_reciprocal(b);
   const float inverse = fma(near, fma(-b, near, 1.0f), near);
   const float quotient = a * inverse;
-  doubt->large = fma(quotient, quotient, fma(b, b, fma(near, near, doubt->large)));
-  doubt->small = doubt->small + abs(fma(flushed_product(quotient, 0x1p-88f), 0x1p88f, -quotient));
-  doubt->least = (int32_t)bits_of(a) < doubt->least ? (int32_t)bits_of(a) : doubt->least;
-  return {fma(fma(-b, quotient, a), inverse, quotient), doubt};
+  const uint32_t twice = 2u * bits_of(a) - 1u, below = bits_of(b);
+  doubt->numerator = twice < doubt->numerator ? twice : doubt->numerator;
+  doubt->denominator = below > doubt->denominator ? below : doubt->denominator;
+  Doubt::must_be_finite(*doubt, quotient);
+  return {fma(fma(b, quotient, -a), -inverse, quotient), doubt};
 }
 LB_FN Quick operator/(Quick a, Quick b) { return divided(a.x, b.x, a.doubt); }
 LB_FN Quick operator/(Quick a, float b) { return divided(a.x, b, a.doubt); }
 LB_FN Quick operator/(float a, Quick b) { return divided(a, b.x, b.doubt); }
 
-// Right for 2**-100 < a < infinity.
+// Right for 2**-100 <= a < infinity.
 LB_FN Quick sqrt(Quick a) {
-  Doubt *doubt = a.doubt;
-  const float near = near_reciprocal_root(a.x), root = a.x * near, scaled = near * 0x1p14f;
-  doubt->roots = fma(root, 0.0f, fma(scaled, scaled, doubt->roots));
-  return {fma(fma(-root, root, a.x), near * 0.5f, root), doubt};
+  const float near = near_reciprocal_root(a.x), root = a.x * near;
+  Doubt::must_be_positive(*a.doubt, a.x);
+  return {fma(fma(-root, root, a.x), near * 0.5f, root), a.doubt};
 }
 
 LB_FN bool operator<(Quick a, Quick b) { return a.x < b.x; }
@@ -120,8 +145,12 @@ template <class... Rest> LB_FN Doubt *doubt_of(float, Rest... rest) { return dou
 template <class A, class B> LB_FN auto where(bool condition, A a, B b) -> decltype(a + b) {
   return {condition ? plain(a) : plain(b), doubt_of(a, b)};
 }
-template <class A, class B, class W> LB_FN auto lerp(A a, B b, W weight) -> decltype(a + b + weight) {
-  return {lerp(plain(a), plain(b), plain(weight)), doubt_of(a, b, weight)};
+template <class A, class B> LB_FN auto lerp(A a, B b, Quick weight) -> decltype(a + b + weight) {
+  return {lerp(plain(a), plain(b), weight.x), weight.doubt};
+}
+template <class A, class B> LB_FN auto lerp(A a, B b, float weight) -> decltype(a + b) {  // one of the two ways
+  doubt_of(a, b)->otherwise |= bits_of(weight) >= bits_of(0.5f);
+  return {plain(a) + weight * (plain(b) - plain(a)), doubt_of(a, b)};
 }
 template <class A, class B> LB_FN auto maximum(A a, B b) -> decltype(a + b) {
   return {maximum(plain(a), plain(b)), doubt_of(a, b)};
@@ -138,6 +167,8 @@ LB_FN Quick abs(Quick a) { return {abs(a.x), a.doubt}; }
 LB_FN Quick sign(Quick a) { return {sign(a.x), a.doubt}; }
 
 // A number to compute with, and its value.
+template <class F> constexpr bool QUICK = false;
+template <> constexpr bool QUICK<Quick> = true;
 template <class F> struct Number;
 template <> struct Number<Quick> {
   LB_FN Quick made(float x, Doubt &doubt) { return {x, &doubt}; }

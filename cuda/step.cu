@@ -11,27 +11,30 @@
 
 namespace lb {
 
-// All moments from K on: prepare, find out whether the block can be stored, store.
+// All moments from K on: take what codes are made of, encode, store.
 template <int K> struct Stored {
   Scaled<K> scaled;
   CodeWords<K> codes;
   Stored<K + 1> rest;
 
-  // True if something of it is not finite.
-  LB_FN bool encode(const Place &place, const Key *keys, const Tables<K> &tables, float (&x)[LOADED][V], Stored &to) {
-    keep_inside(place, x[2 + K]);
-    keep_inside(place, to.scaled.source);
-    bool bad = scale_moment<K>(to.scaled);
-    to.codes = encode_moment<K>(keys[1 + K], place, tables, x[2 + K], to.scaled);
-    if constexpr (FLOATS<K>) bad = !all_finite<FormatOf<K>::DTYPE>(to.codes);
-    return bad | Stored<K + 1>::encode(place, keys, tables.rest, x, to.rest);
+  // Of value k: its root for a format of roots.
+  template <class F> LB_FN void take_sources(int k, const float (&x)[LOADED][V], Doubt &doubt, Stored &to) {
+    const float value = x[2 + K][k];
+    if (QUICK<F> && RAISED<K>) Doubt::must_be_positive(doubt, value);
+    to.scaled.source[k] = FormatOf<K>::SQUARE ? Number<F>::value(sqrt(Number<F>::made(value, doubt))) : value;
+    Stored<K + 1>::template take_sources<F>(k, x, doubt, to.rest);
   }
 
-  // What codes are taken from, of value k: its root for a format of roots.
-  template <class F> LB_FN void take_sources(int k, const float (&x)[LOADED][V], Doubt &doubt, Stored &to) {
-    to.scaled.source[k] = x[2 + K][k];
-    if (FormatOf<K>::SQUARE) to.scaled.source[k] = Number<F>::value(sqrt(Number<F>::made(x[2 + K][k], doubt)));
-    Stored<K + 1>::template take_sources<F>(k, x, doubt, to.rest);
+  // True if something of it is not finite: where it is, quick numbers may be in doubt.
+  template <class F>
+  LB_FN bool encode(const Place &place, const Key *keys, const Tables<K> &tables, float (&x)[LOADED][V], Doubt &doubt,
+                    Stored &to) {
+    keep_inside(place, x[2 + K]);
+    keep_inside(place, to.scaled.source);
+    bool bad = scale_moment<QUICK<F>, K>(doubt, to.scaled);
+    to.codes = encode_moment<QUICK<F>, K>(keys[1 + K], place, tables, x[2 + K], to.scaled);
+    if constexpr (FLOATS<K>) bad = !all_finite<FormatOf<K>::DTYPE>(to.codes);
+    return bad | Stored<K + 1>::template encode<F>(place, keys, tables.rest, x, doubt, to.rest);
   }
 
   LB_FN void store(const Job &job, const Place &place, const Stored &from) {
@@ -40,28 +43,33 @@ template <int K> struct Stored {
   }
 };
 template <> struct Stored<MOMENTS> {
-  LB_FN bool encode(const Place &, const Key *, const Tables<MOMENTS> &, float (&)[LOADED][V], Stored &) { return false; }
   template <class F> LB_FN void take_sources(int, const float (&)[LOADED][V], Doubt &, Stored &) {}
+  template <class F>
+  LB_FN bool encode(const Place &, const Key *, const Tables<MOMENTS> &, float (&)[LOADED][V], Doubt &, Stored &) {
+    return false;
+  }
   LB_FN void store(const Job &, const Place &, const Stored &) {}
 };
 
-// Whether the next operands are on their way while others are worked on: what was faster on an H100 (docs/gpu-speed.md).
-template <int K> LB_FN constexpr bool searches() {
-  if constexpr (K < MOMENTS) return FormatOf<K>::KIND == LB_KIND_CODEBOOK || searches<K + 1>();
-  else return false;
-}
-constexpr bool EARLY = !searches<0>();
-
-// A lane's values of everything as it is stored; they stay in registers until the new ones are known to be right.
+// A lane's values of everything as it is stored.
 using As = Kept<STORED>;
 struct Operands {
   GradientWords gradient;
   As::Old parameter;
   Fetched<0, ~0u> moments;
 };
+struct Fresh {
+  As::New parameter;
+  Stored<0> moments;
+};
 // For how many blocks of threads at once a multiprocessor's registers are to suffice: as many as was fastest on an H100,
 // and one less where they would spill.
-constexpr int TOGETHER = !LINEAR || PARAM == LB_FLOAT32 || sizeof(Operands) > 112 ? 5 : 6;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int MOST_TOGETHER = 5;
+#else
+constexpr int MOST_TOGETHER = 6;
+#endif
+constexpr int TOGETHER = !LINEAR || PARAM == LB_FLOAT32 || sizeof(Operands) > 112 ? 5 : MOST_TOGETHER;
 
 LB_FN void fetch_operands(const Job &job, const Dynamic &now, const Place &here, Operands &to) {
   if (here.count == 0) return;
@@ -70,23 +78,82 @@ LB_FN void fetch_operands(const Job &job, const Dynamic &now, const Place &here,
   Fetched<0, ~0u>::fetch(job, here, to.moments);
 }
 
-// All updates, after the last measurement, on numbers of type F. Whether plain floats might have given anything else.
-template <class F> LB_FN bool run_updates(const Operands &from, const Place &here, const Tables<0> &tables,
-                                          const float *scalars, float (&x)[LOADED][V], Stored<0> &stored) {
-  using Update = Sweep<MEASURES, F>;
-  const auto own = Update::scalars(scalars);
+LB_FN void decode_operands(const Operands &from, const Place &here, const Tables<0> &tables, float (&x)[LOADED][V]) {
   widen_gradient(from.gradient, x[1]);
   As::decode(from.parameter, here, tables, x[0]);
   Fetched<0, ~0u>::decode(from.moments, here, tables, x);
-  Doubt doubt, of_sources;
+}
+
+LB_FN void store_fresh(const Job &job, const Place &place, const float (&x)[LOADED][V], const Fresh &from) {
+  As::store(job, place, x[0], from.parameter);
+  Stored<0>::store(job, place, from.moments);
+}
+
+// All updates, after the last measurement, on numbers of type F, and what is to be stored then; and between the two,
+// when nothing is needed any more of what was fetched, something else. True if something of it is not finite; with quick
+// numbers, if plain floats might give anything else.
+template <class F, class Between>
+LB_FN bool renew(const Job &job, const Operands &from, const Place &here, const Key *keys, const Tables<0> &tables,
+                 const float *scalars, float (&x)[LOADED][V], Fresh &to, Between between) {
+  using Update = Sweep<MEASURES, F>;
+  const auto own = Update::scalars(scalars);
+  const As::Old old = from.parameter;
+  Doubt each[V];
+  bool bad = !finite_gradient(from.gradient), finite;
+  decode_operands(from, here, tables, x);
   LB_UNROLL for (int k = 0; k < V; ++k) {
     F values[SLOTS];
-    LB_UNROLL for (int slot = 0; slot < LOADED; ++slot) values[slot] = Number<F>::made(x[slot][k], doubt);
+    if (k > 0) each[k].strange = each[k - 1].strange;
+    LB_UNROLL for (int slot = 0; slot < LOADED; ++slot) values[slot] = Number<F>::made(x[slot][k], each[k]);
     Update::run(values, own);
     LB_UNROLL for (int slot = 0; slot < 2 + MOMENTS; ++slot) x[slot][k] = Number<F>::value(values[slot]);
-    Stored<0>::template take_sources<F>(k, x, of_sources, stored);
+    Stored<0>::template take_sources<F>(k, x, each[k], to.moments);
   }
-  return Doubt::any(doubt) || Doubt::any(of_sources);
+  Doubt doubt = Doubt::together(each);
+  between();
+  to.parameter = As::template encode<QUICK<F>>(job, keys[0], here, tables, old, x[0], finite, doubt);
+  if (!QUICK<F>) bad |= !finite && As::spoils(here, tables, old, to.parameter, x[0]);
+  bad |= Stored<0>::template encode<F>(here, keys, tables, x, doubt, to.moments);
+  return bad || (QUICK<F> && Doubt::any(doubt));
+}
+
+// A lane's way: TURNS places at most, 32 * V numbers apart. Where nobody asks for rows or columns it begins anew, at 0, so
+// that an address is one multiplication and addition.
+constexpr bool ANEW = LINEAR && VECTORS == 0 && !STORED;
+
+struct Way {
+  int64_t first;
+  uint32_t turns;  // ANEW: how many there are, the same for all lanes of a warp
+  int whole;       // ANEW: V, which a compiler that knew it would make predicates of, where branches are faster
+};
+
+LB_FN Way way_from(const Job &job, int64_t first) {
+  const int64_t left = job.rows * job.cols - first, turns = (left + 32 * V - 1) / (32 * V);
+  return {first, left <= 0 ? 0u : turns < TURNS ? (uint32_t)turns : (uint32_t)TURNS, left < V ? (int)left : V};
+}
+
+LB_FN Place place_on(const Way &way, const Job &job, uint32_t turn) {
+  Place to = {};
+  if (ANEW) {
+    to.number = to.at = to.counted = (int64_t)((uint64_t)turn * (32 * V));
+    to.count = turn < way.turns ? way.whole : 0;
+  } else if (turn < TURNS) {
+    to = place(job, way.first + (int64_t)turn * (32 * V));
+    to.counted = (int64_t)((uint64_t)turn * (32 * V));
+  }
+  return to;
+}
+
+LB_FN bool goes_on(const Place &here) { return ANEW ? here.count > 0 : any<32>(here.count > 0); }
+
+// Whether quick numbers are of any use: not if they doubt the weights of an average, which are the same for all values.
+LB_FN bool worth_trying(const float *scalars) {
+  using Update = Sweep<MEASURES, Quick>;
+  Doubt doubt;
+  Quick values[SLOTS];
+  LB_UNROLL for (int slot = 0; slot < SLOTS; ++slot) values[slot] = {1.0f, &doubt};
+  Update::run(values, Update::scalars(scalars));
+  return !doubt.otherwise;
 }
 
 }  // namespace lb
@@ -98,43 +165,53 @@ extern "C" __global__ void __launch_bounds__(lb::UPDATERS, lb::TOGETHER)
   prepare_tables<0>(tables);
   __syncthreads();
   const int32_t index = owner[blockIdx.x];
-  const Job job = jobs[index];  // a copy: what is stored might change the original, as far as the compiler knows
-  const Dynamic now = dynamic[index];
+  Job job = jobs[index];  // a copy: what is stored might change the original, as far as the compiler knows
+  Dynamic now = dynamic[index];
   const Run &run = runs[index];
   if (MEASURES > 0 && GUARDED && run.skip) return;
   float scalars[SCALARS + 1];  // a copy, as above
   LB_UNROLL for (int k = 0; k < SCALARS; ++k) scalars[k] = run.scalars[k];
-  Key keys[1 + MOMENTS];
-  if (DRAWS) stream_keys(job, now, keys);
   const int64_t first = ((int64_t)blockIdx.x - job.first_chunk) * CHUNK + (int64_t)warp() * (32 * V * TURNS) + lane() * V;
-  uint32_t lost = 0u;
-  Place here = place(job, first);
+  Key keys[1 + MOMENTS];
+  if (DRAWS) stream_keys(job, now, first, keys);
+  const Way way = way_from(job, first);
+  if (ANEW) begin_with(first, job, now);
+  const bool quick = worth_trying(scalars);
+  uint32_t lost = 0u, doubtful = quick ? 0u : ~0u;  // step blocks; turns, a bit each
+  Place here = place_on(way, job, 0);
   Operands old = {};
-  fetch_operands(job, now, here, old);
-  LB_ONE_AT_A_TIME for (int unit = 1; any<32>(here.count > 0); ++unit) {
-    const Place ahead = unit < TURNS ? place(job, first + (int64_t)unit * (32 * V)) : Place{};
-    Operands next = {};
-    if (EARLY) fetch_operands(job, now, ahead, next);
+  if (quick) fetch_operands(job, now, here, old);
+  LB_ONE_AT_A_TIME for (uint32_t turn = 0; quick && goes_on(here); ++turn) {
+    const Place place = here;
+    here = place_on(way, job, turn + 1u);
     float x[LOADED][V];
-    load_vectors<0, Sweep<MEASURES>::READS>(job, workspace, here, x);
-    Stored<0> stored;
-    const bool doubtful = run_updates<Quick>(old, here, tables, scalars, x, stored);
-    if (any<32>(doubtful && here.count > 0)) run_updates<float>(old, here, tables, scalars, x, stored);
-    bool finite;
-    const As::New parameter = As::encode(job, keys[0], here, tables, old.parameter, x[0], finite);
-    bool bad = !finite_gradient(old.gradient);
-    bad |= !finite && As::spoils(here, tables, old.parameter, parameter, x[0]);
-    bad |= Stored<0>::encode(here, keys, tables, x, stored);
+    Fresh fresh;
+    load_vectors<0, Sweep<MEASURES>::READS>(job, workspace, place, x);
+    const bool doubt = renew<Quick>(job, old, place, keys, tables, scalars, x, fresh,
+                                    [&] { fetch_operands(job, now, here, old); });
     __syncwarp();  // all lanes have loaded the scales, which one of them stores: a vote alone orders no memory
-    if (GUARDED && any<LANES>(bad)) {
-      lost += lane() % LANES == 0 && here.count > 0;
+    if (any<32>(doubt && (ANEW || place.count > 0))) {
+      doubtful |= 1u << turn;
     } else {
-      As::store(job, here, x[0], parameter);
-      Stored<0>::store(job, here, stored);
+      store_fresh(job, place, x, fresh);
     }
-    if (!EARLY) fetch_operands(job, now, ahead, next);
-    here = ahead;
-    old = next;
+  }
+  LB_ONE_AT_A_TIME for (uint32_t turn = 0; turn < TURNS && doubtful >> turn != 0u; ++turn) {
+    if ((doubtful >> turn & 1u) == 0u) continue;
+    LB_RARELY;
+    const Place place = place_on(way, job, turn);
+    if (!goes_on(place)) break;
+    fetch_operands(job, now, place, old);
+    float x[LOADED][V];
+    Fresh fresh;
+    load_vectors<0, Sweep<MEASURES>::READS>(job, workspace, place, x);
+    const bool bad = renew<float>(job, old, place, keys, tables, scalars, x, fresh, [] {});
+    __syncwarp();
+    if (GUARDED && any<LANES>(bad)) {
+      lost += lane() % LANES == 0 && place.count > 0;
+    } else {
+      store_fresh(job, place, x, fresh);
+    }
   }
   if (lost) atomicAdd((unsigned long long *)job.skipped, (unsigned long long)lost);
 }

@@ -91,16 +91,18 @@ template <int K> struct StoredWeight {
     keep_inside(place, p);
   }
 
+  template <bool QUICK>
   LB_FN New encode(const Job &, const Key &key, const Place &place, const Tables<0> &tables, const Old &old,
-                   float (&p)[V], bool &finite) {
+                   float (&p)[V], bool &finite, Doubt &doubt) {
     constexpr int STEPS = REST ? 256 : 1;
     constexpr float REACH = F::TOP + (REST ? 127.0f / 256.0f : 0.0f);
     keep_inside(place, p);
     float sum = 0.0f;  // 0 * x is NaN for infinities and NaNs
     LB_UNROLL for (int k = 0; k < V; ++k) sum = fma(p[k], 0.0f, sum);
     finite = sum == 0.0f;
+    if (QUICK) doubt.otherwise |= !finite;
     uint32_t draws[V] = {};
-    if (STOCHASTIC) draw(key, place.number, draws);
+    if (STOCHASTIC) draw(key, place, draws);
     const Scaling way = scaling(old.whole);
     New to = {};
     LB_UNROLL for (int part = 0; part < ALL; ++part) {
@@ -167,9 +169,10 @@ template <> struct Kept<false> {
   using New = ParamWords;
   LB_FN Old fetch(const Job &job, const Place &place) { return fetch_parameter(job, place); }
   LB_FN void decode(const Old &from, const Place &, const Tables<0> &, float (&p)[V]) { widen_parameter(from, p); }
+  template <bool QUICK>
   LB_FN New encode(const Job &, const Key &key, const Place &place, const Tables<0> &, const Old &, float (&p)[V],
-                   bool &finite) {
-    return narrow_parameter(key, place, p, finite);
+                   bool &finite, Doubt &doubt) {
+    return narrow_parameter<QUICK>(key, place, p, finite, doubt);
   }
   LB_FN bool spoils(const Place &place, const Tables<0> &, const Old &old, const New &fresh, const float (&)[V]) {
     return spoiled(place, old.raw, fresh);

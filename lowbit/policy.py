@@ -7,7 +7,7 @@ decision uses the global shape and the name only, so it never depends on a devic
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -50,12 +50,20 @@ class Policy:
 
     Raises:
         ValueError: a storage names no format or preset, or a match no role.
+        TypeError: these are no rules.
 
     >>> Policy([("*.norm.*", "fp32"), ("@embedding", "bf16")])
     Policy([('*.norm.*', 'fp32'), ('@embedding', 'bf16')])
     """
 
     def __init__(self, rules: Sequence[tuple[Match, Storage]] = ()):
+        if isinstance(rules, str | Mapping) or not isinstance(rules, Iterable):
+            raise TypeError(f"Policy takes a list of (match, storage), not {rules!r}")
+        rules = tuple(rules)
+        for rule in rules:
+            pair = isinstance(rule, tuple | list) and len(rule) == 2
+            if not pair or not (isinstance(rule[0], str) or callable(rule[0])):
+                raise TypeError(f'Policy: a rule is ("glob" or "@role" or a function, storage), not {rule!r}')
         self.rules = tuple((match, storage) for match, storage in rules)
         for match, storage in self.rules:
             check_storage(storage, "Policy")

@@ -251,7 +251,7 @@ class Roles(Mapping[str, str]):
         shapes: of the parameters.
         tied: name -> the other names of the same tensor.
         transposed: the names of weights that are stored (in, out), as in transformers' Conv1D.
-        num_heads: query heads of an attention, by `model.config`; None where it does not say.
+        num_heads: query heads of an attention, by `model.config` or torch's modules; None where these do not say.
         num_kv_heads: key and value heads.
         head_dim: rows of a query head.
     """
@@ -305,7 +305,7 @@ class Roles(Mapping[str, str]):
             console.print(f"{name} is also {', '.join(others)}.", soft_wrap=True)
         if self.num_heads:
             heads = f"{self.num_heads} query heads, {self.num_kv_heads} key and value heads"
-            console.print(f"{heads} of {self.head_dim or 'unknown'} rows, by the model's config.", soft_wrap=True)
+            console.print(f"{heads} of {self.head_dim or 'unknown'} rows, by the model.", soft_wrap=True)
         if self.unplaced:
             matrices = "1 matrix" if len(self.unplaced) == 1 else f"{len(self.unplaced)} matrices"
             console.print(
@@ -417,7 +417,7 @@ def _by_name(name: str, shape: tuple[int, ...], module: nn.Module, above: nn.Mod
 
 
 def _read_heads(result: Roles, model: nn.Module) -> None:
-    """The numbers of heads, as the families' configs spell them."""
+    """The numbers of heads, as the families' configs spell them, or as torch's attention modules have them."""
     inside = getattr(model, "module", model)  # of DistributedDataParallel
     config = getattr(inside, "config", None)
     config = getattr(config, "text_config", None) or config  # of a model that also sees or hears
@@ -428,8 +428,12 @@ def _read_heads(result: Roles, model: nn.Module) -> None:
 
     result.num_heads = number("num_attention_heads", "n_head", "num_heads", "n_heads")
     result.num_kv_heads = number("num_key_value_heads", "num_kv_heads", "n_kv_heads") or result.num_heads
-    result.head_dim = number("head_dim", "d_kv")
+    result.head_dim = number("qk_head_dim", "head_dim", "d_kv")  # DeepSeek's head_dim is of rotated columns only
     if result.num_heads and not result.head_dim:  # as many rows as the query has for each head
         query = [result.shapes[name][0] for name, role in result.items() if role == "q"]
         width = query[0] if query else number("hidden_size", "n_embd", "d_model", "dim") or 0
         result.head_dim = width // result.num_heads if width % result.num_heads == 0 and width else None
+    found = {(m.num_heads, m.head_dim) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
+    if not result.num_heads and len(found) == 1:
+        [(result.num_heads, result.head_dim)] = found
+        result.num_kv_heads = result.num_heads

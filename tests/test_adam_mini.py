@@ -148,6 +148,7 @@ def test_heads_equal_the_straight_line_statement(role: str, rows: int, head: int
         ("", (64, 32), {"head_dim": 2.5}, "head_dim must be a whole number"),
         ("", (64, 32), {"head_dim": math.nan}, "head_dim must be a whole number"),
         ("", (64, 32), {"num_kv_heads": True}, "num_kv_heads must be a whole number"),
+        ("k", (64, 32), {"num_kv_heads": 5}, "num_kv_heads alone tells no query's heads: pass num_heads or head_dim"),
         ("", (64, 32), {"partition": {"w": "heads"}}, r"partition: 'heads' for 'w' is unknown .did you mean 'head'"),
         ("", (64, 32), {"partition": {"v*": "row"}}, r"partition: 'v\*' fits no parameter"),
     ],
@@ -174,6 +175,8 @@ def test_a_partition_without_names():
     for optimizer, option in ((AdamMini, "partition"), (SlimAdam, "dims")):
         with pytest.raises(ValueError, match=f"{option} goes by names, and the parameters have none"):
             optimizer([zeros(3, 3)], **{option: {"w": "row"}})
+        with pytest.raises(TypeError, match=rf"{option} must be a dict .* not \['row'\]"):
+            optimizer([zeros(3, 3)], **{option: ["row"]})
 
 
 def test_queries_and_keys_have_heads_of_one_size():

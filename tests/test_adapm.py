@@ -259,12 +259,13 @@ def test_over_90_percent_of_the_momentum_is_gone_at_gpt2_1_5b():
         ({"lm_head": "half"}, "unknown lm_head 'half'"),
         ({"second_moment": "row"}, "unknown second_moment 'row'"),
         ({"head_dim": 0}, "head_dim must be a whole number of at least 1"),
+        ({"head_dim": 3, "roles": {"w": "q"}}, "w: its 4 rows are not heads of head_dim=3 rows"),
         ({"betas": (0.9,)}, "betas must be two numbers"),
     ],
 )
 def test_bad_arguments(options: dict, message: str):
     with pytest.raises(ValueError, match=message):
-        AdaPM([Parameter(torch.ones(4, 4))], **options)
+        AdaPM([("w", Parameter(torch.ones(4, 4)))], **options)
 
 
 @pytest.mark.parametrize("backend", ["reference", "native"])

@@ -8,6 +8,7 @@ import pickle
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from cases import (
@@ -357,13 +358,14 @@ def test_distributed_checkpoints_state_dict(states, flat: bool):
     assert_same(everything(opt), everything(fresh))
 
 
-@pytest.mark.parametrize("scheduler", ["cosine", "onecycle"])
+@pytest.mark.parametrize("scheduler", ["cosine", "onecycle", "numbers of numpy"])
 @pytest.mark.parametrize("tensor_lr", [False, True])
 @pytest.mark.parametrize("way", WAYS[:2], ids=lambda f: f.__name__)
 def test_resume_under_a_scheduler(scheduler: str, tensor_lr: bool, way, tmp_path: Path):
     make = {
         "cosine": lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 12),
         "onecycle": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 1e-2, total_steps=12),
+        "numbers of numpy": lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda t: np.minimum(1.0, t / 3)),
     }[scheduler]
 
     def made(named) -> tuple[Rule, object]:

@@ -61,9 +61,7 @@ FAULTS = {
     "tables are read before they are filled": Fault(
         "adamw", "step.cu", "prepare_tables<0>(tables);\n  __syncthreads();", "prepare_tables<0>(tables);", "thread"
     ),
-    "each lane its own scale": Fault(
-        "adamw", "moments.h", "largest<SCALE_LANES<K>>(magnitude_bits(most))", "magnitude_bits(most)"
-    ),
+    "each lane its own scale": Fault("adamw", "moments.h", "largest<SCALE_LANES<K>>(most_of<QUICK", "(most_of<QUICK"),
     "the last step's scale stays": Fault(
         "stablespam", "moments.h", "store_float(job.scale[K] + index, scaled.scale[part]);", ""
     ),
@@ -85,17 +83,15 @@ FAULTS = {
     ),
     "a lane skips its own values only": Fault("spoilt", "step.cu", "GUARDED && any<LANES>(bad)", "GUARDED && bad"),
     "a parameter's random bits for a moment": Fault("adamw", "step.cu", "keys[1 + K]", "keys[K]"),
-    "lanes leave before the others": Fault(
-        "adamw", "step.cu", "any<32>(here.count > 0); ++unit", "here.count > 0; ++unit", "__"
-    ),
+    "lanes leave before the others": Fault("adamw", "step.cu", ": any<32>(here.count > 0);", ": here.count > 0;", "__"),
     "what is beyond a row counts": Fault(
         "vectors", "moments.h", "x[k] = k < place.count ? x[k] : 0.0f;", "x[k] = x[k];"
     ),
     "quick numbers that are in doubt are kept": Fault(
-        "small", "step.cu", "if (any<32>(doubtful && here.count > 0)) run", "if (doubtful && here.count > V) run"
+        "small", "step.cu", "any<32>(bad && (NEARBY || place.count > 0))", "any<32>(bad && place.count > V)"
     ),
     "a quotient that is nearly right": Fault(
-        "adamw", "quick.h", "fma(fma(-b, quotient, a), inverse, quotient)", "quotient"
+        "adamw", "quick.h", "fma(fma(b, quotient, -a), -inverse, quotient)", "quotient"
     ),
     # measure.cu and what it includes
     "columns are added up before they are there": Fault(

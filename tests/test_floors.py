@@ -18,7 +18,7 @@ FLOORS = [
     {"blocks"},
     {"scales"},
     {"rows", "native"},
-    {"gpu", "stored"},
+    {"eden", "gpu", "stored"},
     {"backends"},
     {"packed", "policy"},
     {"optim", "nn"},

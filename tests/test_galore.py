@@ -488,7 +488,11 @@ def test_bad_arguments(name: str, options: dict, message: str):
     [
         (GaLore, {"cos_threshold": 1.0}, "cos_threshold must be in"),
         (GaLore, {"cos_threshold": -0.1}, "cos_threshold must be in"),
-        (GaLore, {"rank": 2, "stabilize": (SpikeClip(),)}, "'clip_to_moment' and what follows .* of different shapes"),
+        (
+            GaLore,
+            {"rank": 2, "stabilize": (SpikeClip(),)},
+            r"SpikeClip.* reads 'v', which GaLore keeps as \(4, 2\)",
+        ),
         (GaLore, {"gamma_proj": 0.5}, "gamma_proj must be a finite number >= 1"),
         (Fira, {"variant": "papr"}, "unknown variant 'papr' .did you mean 'paper'"),
         (APOLLO, {"scale_type": "row"}, "unknown scale_type 'row'"),

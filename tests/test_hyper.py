@@ -9,7 +9,7 @@ from cases import CASES, Case, assert_same, every_case, everything, parameters
 from torch.nn import Parameter
 
 import lowbit
-from lowbit.optim import AdamW, GlobalClip, Lion, Rule, param_groups
+from lowbit.optim import AdamW, GaLore, GlobalClip, Lion, Rule, param_groups
 from lowbit.optim.hyper import types_of
 
 WRONG = {"int": ["8", True, [8], object()], "float": ["1e-3", True, (1e-3,), torch.ones(2)], "bool": ["yes", 2, None]}
@@ -64,6 +64,7 @@ def test_a_type_that_goes_wrong_later_is_found_in_the_step():
 
 
 def test_numbers_of_numpy_and_torch_are_numbers():
+    """A checkpoint holds them as Python's."""
     import numpy as np
 
     p = Parameter(torch.ones(3))
@@ -71,6 +72,11 @@ def test_numbers_of_numpy_and_torch_are_numbers():
     p.grad = torch.ones(3)
     opt.step()
     assert opt.state[p]["step"] == 1
+    later = {"params": [("w", Parameter(torch.ones(8, 6)))], "rank": np.int64(4), "betas": (np.float32(0.5), 0.9)}
+    for each in (opt, GaLore([{**later, "seed": np.int64(3)}])):
+        for group in each.state_dict()["param_groups"]:
+            numbers = [group["lr"], group["eps"], group["weight_decay"], group["seed"], *group["betas"]]
+            assert {type(number) for number in numbers} <= {float, int, torch.Tensor}
 
 
 # --- keys of a group -----------------------------------------------------------------------------------------------

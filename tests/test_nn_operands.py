@@ -13,11 +13,12 @@ import lowbit
 from lowbit import scales
 from lowbit.formats import Scaling
 from lowbit.nn import Operand, QuantLinear, Recipe
-from lowbit.nn.estimators import factor, masked, unmasked
+from lowbit.nn.estimators import edge, factor
 from lowbit.nn.fake import decode, encode, fake_quantize, padded, quantized, turned, turned_back
 from lowbit.nn.presets import find_recipe, recipes
 from lowbit.rotation import SIZES, Rotation
 from lowbit.rounding import key
+from lowbit.rows import unpack
 
 
 @pytest.fixture(autouse=True)
@@ -158,11 +159,12 @@ def test_masks_are_the_papers() -> None:
     """On E2M1 in absmax units nothing clips; at a scale that clips, the mask's edges are 6 and 7."""
     u = torch.tensor([[0.0, 5.99, 6.01, 6.99, 7.01, -6.5, -8.0, 1.0] + [4.0] * 24])
     fmt = replace(lowbit.format("mxfp4-quest"), scaling=scales_of_one())
-    for estimator, edge in (("clip", 6.0), ("trust", 7.0)):
+    for estimator, last in (("clip", 6.0), ("trust", 7.0)):
         operand = Operand(fmt, estimator=estimator)
-        expected = (u.abs() <= edge).float()
+        expected = (u.abs() <= last).float()
         assert torch.equal(factor(u, operand), expected)
-        assert torch.equal(unmasked(masked(u, operand), 32), expected) and masked(u, operand).shape == (1, 4)
+        bits = quantized(u, operand, edge=edge(operand))[1]["inside"]
+        assert torch.equal(unpack(bits, 1, 32).float(), expected) and bits.shape == (1, 4)
     for estimator in ("clip", "trust"):
         assert factor(randn(8, 64), Operand("e2m1", estimator=estimator)).eq(1).all()
 

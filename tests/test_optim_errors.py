@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 import lowbit
-from lowbit.optim import SCALE, AdaClip, AdamMini, AdamW, GlobalClip, SlimAdam, SpikeClip, StableSPAM
+from lowbit.optim import SCALE, SPAM, AdaClip, AdamMini, AdamW, GlobalClip, SlimAdam, SpikeClip, StableSPAM
 
 INF, NAN = math.inf, math.nan
 
@@ -64,6 +64,13 @@ def test_stabilizers_out_of_range(part, message: str):
         AdamW([Parameter(torch.ones(4))], stabilize=(part(),))
 
 
+@pytest.mark.parametrize("optimizer", [AdamW, StableSPAM, SPAM])
+@pytest.mark.parametrize("wrong", [AdaClip, (AdaClip,), "AdaClip", None, 5, (None,)], ids=repr)
+def test_what_is_no_stabilizer(optimizer, wrong):
+    with pytest.raises(TypeError, match=r"stabilize: .* is not a stabilizer, such as lowbit.optim.AdaClip\(\)"):
+        optimizer([Parameter(torch.ones(4))], stabilize=wrong)
+
+
 def test_two_stabilizers_with_one_hyper_parameter():
     with pytest.raises(ValueError, match=r"'max_norm' of GlobalClip.* is already a hyper-parameter"):
         AdamW([Parameter(torch.ones(4))], stabilize=(GlobalClip(1.0), GlobalClip(2.0)))
@@ -74,6 +81,8 @@ def test_two_stabilizers_with_one_hyper_parameter():
     [
         (lambda p: p, TypeError, "params must be a list of tensors"),
         (lambda p: [], ValueError, "empty"),
+        (lambda p: None, TypeError, "params must be a list of tensors, .* not None"),
+        (lambda p: [{"lr": 0.1}], TypeError, "group 0 must be a dict with .params., not {'lr': 0.1}"),
         (lambda p: ["w"], TypeError, "takes tensors, not str"),
         (lambda p: [p, 3], TypeError, "parameter 1 of group 0: an optimizer takes tensors, not int"),
         (lambda p: [("w", p), ("x", None)], TypeError, "x: an optimizer takes tensors, not NoneType"),

@@ -222,7 +222,7 @@ def test_numbers_out_of_range(argument: str, value):
         ({"overrides": {"*": {"params": []}}}, ValueError, "said by the pattern alone"),
         ({"overrides": {"*": 1e-3}}, TypeError, "overrides must be {pattern: options}"),
         ({"overrides": [("*", {})]}, TypeError, "overrides must be {pattern: options}"),
-        ({"roles": {"tabel": "embedding"}}, ValueError, "'tabel' names no parameter"),
+        ({"roles": {"tabel": "embedding"}}, ValueError, "roles 'tabel' names no parameter"),
     ],
     ids=str,
 )

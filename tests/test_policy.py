@@ -171,6 +171,18 @@ def test_storage_of_another_type(states):
         AdamW([Parameter(torch.zeros(64, 64))], states=states)
 
 
+@pytest.mark.parametrize("rules", ["8bit", {"*": "8bit"}, None, [("*",)], ["*8bit"], [(5, "8bit")]], ids=repr)
+def test_what_is_no_rule(rules):
+    with pytest.raises(TypeError, match=r"Policy takes a list of \(match, storage\)|Policy: a rule is "):
+        Policy(rules)
+
+
+@pytest.mark.parametrize("policy", [[("*", "8bit")], "8bit", {"*": "8bit"}, Policy], ids=repr)
+def test_what_is_no_policy(policy):
+    with pytest.raises(TypeError, match=r"policy must be a lowbit.Policy\("):
+        AdamW([Parameter(torch.zeros(64, 64))], policy=policy)
+
+
 def test_rules_that_go_by_name_need_names():
     nameless = [Parameter(torch.zeros(64, 64))]
     for options in ({"policy": Policy([("*.bias", "bf16")])}, {"policy": Policy([("@embedding", "bf16")])}):

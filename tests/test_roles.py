@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import Parameter
 
 import lowbit
-from lowbit.optim import AdamW, StableSPAM
+from lowbit.optim import AdamMini, AdamW, StableSPAM
 from lowbit.roles import OF_VECTORS, ROLES, role_of
 
 D, F, V, KV = 64, 160, 500, 16  # hidden, MLP, vocabulary, and the rows of k and v where heads share them
@@ -414,6 +414,7 @@ def test_a_shape_is_no_head_where_a_name_says_otherwise():
         (dict(num_attention_heads=8, num_key_value_heads=2, head_dim=16), (8, 2, 16)),
         (dict(num_attention_heads=8, hidden_size=D), (8, 8, 12)),  # by the rows of q, which are not hidden_size
         (dict(n_head=4, n_embd=D), (4, 4, 24)),
+        (dict(num_attention_heads=4, qk_head_dim=24, head_dim=8), (4, 4, 24)),
         (dict(text_config=Config(num_attention_heads=8, head_dim=12), num_attention_heads=3), (8, 8, 12)),
         (dict(num_attention_heads=7, num_key_value_heads=None), (7, 7, None)),
         (dict(num_attention_heads=True, head_dim="wide"), (None, None, None)),
@@ -433,6 +434,16 @@ def test_heads_are_the_configs(config: dict, heads: tuple):
         gpt2.config = {"n_head": 4, width: D}
         assert lowbit.roles(gpt2).head_dim == D // 4
     assert "text_config" in config or lowbit.roles(net).num_heads == heads[0]
+
+
+def test_heads_of_torchs_modules():
+    net = nn.Transformer(32, 4, 1, 1, 64, batch_first=True)
+    found = lowbit.roles(net)
+    assert (found.num_heads, found.num_kv_heads, found.head_dim) == (4, 4, 8)
+    opt = AdamMini(net.named_parameters(), num_heads=found.num_heads, roles=found)
+    assert opt.state[net.encoder.layers[0].self_attn.in_proj_weight]["exp_avg_sq"].shape == (12,)
+    two = nn.ModuleList([nn.MultiheadAttention(32, heads) for heads in (4, 8)])
+    assert lowbit.roles(two).num_heads is None
 
 
 # ---- as an optimizer's argument

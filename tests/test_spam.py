@@ -139,6 +139,17 @@ def test_what_a_spam_reset_does():
     assert moved["paper"][508:] == pytest.approx([1, 1, 1], rel=1e-3)
 
 
+@pytest.mark.parametrize("variant, kept", [("official", True), ("paper", False)])
+def test_a_reset_is_missed_by_what_has_no_gradient_as_released_only(variant: str, kept: bool):
+    p, q = Parameter(torch.ones(4)), Parameter(torch.ones(4))
+    opt = SPAM([p, q], variant=variant, reset_interval=2, states="fp32")
+    for gradient_of_q in (torch.ones(4), None):
+        p.grad, q.grad = torch.ones(4), gradient_of_q
+        opt.step()
+    assert opt.state[q]["exp_avg"].all() == kept
+    assert float(opt.state[p]["exp_avg"][0]) == pytest.approx(0.1)
+
+
 def test_spam_starts_without_a_warm_up():
     p = Parameter(torch.zeros(4))
     opt = SPAM([p], lr=0.1, warmup_steps=50)

@@ -99,6 +99,7 @@ def encode(
     *,
     live: bool = False,
     rotation: Rotation | None = None,
+    run: int = 0,
 ) -> dict[str, Tensor]:
     """A float matrix [rows, cols] to packed parts (see `rows`).
 
@@ -110,8 +111,11 @@ def encode(
         live: what is above 0 may not become 0.
         rotation: rotate the rows first (see `rotation`), with zeros appended up to a multiple of its size: then there
             are `rotation.padded(cols)` columns.
+        run: so many values share a correction by MS-EDEN (see `eden`); then noise is for scales, and values round to
+            nearest.
     """
-    return for_format(fmt, x.device, live).encode(fmt, x, noise, live=live, rotation=rotation)
+    x = _plain(x)
+    return _for_layers(x, fmt, live).encode(fmt, x, noise, live=live, rotation=rotation, run=run)
 
 
 def decode(fmt: Format, parts: dict[str, Tensor], cols: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -149,10 +153,18 @@ def quantized(
     *,
     rotation: Rotation | None = None,
     dtype: torch.dtype = torch.float32,
+    run: int = 0,
+    edge: float | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """`fake` and `encode` at once: what a layer multiplies with, and the parts that it saves."""
+    """`fake` and `encode` at once: what a layer multiplies with, and the parts that it saves.
+
+    With an edge there is one more part, `inside`: a bit for each value, uint8 [rows, ceil(columns / 8)], which is set
+    where the value, in units of its block's scale and before it is rounded, is not farther than that from 0.
+    """
     x = _plain(x)
-    values, parts = _for_layers(x, fmt).quantized(fmt, x, noise, rotation=rotation, dtype=_made_in(dtype))
+    values, parts = _for_layers(x, fmt).quantized(
+        fmt, x, noise, rotation=rotation, dtype=_made_in(dtype), run=run, edge=edge
+    )
     return values.to(dtype), parts
 
 
@@ -165,10 +177,20 @@ def measured(fmt: Format, x: Tensor, *, rotation: Rotation | None = None) -> Cod
     return _for_layers(x, fmt).measured(fmt, x, rotation=rotation)
 
 
-def rotate(x: Tensor, rotation: Rotation, *, back: bool = False, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The rows of a matrix rotated (`rotation.rotate`), or rotated back (`rotation.rotate_back`)."""
-    x = _plain(x)
-    return _for_layers(x, find_format("fp32")).rotate(x, rotation, back=back, dtype=_made_in(dtype)).to(dtype)
+def rotate(
+    x: Tensor,
+    rotation: Rotation,
+    *,
+    back: bool = False,
+    dtype: torch.dtype = torch.float32,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """The rows of a matrix rotated (`rotation.rotate`), or rotated back (`rotation.rotate_back`).
+
+    Before they are rotated back, values whose bit in a mask (like the part `inside`) is not set are multiplied by 0.
+    """
+    x, fmt = _plain(x), find_format("fp32")
+    return _for_layers(x, fmt).rotate(x, rotation, back=back, dtype=_made_in(dtype), mask=mask).to(dtype)
 
 
 def _plain(x: Tensor) -> Tensor:
@@ -180,9 +202,9 @@ def _made_in(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype in native.DTYPES else torch.float32
 
 
-def _for_layers(x: Tensor, fmt: Format) -> ModuleType:
+def _for_layers(x: Tensor, fmt: Format, live: bool = False) -> ModuleType:
     plain = not torch.compiler.is_compiling() and not x.is_meta and type(x) is Tensor
-    return for_format(fmt, x.device) if plain else reference
+    return for_format(fmt, x.device, live) if plain else reference
 
 
 @constant

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .. import eden
 from ..formats import Format, format
 from ..gpu import Module, machine, sources
 from ..gpu.formats import print_format
@@ -19,7 +20,7 @@ from ..layout import row_bytes, row_stride, step_width
 from ..native.abi import DTYPE
 from ..rotation import Rotation, rotate_back
 from ..rotation import rotate as turn
-from ..rows import Measured, part_shapes
+from ..rows import Measured, part_shapes, unpack
 from ..scales import Scales, Tiles, best, block_of, multiplier
 from .cuda_step import capture as capture
 from .cuda_step import prepare as prepare
@@ -27,6 +28,7 @@ from .cuda_step import step as step
 from .cuda_step import uncapturable as uncapturable
 from .cuda_step import unprepared as unprepared
 from .cuda_step import unsupported as unsupported
+from .reference_matrix import inside
 
 THREADS = 256
 VALUES = 8  # of a lane
@@ -116,7 +118,7 @@ def _module(
     return machine(device).module(texts["codec.cu"], {**headers, "spec.h": spec})
 
 
-HEADERS = ("stdint.h", "abi.h", "words.h", "arithmetic.h", "device.h", "formats.h")
+HEADERS = ("stdint.h", "abi.h", "words.h", "arithmetic.h", "device.h", "quick.h", "formats.h")
 
 
 def _at_once(fmt: Format) -> bool:
@@ -218,8 +220,12 @@ def encode(
     *,
     live: bool = False,
     rotation: Rotation | None = None,
+    run: int = 0,
 ) -> dict[str, Tensor]:
     """See `backends.encode`. With a rotation, of the matrix as `rotation.rotate` leaves it."""
+    if run:
+        assert noise is not None
+        return eden.encode(fmt, measured(fmt, x, rotation=rotation), noise, run)
     x, rotation = _ready(fmt, x, rotation)
     if _is_given(fmt):
         return _encode_given(fmt, x, _given(fmt, x), noise)
@@ -283,11 +289,22 @@ def quantized(
     *,
     rotation: Rotation | None = None,
     dtype: torch.dtype = torch.float32,
+    run: int = 0,
+    edge: float | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """See `backends.quantized`: two launches, one for the codes and one for what they stand for."""
+    values, parts = _quantized(fmt, x, noise, rotation, dtype, run)
+    if edge is not None:
+        parts["inside"] = inside(measured(fmt, x, rotation=rotation), edge)
+    return values, parts
+
+
+def _quantized(
+    fmt: Format, x: Tensor, noise: tuple[int, int] | None, rotation: Rotation | None, dtype: torch.dtype, run: int
+) -> tuple[Tensor, dict[str, Tensor]]:
     rows, cols = x.shape[0], rotation.padded(x.shape[1]) if rotation else x.shape[1]
-    if not _is_given(fmt):
-        parts = encode(fmt, x, noise, rotation=rotation)
+    if run or not _is_given(fmt):
+        parts = encode(fmt, x, noise, rotation=rotation, run=run)
         return decode(fmt, parts, cols, dtype), parts
     x, _ = _ready(fmt, x, rotation)
     found = _given(fmt, x)
@@ -295,8 +312,17 @@ def quantized(
     return _decode(fmt, _pointed(found, parts["codes"]), rows, cols, dtype), parts
 
 
-def rotate(x: Tensor, rotation: Rotation, *, back: bool = False, dtype: torch.dtype = torch.float32) -> Tensor:
+def rotate(
+    x: Tensor,
+    rotation: Rotation,
+    *,
+    back: bool = False,
+    dtype: torch.dtype = torch.float32,
+    mask: Tensor | None = None,
+) -> Tensor:
     """See `backends.rotate`."""
+    if mask is not None:
+        x = x * unpack(mask, 1, x.shape[1]).to(x.dtype)
     if back:
         return rotate_back(pad(x.detach(), (0, rotation.padded(x.shape[1]) - x.shape[1])), rotation).to(dtype)
     return fake(format("fp32"), x, rotation=rotation, dtype=dtype)

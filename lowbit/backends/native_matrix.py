@@ -20,7 +20,7 @@ from ..formats import format as find_format
 from ..layout import row_bytes, row_stride
 from ..native import abi
 from ..native.library import load
-from ..native.tables import ALL, stores, table
+from ..native.tables import ALL, derives, stores, table
 from ..rotation import Rotation
 from ..rows import part_shapes
 from ..scales import Scales, best, block_of, every_byte, multiplier, outer_scale, statistic, times
@@ -31,12 +31,8 @@ EXTRA = {"affine": "zero", "log": "base"}
 
 def takes(fmt: Format, live: bool = False) -> bool:
     """Whether this backend codes and decodes a format; `live` as for `encode`."""
-    return _derives(fmt) or (fmt.kind in ("integer", "codebook") and fmt.signed and not fmt.square and not live)
-
-
-def _derives(fmt: Format) -> bool:
-    """Whether the library finds a format's scales by itself."""
-    return not fmt.compressed or (fmt.scaling == PLAIN and fmt.block[0] == 1)
+    linear = fmt.kind in ("integer", "codebook") and fmt.signed and not fmt.square
+    return (derives(fmt) or linear) if not live else (derives(fmt) and fmt.scaling == PLAIN)
 
 
 def _across(cols: int, width: int) -> int:
@@ -54,7 +50,14 @@ class _Matrix:
     A rotation appends zeros to rows, up to a multiple of its size.
     """
 
-    def __init__(self, fmt: Format, x: Tensor, noise: tuple[int, int] | None = None, rotation: Rotation | None = None):
+    def __init__(
+        self,
+        fmt: Format,
+        x: Tensor,
+        noise: tuple[int, int] | None = None,
+        rotation: Rotation | None = None,
+        run: int = 0,
+    ):
         rows, filled = x.shape
         cols = rotation.padded(filled) if rotation else filled
         self.fmt, self.shape = fmt, (rows, cols)
@@ -65,6 +68,8 @@ class _Matrix:
             m.rotation, m.flips = rotation.size, rotation.seed is not None
             m.signs[:] = (0, 0) if rotation.seed is None else rotation.keys
         m.packed.format, m.packed.scales = addressof(table(fmt)), _across(cols, self.block[1])
+        if run:  # what is drawn are scales
+            m.run, m.stochastic, m.stride = run, False, row_stride(m.packed.scales)
         x = x.detach().resolve_neg()
         self._point(x if 1 in x.stride() else x.contiguous())
 
@@ -73,19 +78,33 @@ class _Matrix:
         m.values, m.dtype, m.columns = x.data_ptr(), DTYPES[x.dtype], x.stride(1) != 1
         m.step = x.stride(1 if m.columns else 0)
 
-    def encode(self, dtype: torch.dtype | None, parts: dict[str, Tensor] | None, live: bool = False) -> Tensor | None:
-        """Fill the parts, if there are any, and return what codes stand for, if it has a dtype."""
+    def encode(
+        self,
+        dtype: torch.dtype | None,
+        parts: dict[str, Tensor] | None,
+        live: bool = False,
+        edge: float | None = None,
+    ) -> Tensor | None:
+        """Fill the parts, if there are any, and return what codes stand for, if it has a dtype.
+
+        With an edge, one more part is `inside`, made here.
+        """
         m, given, found = self.struct, self.x, None
         m.packed.live = live
         if stores(self.fmt):
             self._find_outer(parts)
-        elif not _derives(self.fmt):
+        elif not derives(self.fmt):
             found = best(self.fmt, self)
         if parts is not None:
             parts |= found.parts if found else {}
             m.packed.codes, m.packed.row_bytes = parts["codes"].data_ptr(), row_bytes(self.shape[1], self.fmt.bits)
             m.packed.scale = m.bytes = parts["scale"].data_ptr() if self.fmt.compressed else None
             m.packed.extra = parts[EXTRA[self.fmt.kind]].data_ptr() if self.fmt.kind in EXTRA else None
+            if self.fmt.scaling.outer and stores(self.fmt):
+                m.outers = parts["tensor_scale"].data_ptr()
+            if edge is not None:
+                parts["inside"] = torch.zeros(self.shape[0], row_bytes(self.shape[1], 1), dtype=torch.uint8)
+                m.mask, m.edge = parts["inside"].data_ptr(), edge
         values = None
         if dtype is not None:
             own = self.x is not given and dtype == torch.float32  # what is a copy may be overwritten
@@ -98,6 +117,8 @@ class _Matrix:
     def _find_outer(self, parts: dict[str, Tensor] | None) -> None:
         """What is left to say where the library derives scales that are stored in bytes."""
         outer, m = None, self.struct
+        if self.fmt.scaling.outer:  # it finds those, too
+            return
         if self.fmt.scaling.peak:
             outer = outer_scale(self.fmt, times(statistic(self.fmt, self), self.fmt.scaling.gain))
             m.outer = float(outer)
@@ -172,9 +193,10 @@ def encode(
     *,
     live: bool = False,
     rotation: Rotation | None = None,
+    run: int = 0,
 ) -> dict[str, Tensor]:
     """See `backends.encode`."""
-    matrix = _Matrix(fmt, x, noise, rotation)
+    matrix = _Matrix(fmt, x, noise, rotation, run)
     parts = _parts(fmt, matrix.shape)
     matrix.encode(None, parts, live)
     return parts
@@ -201,11 +223,13 @@ def quantized(
     *,
     rotation: Rotation | None = None,
     dtype: torch.dtype = torch.float32,
+    run: int = 0,
+    edge: float | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """See `backends.quantized`."""
-    matrix = _Matrix(fmt, x, noise, rotation)
+    matrix = _Matrix(fmt, x, noise, rotation, run)
     parts = _parts(fmt, matrix.shape)
-    values = matrix.encode(dtype, parts)
+    values = matrix.encode(dtype, parts, edge=edge)
     assert values is not None
     return values, parts
 
@@ -215,11 +239,19 @@ def measured(fmt: Format, x: Tensor, *, rotation: Rotation | None = None) -> _Ma
     return _Matrix(fmt, x, None, rotation)
 
 
-def rotate(x: Tensor, rotation: Rotation, *, back: bool = False, dtype: torch.dtype = torch.float32) -> Tensor:
+def rotate(
+    x: Tensor,
+    rotation: Rotation,
+    *,
+    back: bool = False,
+    dtype: torch.dtype = torch.float32,
+    mask: Tensor | None = None,
+) -> Tensor:
     """See `backends.rotate`."""
     matrix = _Matrix(find_format("fp32"), x, None, rotation)
     if back:
         matrix.struct.rotation = -rotation.size
+        matrix.struct.mask = None if mask is None else mask.data_ptr()
     values = matrix.encode(dtype, None)
     assert values is not None
     return values
@@ -228,7 +260,7 @@ def rotate(x: Tensor, rotation: Rotation, *, back: bool = False, dtype: torch.dt
 def _parts(fmt: Format, shape: tuple[int, int]) -> dict[str, Tensor]:
     shapes = part_shapes(fmt, shape)
     # Where the library is given scales, they are made with them.
-    made = shapes if _derives(fmt) or stores(fmt) else {"codes": shapes["codes"]}
+    made = shapes if derives(fmt) or stores(fmt) else {"codes": shapes["codes"]}
     return {part: torch.empty(shape, dtype=dtype) for part, (shape, dtype) in made.items()}
 
 
@@ -243,11 +275,13 @@ def decode(fmt: Format, parts: dict[str, Tensor], cols: int, dtype: torch.dtype 
     if fmt.compressed:
         m.tile, width = block_of(fmt, rows, cols)
         m.packed.row_bytes, m.packed.scales = codes.shape[1], _across(cols, width)
-        if fmt.scaling.stored in ("e8m0", "e4m3") and not fmt.scaling.outer:
+        if fmt.scaling.outer and stores(fmt):
+            m.bytes, m.outers = parts["scale"].data_ptr(), parts["tensor_scale"].data_ptr()
+        elif fmt.scaling.stored in ("e8m0", "e4m3") and not fmt.scaling.outer:
             scale = every_byte(fmt, parts.get("tensor_scale")).multiplier
             m.bytes, m.multipliers = parts["scale"].data_ptr(), scale.data_ptr()
         else:
-            scale = parts["scale"] if _derives(fmt) else multiplier(fmt, parts).contiguous()
+            scale = parts["scale"] if derives(fmt) else multiplier(fmt, parts).contiguous()
             m.packed.scale = scale.data_ptr()
         m.packed.extra = parts[EXTRA[fmt.kind]].data_ptr() if fmt.kind in EXTRA else None
     if values.numel() and load().decode(byref(m), torch.get_num_threads()):

@@ -98,12 +98,18 @@ typedef struct lb_format {
   // Up to 16 rungs: what `tree` is to `thresholds`, of the rungs that may be at or below u with one above; and from
   // each rung to the next.
   float below[32], gaps[16];
-  // Scales that are stored in a byte, and that the library derives itself (lowbit/scales.py has the rules).
-  int32_t stored, power;       // an lb_scaled, 0: it does not; an lb_power
+  // Codebooks that are the numbers of a small float, in the order of their codes, ties to even: bits of its mantissa (0:
+  // the codebook is none), and the smallest number with all of them.
+  int32_t grid_bits;
+  float grid_least;
+  // Scales that the library derives itself (lowbit/scales.py has the rules): in fp32, or stored in a byte.
+  int32_t stored, power;       // an lb_scaled; an lb_power
   int32_t exponent, mantissa;  // of the largest value: its exponent, and the bits below
   int32_t last;                // the largest byte
   int32_t tries;               // how many candidates there are
   int32_t rms;                 // from the root of the mean square, not from the largest magnitude
+  int32_t outer;               // values of a row whose scales share an outer one; 0: all, or there is none
+  float peak;                  // what the largest value of those becomes in units of the outer scale
   float gain, smallest, candidates[2];  // smallest: of e4m3 scales
 } lb_format;
 
@@ -184,10 +190,16 @@ typedef struct lb_matrix {
   const float *inverse;
   lb_operand packed;  // codes may be null: values are enough
   // Scales that are stored in bytes, [ceil(rows / tile), packed.scales], and what each of the 256 stands for; the library
-  // derives those of blocks in rows. An outer scale that all have in common, or 0.
+  // derives those of blocks in rows. An outer scale that all have in common, or 0; or those that format->outer values
+  // share, [rows, ceil(cols / outer)], and then no tables.
   uint8_t *bytes;
   const float *multipliers, *inverses;
-  float outer;
+  float *outers;
+  // Which values in units of their scales are not beyond the edge, a bit each, [rows, ceil(cols / 8)]; or, where values
+  // are rotated back, which of them are multiplied by 1, and not by 0.
+  uint8_t *mask;
+  float outer, edge;
+  int32_t run;  // MS-EDEN (lowbit/eden.py): so many values share a correction; random bits are those of blocks
 } lb_matrix;
 
 // What can be found out about each part of a row that lies in one block, [rows, packed.scales]: the largest magnitude

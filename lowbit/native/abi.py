@@ -40,8 +40,11 @@ class Format(Structure):
         ("cell_high", c_uint32),
         ("below", c_float * 32),
         ("gaps", c_float * 16),
+        ("grid_bits", c_int32),
+        ("grid_least", c_float),
         *((name, c_int32) for name in ("stored", "power", "exponent", "mantissa", "last", "tries", "rms")),
-        *((name, c_float) for name in ("gain", "smallest")),
+        ("outer", c_int32),
+        *((name, c_float) for name in ("peak", "gain", "smallest")),
         ("candidates", c_float * 2),
     )
 
@@ -114,6 +117,7 @@ class Matrix(Structure):
         ("signs", c_uint32 * 2),
         ("inverse", c_void_p),
         ("packed", Operand),
-        *((name, c_void_p) for name in ("bytes", "multipliers", "inverses")),
-        ("outer", c_float),
+        *((name, c_void_p) for name in ("bytes", "multipliers", "inverses", "outers", "mask")),
+        *((name, c_float) for name in ("outer", "edge")),
+        ("run", c_int32),
     )

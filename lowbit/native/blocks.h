@@ -174,27 +174,12 @@ static void pack(const uint8_t *codes, int bits, int n, uint8_t *packed) {
 
 // ---- decoding: codes of one block, one per byte, to values
 
-#ifdef LB_AVX2
-struct Sixteen {  // 16 numbers in two registers
-  __m256 low, high;
-  explicit Sixteen(const float *table) : low(_mm256_loadu_ps(table)), high(_mm256_loadu_ps(table + 8)) {}
-  __m256 operator[](__m256i index) const {  // the lookups take the low 3 bits, the blend bit 3
-    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, index), _mm256_permutevar8x32_ps(high, index),
-                            _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
-  }
-};
-#endif
-
 static void decode_codebook(const lb_format &f, const uint8_t *codes, int n, float scale, float *to) {
   int i = 0;
 #ifdef LB_AVX2
   if (f.bits <= 4) {
-    const Sixteen values(f.values);
-    const __m256 by = _mm256_set1_ps(scale);
-    for (; i + 8 <= n; i += 8) {
-      const __m256i index = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(codes + i)));
-      _mm256_storeu_ps(to + i, _mm256_mul_ps(values[index], by));
-    }
+    const Table table(f.values);
+    for (; i + Lanes::COUNT <= n; i += Lanes::COUNT) (table.look_up_bytes(codes + i) * scale).store(to + i);
   }
 #endif
   LB_IVDEP for (; i < n; ++i) to[i] = f.values[codes[i]] * scale;
@@ -417,9 +402,40 @@ static void rungs(const lb_format &f, const float *x, int n, float inverse, [[ma
   }
 }
 
+// Codes of a small float: the arithmetic that tables.minifloat has checked. The step of the grid is a part of the power
+// of two at or below the magnitude; adding 1.5 * 2**23 steps leaves fp32 no bits below one step, so that the addition
+// itself rounds, to nearest even.
+template <bool DRAWN>
+static void encode_minifloat(const lb_format &f, const float *x, int n, float inverse, const uint16_t *draws,
+                             uint8_t *to) {
+  const int width = 23 - f.grid_bits, sign = 32 - f.bits;
+  const float top = f.top, least = f.grid_least, step = float_of((uint32_t)(127 - f.grid_bits) << 23);
+  int i = 0;
+#ifdef LB_AVX2
+  const Minifloat floats(f);
+  for (; i + Lanes::COUNT <= n; i += Lanes::COUNT) {
+    store_codes(to + i, floats.with_sign(floats.round<DRAWN>(Lanes::load(x + i) * inverse, DRAWN ? draws + i : nullptr)).v);
+  }
+#endif
+  LB_IVDEP for (; i < n; ++i) {
+    const uint32_t raw = bits_of(in_units(x[i], inverse)), magnitude = raw & 0x7FFFFFFFu;
+    const float a = float_of(magnitude) < top ? float_of(magnitude) : top;
+    const float power = float_of(bits_of(a) & 0x7F800000u), binade = power > least ? power : least;
+    const float gap = binade * step, shift = gap * 12582912.0f, sum = a + shift;
+    int32_t code = (int32_t)(bits_of(sum) - bits_of(shift) + ((bits_of(binade) - bits_of(least)) >> width));
+    if (DRAWN) {  // from the nearest to the one at or below, and up again by chance
+      const float near = sum - shift, low = near > a ? near - gap : near;
+      const int32_t up = a - low >= (1.0f - uniform(draws[i])) * gap ? 1 : 0;
+      code += up - (near > a ? 1 : 0);
+    }
+    to[i] = (uint8_t)(code | (int32_t)((raw & 0x80000000u) >> sign));
+  }
+}
+
 static void encode_codebook(const lb_format &f, const float *x, int n, const Block &b, const uint16_t *draws,
                             uint8_t *to) {
   const float inverse = b.inverse;
+  if (f.grid_bits) return (draws ? encode_minifloat<true> : encode_minifloat<false>)(f, x, n, inverse, draws, to);
 #ifdef LB_AVX2
   if (draws && f.bits == 4 && f.same) {
     const int done = draw_codes(Drawn(f), f.sign_magnitude, x, n, inverse, draws, to);
@@ -442,7 +458,11 @@ static void encode_codebook(const lb_format &f, const float *x, int n, const Blo
     }
   }
   if (!f.same) {
-    for (int i = 0; i < n; ++i) to[i] = f.codes[to[i]];
+    int i = 0;
+#ifdef LB_AVX2
+    for (; f.rungs <= 16 && i + 32 <= n; i += 32) look_up_bytes(f.codes, to + i);
+#endif
+    for (; i < n; ++i) to[i] = f.codes[to[i]];
   }
   if (f.sign_magnitude) {
     const int shift = 32 - f.bits;

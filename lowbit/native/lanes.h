@@ -68,12 +68,51 @@ LB_FN Lanes flip(Lanes a, uint32_t bits) {  // the signs of the lanes whose bit 
   const __m512i x = _mm512_castps_si512(a.v);
   return _mm512_castsi512_ps(_mm512_mask_xor_epi32(x, (__mmask16)bits, x, _mm512_set1_epi32((int)0x80000000u)));
 }
+LB_FN Lanes chosen(uint32_t bits, Lanes a, Lanes b) { return where(Mask{(__mmask16)bits}, a, b); }
+LB_FN uint32_t lanes_of(Mask a) { return a.m; }
 template <int APART> LB_FN Lanes swap_lanes(Lanes a) {  // those that are 1, 2, 4 or 8 apart
   return APART == 1   ? _mm512_permute_ps(a.v, 0xB1)
          : APART == 2 ? _mm512_permute_ps(a.v, 0x4E)
          : APART == 4 ? _mm512_shuffle_f32x4(a.v, a.v, 0xB1)
                       : _mm512_shuffle_f32x4(a.v, a.v, 0x4E);
 }
+
+// One step of the trees of several blocks at once, on registers instead of lanes: the first halves of all runs of
+// 2 * APART lanes, those of a and then those of b (of the four quarters of a register by turns, once they are shorter),
+// and the second halves.
+template <int APART> LB_FN Lanes first_halves(Lanes a, Lanes b) {
+  return APART == 8   ? _mm512_shuffle_f32x4(a.v, b.v, 0x44)
+         : APART == 4 ? _mm512_shuffle_f32x4(a.v, b.v, 0x88)
+         : APART == 2 ? _mm512_shuffle_ps(a.v, b.v, 0x44)
+                      : _mm512_shuffle_ps(a.v, b.v, 0x88);
+}
+template <int APART> LB_FN Lanes second_halves(Lanes a, Lanes b) {
+  return APART == 8   ? _mm512_shuffle_f32x4(a.v, b.v, 0xEE)
+         : APART == 4 ? _mm512_shuffle_f32x4(a.v, b.v, 0xDD)
+         : APART == 2 ? _mm512_shuffle_ps(a.v, b.v, 0xEE)
+                      : _mm512_shuffle_ps(a.v, b.v, 0xDD);
+}
+LB_FN Lanes in_order(Lanes found) {  // after all steps
+  return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), found.v);
+}
+
+struct Ints {  // the bits of numbers
+  __m512i v;
+};
+LB_FN Ints ints(Lanes a) { return {_mm512_castps_si512(a.v)}; }
+LB_FN Ints operator+(Ints a, Ints b) { return {_mm512_add_epi32(a.v, b.v)}; }
+LB_FN Ints operator-(Ints a, Ints b) { return {_mm512_sub_epi32(a.v, b.v)}; }
+LB_FN Ints operator>>(Ints a, int places) { return {_mm512_srl_epi32(a.v, _mm_cvtsi32_si128(places))}; }
+LB_FN Ints ones(Mask a) { return {_mm512_maskz_set1_epi32(a.m, 1)}; }
+LB_FN Ints signs(Ints a) { return {_mm512_and_si512(a.v, _mm512_set1_epi32((int)0x80000000u))}; }
+LB_FN Lanes with_sign(Lanes a, Lanes sign) {  // of a number that has none
+  return _mm512_castsi512_ps(_mm512_or_si512(_mm512_castps_si512(a.v), signs(ints(sign)).v));
+}
+LB_FN Lanes most_bits(Lanes a, Lanes b) {
+  return _mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(a.v), _mm512_castps_si512(b.v)));
+}
+LB_FN Lanes smaller(Lanes a, Lanes b) { return _mm512_min_ps(a.v, b.v); }  // no NaN
+LB_FN Lanes larger(Lanes a, Lanes b) { return _mm512_max_ps(a.v, b.v); }
 
 struct Finite {  // 0 as long as all is finite, else NaN
   __m512 sum;
@@ -100,6 +139,9 @@ struct Table {  // 16 numbers, looked up by 4 bits
     const __m512i eight = _mm512_castsi128_si512(_mm_loadl_epi64((const __m128i *)packed));
     const __m512i index = _mm512_srlv_epi32(_mm512_permutexvar_epi32(half, eight), shift);  // the low 4 bits count
     return _mm512_permutexvar_ps(index, values);
+  }
+  LB_IN Lanes look_up_bytes(const uint8_t *codes) const {  // of one code each
+    return _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)codes)), values);
   }
 };
 
@@ -245,16 +287,55 @@ LB_FN Lanes and_bits(Lanes a, uint32_t bits) {
   return _mm256_and_ps(a.v, _mm256_castsi256_ps(_mm256_set1_epi32((int)bits)));
 }
 LB_FN Lanes negative(Lanes a) { return _mm256_xor_ps(a.v, _mm256_set1_ps(-0.0f)); }
-LB_FN Lanes flip(Lanes a, uint32_t bits) {  // the signs of the lanes whose bit is set
+LB_FN Mask mask_of(uint32_t bits) {
   const __m256i each = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
-  const __m256i chosen = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32((int)bits), each), each);
-  return _mm256_xor_ps(a.v, _mm256_and_ps(_mm256_castsi256_ps(chosen), _mm256_set1_ps(-0.0f)));
+  return {_mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32((int)bits), each), each))};
 }
+LB_FN Lanes flip(Lanes a, uint32_t bits) {  // the signs of the lanes whose bit is set
+  return _mm256_xor_ps(a.v, _mm256_and_ps(mask_of(bits).m, _mm256_set1_ps(-0.0f)));
+}
+LB_FN Lanes chosen(uint32_t bits, Lanes a, Lanes b) { return where(mask_of(bits), a, b); }
+LB_FN uint32_t lanes_of(Mask a) { return (uint32_t)_mm256_movemask_ps(a.m); }
 template <int APART> LB_FN Lanes swap_lanes(Lanes a) {  // those that are 1, 2 or 4 apart
   return APART == 1   ? _mm256_permute_ps(a.v, 0xB1)
          : APART == 2 ? _mm256_permute_ps(a.v, 0x4E)
                       : _mm256_permute2f128_ps(a.v, a.v, 0x01);
 }
+
+// One step of the trees of several blocks at once, on registers instead of lanes: the first halves of all runs of
+// 2 * APART lanes, those of a and then those of b (of the two halves of a register by turns, once they are shorter),
+// and the second halves.
+template <int APART> LB_FN Lanes first_halves(Lanes a, Lanes b) {
+  return APART == 4   ? _mm256_permute2f128_ps(a.v, b.v, 0x20)
+         : APART == 2 ? _mm256_shuffle_ps(a.v, b.v, 0x44)
+                      : _mm256_shuffle_ps(a.v, b.v, 0x88);
+}
+template <int APART> LB_FN Lanes second_halves(Lanes a, Lanes b) {
+  return APART == 4   ? _mm256_permute2f128_ps(a.v, b.v, 0x31)
+         : APART == 2 ? _mm256_shuffle_ps(a.v, b.v, 0xEE)
+                      : _mm256_shuffle_ps(a.v, b.v, 0xDD);
+}
+LB_FN Lanes in_order(Lanes found) {  // after all steps
+  return _mm256_permutevar8x32_ps(found.v, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+}
+
+struct Ints {  // the bits of numbers
+  __m256i v;
+};
+LB_FN Ints ints(Lanes a) { return {_mm256_castps_si256(a.v)}; }
+LB_FN Ints operator+(Ints a, Ints b) { return {_mm256_add_epi32(a.v, b.v)}; }
+LB_FN Ints operator-(Ints a, Ints b) { return {_mm256_sub_epi32(a.v, b.v)}; }
+LB_FN Ints operator>>(Ints a, int places) { return {_mm256_srl_epi32(a.v, _mm_cvtsi32_si128(places))}; }
+LB_FN Ints ones(Mask a) { return {_mm256_srli_epi32(_mm256_castps_si256(a.m), 31)}; }
+LB_FN Ints signs(Ints a) { return {_mm256_and_si256(a.v, _mm256_set1_epi32((int)0x80000000u))}; }
+LB_FN Lanes with_sign(Lanes a, Lanes sign) {  // of a number that has none
+  return _mm256_or_ps(a.v, _mm256_and_ps(sign.v, _mm256_set1_ps(-0.0f)));
+}
+LB_FN Lanes most_bits(Lanes a, Lanes b) {
+  return _mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(a.v), _mm256_castps_si256(b.v)));
+}
+LB_FN Lanes smaller(Lanes a, Lanes b) { return _mm256_min_ps(a.v, b.v); }  // no NaN
+LB_FN Lanes larger(Lanes a, Lanes b) { return _mm256_max_ps(a.v, b.v); }
 
 struct Finite {  // 0 as long as all is finite, else NaN
   __m256 sum;
@@ -279,13 +360,17 @@ struct Table {  // 16 numbers, looked up by 4 bits
   __m256 low, high;
   Table() = default;
   LB_IN explicit Table(const float *from) : low(_mm256_loadu_ps(from)), high(_mm256_loadu_ps(from + 8)) {}
+  LB_IN Lanes of(__m256i index) const {  // lookups take the low 3 bits, the blend bit 3
+    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, index), _mm256_permutevar8x32_ps(high, index),
+                            _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
+  }
   LB_IN Lanes look_up(const uint8_t *packed) const {
     int32_t eight;
     __builtin_memcpy(&eight, packed, 4);
-    const __m256i shift = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
-    const __m256i index = _mm256_srlv_epi32(_mm256_set1_epi32(eight), shift);  // lookups take 3 bits, the blend bit 3
-    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, index), _mm256_permutevar8x32_ps(high, index),
-                            _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
+    return of(_mm256_srlv_epi32(_mm256_set1_epi32(eight), _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28)));
+  }
+  LB_IN Lanes look_up_bytes(const uint8_t *codes) const {  // of one code each
+    return of(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)codes)));
   }
 };
 
@@ -316,8 +401,8 @@ LB_FN void store_bytes(uint8_t *to, const Lanes *u, bool is_signed) {
 }
 
 LB_FN void store_codes(uint8_t *to, __m256i codes) {
-  const __m256i words = _mm256_packs_epi32(codes, codes);
-  const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+  const __m256i words = _mm256_packus_epi32(codes, codes);
+  const __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
   const __m128i order = _mm_setr_epi8(0, 1, 2, 3, 8, 9, 10, 11, -1, -1, -1, -1, -1, -1, -1, -1);
   _mm_storel_epi64((__m128i *)to, _mm_shuffle_epi8(bytes, order));
 }
@@ -392,6 +477,52 @@ struct Ladder {
 };
 
 #endif
+
+// A number in units of the scale rounded to a small float, as blocks.h does it one by one: encode_minifloat.
+struct Minifloat {
+  struct Rounded {
+    Lanes value, sign;
+    Ints code;  // without the sign
+  };
+  Lanes top, least, steps, step;
+  int width, place;  // where the mantissa ends, and how far the sign has to go
+  LB_IN explicit Minifloat(const lb_format &f)
+      : top(f.top),
+        least(f.grid_least),
+        steps(12582912.0f / (float)(1 << f.grid_bits)),
+        step(1.0f / (float)(1 << f.grid_bits)),
+        width(23 - f.grid_bits),
+        place(32 - f.bits) {}
+  template <bool DRAWN> LB_IN Rounded round(Lanes raw, const uint16_t *draws) const {
+    const Lanes u = where(raw == raw, raw, 0.0f), a = smaller(and_bits(u, 0x7FFFFFFFu), top);
+    const Lanes binade = larger(and_bits(a, 0x7F800000u), least), shift = binade * steps, sum = a + shift;
+    const Lanes near = sum - shift;
+    const Ints code = ints(sum) - ints(shift) + (ints(binade) - ints(least) >> width);
+    if (!DRAWN) return {near, u, code};
+    const Lanes gap = binade * step, chance = (Lanes::whole(draws) + 0.5f) * 0x1p-16f;
+    const Mask over = a < near;
+    const Lanes low = where(over, near - gap, near);
+    const Mask up = (1.0f - chance) * gap <= a - low;
+    return {where(up, low + gap, low), u, code - ones(over) + ones(up)};
+  }
+  LB_IN Ints with_sign(const Rounded &r) const { return r.code + (signs(ints(r.sign)) >> place); }
+};
+
+// Of 32 numbers below 16, those that a table has for them.
+LB_FN void look_up_bytes(const uint8_t *table, uint8_t *codes) {
+  const __m256i each = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)table));
+  _mm256_storeu_si256((__m256i *)codes, _mm256_shuffle_epi8(each, _mm256_loadu_si256((const __m256i *)codes)));
+}
+
+// Which of 16 numbers, times a factor, are not beyond the edge on either side of 0; NaN is not.
+LB_FN uint16_t inside(const float *x, Lanes factor, Lanes edge) {
+  uint32_t bits = 0;
+  for (int k = 0; k < 16; k += Lanes::COUNT) {
+    const Lanes u = Lanes::load(x + k) * factor;
+    bits |= lanes_of(!(edge < and_bits(u, 0x7FFFFFFFu))) << k;
+  }
+  return (uint16_t)bits;
+}
 
 struct Uniform {  // the same number in every lane
   Lanes all;

@@ -32,12 +32,26 @@ static uint32_t peak_of(const float *x, int64_t n) {  // of any number of values
   return most;
 }
 
+// The mean of the squares, in units of the binade of the largest magnitude. `work` is for a number for each 256 values.
+static double mean_square(const float *x, int64_t n, float absmax, double *work) {
+  alignas(64) float each[LB_BLOCK];
+  const float by = absmax > 0.0f ? 1.0f / lb::binade(absmax) : 1.0f;
+  int64_t count = 0;
+  for (int64_t i = 0; i < n; i += LB_BLOCK) {
+    const int part = (int)(n - i < LB_BLOCK ? n - i : LB_BLOCK);
+    LB_IVDEP for (int k = 0; k < part; ++k) each[k] = x[i + k] * by * (x[i + k] * by);
+    work[count++] = (double)sum_few(each, part);
+  }
+  return halve(work, count) / (double)n;
+}
+
 // The scale and what else a block of n values needs. It may be longer than a span.
 static bool measure_block(const lb_operand &o, const float *x, int64_t n, float *room, Block *b, float *scale) {
   const lb_format &f = *o.format;
-  uint32_t most = 0, *work = nullptr;
+  uint32_t most = 0;
+  void *work = nullptr;
   float low = 0.0f, high = 0.0f;
-  if (f.kind == LB_KIND_LOG && !(work = (uint32_t *)malloc((size_t)n * 4 + 4))) return false;
+  if ((f.kind == LB_KIND_LOG || f.rms) && !(work = malloc((size_t)n * 4 + 8))) return false;
   for (int64_t i = 0; i < n; i += SPAN) {
     const int part = part_of(n - i);
     const float *values = roots(f, x + i, part, room);
@@ -48,12 +62,14 @@ static bool measure_block(const lb_operand &o, const float *x, int64_t n, float 
       most = found > most ? found : most;
     }
   }
+  const float absmax = float_of(most);
+  const float statistic = f.rms ? rms_of(absmax, mean_square(x, n, absmax, (double *)work)) : absmax;
   *scale = f.kind == LB_KIND_AFFINE ? affine_scale(f, low, high, &b->extra)
-                                    : derive_scale(float_of(most), f.top, f.min_scale, f.max_scale);
+                                    : derive_scale(wanted_of(f, statistic), f.top, f.min_scale, f.max_scale);
   b->inverse = inverse(*scale);
   b->live = o.live;
-  b->bounded = *scale == *scale;
-  if (work) b->extra = log_base(f, x, n, *scale, work);
+  b->bounded = *scale == *scale && f.gain == 1.0f && !f.rms;
+  if (f.kind == LB_KIND_LOG) b->extra = log_base(f, x, n, *scale, (uint32_t *)work);
   free(work);
   return true;
 }
@@ -77,11 +93,34 @@ static const uint16_t *draws_for(const lb_matrix &m, int64_t row, int64_t col, i
   return m.stochastic ? desk.draws.fill(m.key, row * m.stride + col, n) : nullptr;
 }
 
+// Which of n values in units of their scales are not beyond the edge, a bit each.
+static void store_mask(const lb_matrix &m, int64_t row, int64_t col, const float *x, int n, float inverse) {
+  uint8_t *to = m.mask + row * ((m.cols + 7) / 8);
+  int i = 0;
+#ifdef LB_AVX2
+  for (; col % 8 == 0 && i + 16 <= n; i += 16) {
+    const uint16_t bits = inside(x + i, inverse, m.edge);
+    memcpy(to + (col + i) / 8, &bits, 2);
+  }
+#endif
+  for (; i < n; ++i) {
+    const uint8_t bit = lb::abs(in_units(x[i], inverse)) <= m.edge;
+    put_bits(&bit, 1, 1, to, col + i);
+  }
+}
+
+// Whole blocks of byte scales go together, and those that share an outer scale or a correction.
+static int together(const lb_matrix &m) {
+  const lb_format &f = *m.packed.format;
+  const int each = m.run ? m.run : f.outer ? f.outer : f.block;
+  return f.stored && !m.inverse ? SPAN / each * each : SPAN;
+}
+
 static void encode_many(const lb_matrix &m, const Line &line, Desk &desk) {
   const lb_operand &o = m.packed;
   const lb_format &f = *o.format;
-  const bool stored = !m.inverse && m.multipliers;  // whole blocks then, of a multiple of 8 values
-  const int most = stored ? SPAN / f.block * f.block : SPAN;
+  const bool stored = f.stored && !m.inverse;  // whole blocks then, of a multiple of 8 values
+  const int most = together(m);
   uint8_t bytes[SPAN / 8];
   for (int64_t from = 0; from < line.n; from += most) {
     const int n = (int)(line.n - from < most ? line.n - from : most), count = (n - 1) / f.block + 1;
@@ -90,8 +129,16 @@ static void encode_many(const lb_matrix &m, const Line &line, Desk &desk) {
     const Scales s = m.inverse ? given(m, line.row, col)
                      : stored  ? derive_bytes(m, x, col, n, bytes, desk)
                                : derive_short(f, x, n, desk);
-    encode_units(f, x, col, n, s, draws_for(m, line.row, col, n, desk), desk);
+    const uint16_t *draws = draws_for(m, line.row, col, n, desk);
+    if (!o.codes && !m.run) {
+      round_units(f, x, col, n, s, draws, line.to + from, desk);
+      continue;
+    }
+    encode_units(f, x, col, n, s, draws, desk);
+    if (m.mask) store_mask(m, line.row, col, desk.values, n, 1.0f);
+    if (m.run) correct(m, line.row, col, n, bytes, desk);
     if (o.codes) store_codes(o, line.row, col, desk.codes, n);
+    if (o.codes && m.outers) store_outer(m, line.row, col, count, desk);
     if (o.codes && stored) memcpy(m.bytes + number, bytes, count);
     else if (o.codes && !m.inverse) memcpy(o.scale + number, s.scale, sizeof(float) * count);
     if (line.to) decode_units(f, col, n, s, line.to + from, desk);
@@ -114,6 +161,7 @@ static bool encode_block(const lb_matrix &m, const Line &block, Desk &desk) {
     const bool direct = o.codes && f.bits == 8;
     uint8_t *codes = direct ? (uint8_t *)o.codes + block.row * o.row_bytes + col : desk.codes;
     encode(f, x, part, b, draws, codes);
+    if (m.mask) store_mask(m, block.row, col, x, part, b.inverse);
     if (o.codes && !direct) store_codes(o, block.row, col, codes, part);
     if (block.to) decode(f, codes, part, scale, extra, block.to + i);
   }
@@ -155,7 +203,7 @@ static bool encode_line(const lb_matrix &m, const Line &line, Desk &desk) {
     encode_floats(m, line, desk);
     return true;
   }
-  if (m.inverse || m.multipliers || short_blocks(o)) {
+  if (m.inverse || f.stored || short_blocks(o)) {
     encode_many(m, line, desk);
     return true;
   }
@@ -181,16 +229,33 @@ static void copy_piece(const lb_matrix &m, const Piece &p, float *to, int64_t wi
   for (int l = 0; l < p.lanes; ++l) memset(to + l * width + n, 0, sizeof(float) * (p.last - p.first - n));
 }
 
+// Values whose bit is not set are multiplied by 0.
+static void apply_mask(const lb_matrix &m, int64_t row, int64_t col, float *x, int64_t n) {
+  const uint8_t *bits = m.mask + row * ((m.cols + 7) / 8);
+  int64_t i = 0;
+#ifdef LB_AVX2
+  for (; i + 16 <= n; i += 16) {  // a piece begins at a byte
+    uint16_t both;
+    memcpy(&both, bits + (col + i) / 8, 2);
+    for (int k = 0; k < 16; k += Lanes::COUNT) (Lanes::load(x + i + k) * chosen(both >> k, 1.0f, 0.0f)).store(x + i + k);
+  }
+#endif
+  for (; i < n; ++i) x[i] = x[i] * (float)(bits[(col + i) / 8] >> (col + i) % 8 & 1);
+}
+
 // The rows of a piece as lines that `work` is to do. `room` is for values that do not lie in memory as they must.
 template <class Work> static bool each_line(const lb_matrix &m, const Piece &p, float *room, Work work) {
   const int64_t n = p.last - p.first, width = n + ASIDE;
-  const bool own = m.columns || m.dtype != LB_FLOAT32 || m.rotation;
-  if (own) copy_piece(m, p, room, width);
+  const bool masked = m.mask && m.rotation < 0;
+  const bool moved = m.columns || m.dtype != LB_FLOAT32 || (m.rotation && (m.filled < m.cols || masked));
+  if (moved) copy_piece(m, p, room, width);
   for (int l = 0; l < p.lanes; ++l) {
     const int64_t row = p.row + l, at = row * m.cols + p.first;
     float *copy = room + l * width, *to = m.out_dtype == LB_FLOAT32 ? (float *)m.out + at : copy;
-    if (m.rotation) rotate(m, copy, n, p.first);
-    const float *x = own ? copy : (const float *)m.values + row * m.step + p.first;
+    const float *x = moved ? copy : (const float *)m.values + row * m.step + p.first;
+    if (masked) apply_mask(m, row, p.first, copy, n);
+    if (m.rotation) rotate(m, x, copy, n, p.first);
+    if (m.rotation) x = copy;
     if (!work(Line{row, p.first, n, x, m.out ? to : nullptr})) return false;
     if (m.out && to == copy) put(copy, m.out_dtype, n, place(m.out, m.out_dtype, at));
   }
@@ -210,7 +275,8 @@ static void decode_part(const lb_matrix &m, int64_t row, int64_t col, int n, flo
   const uint8_t *codes = (const uint8_t *)o.codes + row * o.row_bytes;
   const int64_t number = row / m.tile * o.scales + col / f.block;
   const int count = (int)((col + n - 1) / f.block - col / f.block) + 1;
-  const float *scale = m.multipliers ? look_up(m, m.bytes + number, count, desk).scale : o.scale + number;
+  if (m.outers) load_outer(m, row, col, count, desk);
+  const float *scale = m.bytes ? look_up(m, m.bytes + number, count, desk).scale : o.scale + number;
   const float by = count == 1 ? *scale : 1.0f;
   const void *extra = !o.extra                     ? nullptr
                       : f.kind == LB_KIND_AFFINE ? (const void *)((const uint8_t *)o.extra + number)

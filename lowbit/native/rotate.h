@@ -1,5 +1,7 @@
 // Random Hadamard rotations of the values of a row, and back: lowbit/rotation.py, bit for bit.
 #pragma once
+#include <string.h>
+
 #include "arithmetic.h"
 #include "lanes.h"
 
@@ -25,7 +27,7 @@ template <int APART> LB_FN Lanes butterfly(Lanes x) {
   return swap_lanes<APART>(x) + flip(x, SECOND);
 }
 
-template <int SIZE, bool BACK> static void rotate_run(float *x, int64_t col, const Signs &signs, float by) {
+template <int SIZE, bool BACK> static void rotate_run(const float *x, float *to, int64_t col, const Signs &signs, float by) {
   constexpr int EACH = Lanes::COUNT, COUNT = SIZE / EACH;
   Lanes v[COUNT];
   for (int k = 0; k < COUNT; ++k) {
@@ -45,7 +47,7 @@ template <int SIZE, bool BACK> static void rotate_run(float *x, int64_t col, con
   for (int k = 0; k < COUNT; ++k) {
     v[k] = v[k] * by;
     if (BACK) v[k] = flip(v[k], signs.sixteen(col + k * EACH / 16 * 16) >> (k * EACH % 16));
-    v[k].store(x + k * EACH);
+    v[k].store(to + k * EACH);
   }
 }
 
@@ -58,39 +60,40 @@ static void flip_signs(float *x, int size, int64_t col, const Signs &signs) {
   }
 }
 
-template <int SIZE, bool BACK> static void rotate_run(float *x, int64_t col, const Signs &signs, float by) {
-  if (!BACK) flip_signs(x, SIZE, col, signs);
+template <int SIZE, bool BACK> static void rotate_run(const float *x, float *to, int64_t col, const Signs &signs, float by) {
+  if (x != to) memcpy(to, x, sizeof(float) * SIZE);
+  if (!BACK) flip_signs(to, SIZE, col, signs);
   for (int apart = 1; apart < SIZE; apart *= 2) {
     for (int first = 0; first < SIZE; first += 2 * apart) {
       LB_IVDEP for (int i = first; i < first + apart; ++i) {
-        const float a = x[i], b = x[i + apart];
-        x[i] = a + b;
-        x[i + apart] = a - b;
+        const float a = to[i], b = to[i + apart];
+        to[i] = a + b;
+        to[i + apart] = a - b;
       }
     }
   }
-  LB_IVDEP for (int i = 0; i < SIZE; ++i) x[i] = x[i] * by;
-  if (BACK) flip_signs(x, SIZE, col, signs);
+  LB_IVDEP for (int i = 0; i < SIZE; ++i) to[i] = to[i] * by;
+  if (BACK) flip_signs(to, SIZE, col, signs);
 }
 
 #endif
 
-template <int SIZE> static void rotate_runs(float *x, int64_t n, int64_t col, bool back, const Signs &signs) {
+template <int SIZE> static void rotate_runs(const float *x, float *to, int64_t n, int64_t col, bool back, const Signs &signs) {
   constexpr float BY = SIZE == 16 ? 0.25f : SIZE == 32 ? 0x1.6a09e6p-3f : SIZE == 64 ? 0.125f : 0x1.6a09e6p-4f;
   for (int64_t i = 0; i < n; i += SIZE) {
-    (back ? rotate_run<SIZE, true> : rotate_run<SIZE, false>)(x + i, col + i, signs, BY);
+    (back ? rotate_run<SIZE, true> : rotate_run<SIZE, false>)(x + i, to + i, col + i, signs, BY);
   }
 }
 
-// Rotates n values of a row, whole runs from column `col` on, or takes that back.
-static void rotate(const lb_matrix &m, float *x, int64_t n, int64_t col) {
+// Rotates n values of a row, whole runs from column `col` on, or takes that back. `to` may be x.
+static void rotate(const lb_matrix &m, const float *x, float *to, int64_t n, int64_t col) {
   const Signs signs(m);
   const bool back = m.rotation < 0;
   const int size = back ? -m.rotation : m.rotation;
   (size == 16   ? rotate_runs<16>
    : size == 32 ? rotate_runs<32>
    : size == 64 ? rotate_runs<64>
-                : rotate_runs<128>)(x, n, col, back, signs);
+                : rotate_runs<128>)(x, to, n, col, back, signs);
 }
 
 }  // namespace LB_SPACE

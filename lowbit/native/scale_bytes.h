@@ -1,15 +1,25 @@
-// Scales that are stored in a byte: which byte, from the largest magnitude of a block, by the format's own rule. The rules
-// are those of lowbit/scales.py, bit for bit; what a byte stands for comes from there.
+// Scales that are stored in a byte: which byte, from the statistic of a block, by the format's own rule. The rules are
+// those of lowbit/scales.py, bit for bit.
 #pragma once
 #include "scaling.h"
 
 namespace lb {
 
-constexpr float LARGEST = 3.4028234663852886e38f;
-
 LB_FN float times(float x, float factor) {
   const float product = x * factor;
   return factor == 1.0f ? x : product > LARGEST ? LARGEST : product;
+}
+
+// The root of the mean square of a block, which was summed in units of the binade of its largest magnitude.
+LB_FN float rms_of(float absmax, double mean) {
+  const float root = sqrt((float)mean) * (absmax > 0.0f ? binade(absmax) : 1.0f);
+  const float held = root > LARGEST ? LARGEST : root;
+  return finite_bits(magnitude_bits(absmax)) ? held : no_number();
+}
+
+// What a block's scale is to send to the top, from its statistic.
+LB_FN float wanted_of(const lb_format &f, float statistic) {
+  return times(finite_bits(magnitude_bits(statistic)) ? statistic : no_number(), f.gain);
 }
 
 // A power of two, by its biased exponent.
@@ -31,18 +41,19 @@ LB_FN int32_t nearest_e4m3(float x) {
   return x < 0x1p-6f ? (int32_t)rint(x * 512.0f) : normal;
 }
 
-LB_FN int32_t byte_e4m3(const lb_format &f, float wanted, float outer, float candidate) {
-  const float block = wanted / f.top, shared = outer > 0.0f ? block / outer : block;
-  const float scaled = times(shared, candidate), least = scaled < f.smallest ? f.smallest : scaled;
+LB_FN int32_t byte_e4m3(float top, float smallest, float wanted, float outer, float candidate) {
+  const float block = wanted / top, shared = outer > 0.0f ? block / outer : block;
+  const float scaled = times(shared, candidate), least = scaled < smallest ? smallest : scaled;
   const int32_t code = nearest_e4m3(least > 448.0f ? 448.0f : least);
   return finite_bits(magnitude_bits(wanted)) ? code : E4M3_NAN;
 }
 
-// Of a block whose largest magnitude is absmax, with one of the format's candidates.
-LB_FN int32_t byte_of(const lb_format &f, float absmax, float outer, float candidate) {
-  const float statistic = finite_bits(magnitude_bits(absmax)) ? absmax : no_number();
-  const float wanted = times(statistic, f.gain);
-  return f.stored == LB_SCALE_E8M0 ? byte_e8m0(f, times(wanted, candidate)) : byte_e4m3(f, wanted, outer, candidate);
+// An FP8 number drawn around x, which is 0 to 448, or NaN, which counts as 0.
+LB_FN int32_t drawn_e4m3(float x, float share) {
+  const float held = x == x ? x : 0.0f;
+  const int32_t code = held < 0x1p-6f ? (int32_t)floor(held * 512.0f) : (int32_t)(bits_of(held) >> 20) - (120 << 3);
+  const float low = widen_e4m3((uint32_t)code), gap = widen_e4m3((uint32_t)(code < 126 ? code + 1 : 126)) - low;
+  return code + (code < 126 && held - low >= share * gap ? 1 : 0);
 }
 
 }  // namespace lb

@@ -37,6 +37,14 @@ LB_FN uint32_t e4m3_above(float x) {
   return x < 0x1p-6f ? (uint32_t)(int32_t)small : normal;
 }
 
+constexpr float LARGEST = 3.4028234663852886e38f;
+
+// What encodes with an e4m3 scale next to an outer one: 0 for a tensor of zeros and for NaN, finite for a scale of 0.
+LB_FN float two_level_inverse(float held, float outer) {
+  const float both = inverse(outer) / held, found = outer > 0.0f && both == both ? both : 0.0f;
+  return found > LARGEST ? LARGEST : found;
+}
+
 LB_FN float multiplier_of(const Scaling &s, uint32_t raw) {
   if (s.stored == LB_SCALE_FP32) return float_of(raw);
   if (s.stored == LB_SCALE_E8M0) return raw == E8M0_NAN ? no_number() : power_of_two((int32_t)raw);
@@ -47,13 +55,9 @@ LB_FN float multiplier_of(const Scaling &s, uint32_t raw) {
 
 LB_FN float inverse_of(const Scaling &s, uint32_t raw, float multiplier) {
   if (s.stored == LB_SCALE_E8M0) return power_of_two(254 - (int32_t)raw);
-  float found = inverse(multiplier);
-  if (s.outer) {
-    const float both = 1.0f / s.whole / widen_e4m3(raw);
-    found = s.whole > 0.0f && both == both ? both : 0.0f;
-  }
-  constexpr float MOST = 3.4028234663852886e38f;
-  return found > MOST ? MOST : found;
+  if (s.outer) return two_level_inverse(widen_e4m3(raw), s.whole);
+  const float found = inverse(multiplier);
+  return found > LARGEST ? LARGEST : found;
 }
 
 // The scale to store for a block with this largest magnitude.

@@ -16,8 +16,7 @@ static void terms(const lb_matrix &m, int what, const Line &line, int n, float *
   const Scales s = given(m, line.row, line.col);
   const float *x = line.x;
   if (what == LB_LOSSES) {
-    encode_units(f, x, line.col, n, s, nullptr, desk);
-    decode_units(f, line.col, n, s, to, desk);
+    round_units(f, x, line.col, n, s, nullptr, to, desk);
     LB_IVDEP for (int i = 0; i < n; ++i) to[i] = to[i] - x[i];
   } else if (what == LB_PRODUCTS) {
     encode_units(f, x, line.col, n, s, nullptr, desk);
@@ -40,16 +39,13 @@ static Line part_of_line(const Line &line, int64_t from, int64_t n) {
 
 // Sums over the blocks of a line, as blocks.total has them: of short blocks, many at once.
 static void sum_short(const lb_matrix &m, int what, const Line &line, double *to, Desk &desk) {
-  alignas(64) float each[SPAN], one[LB_BLOCK];
+  alignas(64) float each[SPAN], sums[SPAN];
   const int block = m.packed.format->block, many = SPAN / block * block;
   for (int64_t i = 0; i < line.n; i += many) {
-    const int n = (int)(line.n - i < many ? line.n - i : many);
+    const int n = (int)(line.n - i < many ? line.n - i : many), count = (n + block - 1) / block;
     terms(m, what, part_of_line(line, i, n), n, each, desk);
-    for (int k = 0; k < n; k += block) {
-      const int count = n - k < block ? n - k : block;
-      memcpy(one, each + k, sizeof(float) * count);
-      *to++ = (double)sum_few(one, count);
-    }
+    sum_blocks(each, n, block, sums);
+    for (int b = 0; b < count; ++b) *to++ = (double)sums[b];
   }
 }
 

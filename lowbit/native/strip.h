@@ -90,7 +90,7 @@ struct Pieces {
   Pieces(const lb_matrix &m, bool blocks) : rows(m.rows), cols(m.cols), lanes(m.columns ? LANES : 1) {
     const lb_format &f = *m.packed.format;
     const int64_t wide = m.columns ? STRIP : WIDE;
-    int64_t unit = f.kind == LB_KIND_FLOAT || !blocks ? 1 : f.block;
+    int64_t unit = f.kind == LB_KIND_FLOAT || !blocks ? 1 : f.outer ? f.outer : f.block;
     while (unit % (m.rotation ? LB_BLOCK / 2 : 8)) unit *= 2;
     each = cols > 0 ? cols : 1;
     if (cols > (m.columns ? wide : 2 * wide) && unit < cols) each = (wide + unit - 1) / unit * unit;

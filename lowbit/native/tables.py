@@ -15,6 +15,7 @@ from . import abi
 
 INFINITE = math.inf
 ALL = 2**31 - 128  # values of a row: one block
+MOST_OUTER = 4 * abi.BLOCK  # values that are worked on together
 
 
 @lru_cache(maxsize=256)
@@ -39,15 +40,22 @@ def table(fmt: Format) -> abi.Format:
         made.values[: len(fmt.values)] = fmt.values
     if fmt.kind == "codebook":
         _codebook(made, fmt)
+    made.rms, made.gain = fmt.scaling.statistic == "rms", fmt.scaling.gain
     if stores(fmt):
         _scaling(made, fmt)
     return made
 
 
+def derives(fmt: Format) -> bool:
+    """Whether the library derives a format's scales, and stores them in fp32."""
+    way, simple = fmt.scaling, fmt.scaling.statistic in ("absmax", "rms") and fmt.scaling.candidates == (1.0,)
+    return not fmt.compressed or (fmt.block[0] == 1 and way.stored == "fp32" and simple)
+
+
 def stores(fmt: Format) -> bool:
     """Whether the library derives a format's scales, and stores them in a byte each."""
     way, (rows, columns) = fmt.scaling, fmt.block
-    known = way.stored == "e8m0" or (way.stored == "e4m3" and way.rounding == "nearest" and not way.outer)
+    known = way.stored == "e8m0" or (way.stored == "e4m3" and way.rounding == "nearest" and way.outer <= MOST_OUTER)
     short = rows == 1 and columns % 8 == 0 and 0 < columns <= abi.BLOCK
     return known and short and way.statistic in ("absmax", "rms") and len(way.candidates) <= 2
 
@@ -55,10 +63,10 @@ def stores(fmt: Format) -> bool:
 def _scaling(made: abi.Format, fmt: Format) -> None:
     way = fmt.scaling
     made.stored, made.power = abi.SCALED[way.stored], abi.POWER.get(way.rounding, 0)
+    made.outer, made.peak = way.outer, fmt.top * way.peak
     made.exponent, made.mantissa = exponents(fmt)
     made.last, made.tries = last_power(fmt), len(way.candidates)
-    made.rms = way.statistic == "rms"
-    made.gain, made.smallest = way.gain, way.least
+    made.smallest = way.least
     made.candidates[: made.tries] = way.candidates
 
 
@@ -68,6 +76,9 @@ def _codebook(made: abi.Format, fmt: Format) -> None:
     made.ladder[:] = (*ladder, *[INFINITE] * (256 - len(ladder)))
     made.thresholds[:] = (*fmt.thresholds, *[INFINITE] * (256 - len(fmt.thresholds)))
     made.codes[: len(codes)] = codes
+    made.grid_bits, made.grid_least = _minifloat(fmt)
+    if made.grid_bits:
+        return
     if len(ladder) <= 16:
         made.tree[:] = _tree(made.thresholds[:15])
         rungs = [_rounded(value) for value in ladder]
@@ -78,6 +89,20 @@ def _codebook(made: abi.Format, fmt: Format) -> None:
             _bins(made, fmt)
     else:
         _cells(made, fmt.thresholds)
+
+
+def _minifloat(fmt: Format) -> tuple[int, float]:
+    """(bits of the mantissa, smallest normal number) of a codebook that is a small float's; (0, 0.0) for others."""
+    rungs = [value for value, _ in fmt.ladder]
+    codes = [code for _, code in fmt.ladder]
+    if not fmt.sign_magnitude or fmt.ties != "even" or codes != list(range(len(codes))):
+        return 0, 0.0
+    for bits in range(1, fmt.bits - 1):
+        fine, least = 1 << bits, rungs[1] * (1 << bits)
+        floats = [(k % fine + fine * (k >= fine)) * 2.0 ** max(k // fine - 1, 0) * rungs[1] for k in codes]
+        if rungs == floats:
+            return bits, least
+    return 0, 0.0
 
 
 def _tree(numbers: list[float]) -> list[float]:

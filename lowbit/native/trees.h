@@ -1,6 +1,9 @@
 // Sums have one meaning (lowbit/backends/reference.py): a tree of halves.
 #pragma once
+#include <string.h>
+
 #include "arithmetic.h"
+#include "lanes.h"
 
 namespace LB_SPACE {
 
@@ -27,6 +30,58 @@ static float sum_few(float *x, int n) {
   while (width < n) width *= 2;
   for (int k = n; k < width; ++k) x[k] = 0.0f;
   return halve(x, width);
+}
+
+#ifdef LB_AVX2
+struct Sum {
+  LB_FN Lanes leaf(const float *x) { return Lanes::load(x); }
+  LB_FN Lanes both(Lanes a, Lanes b) { return a + b; }
+};
+struct Most {  // magnitudes as integers: NaN > infinity > finite
+  LB_FN Lanes leaf(const float *x) { return and_bits(Lanes::load(x), 0x7FFFFFFFu); }
+  LB_FN Lanes both(Lanes a, Lanes b) { return most_bits(a, b); }
+};
+
+// The trees of COUNT blocks at once. The last step of a halving tree joins those of numbers in even and in odd places.
+template <class Of, int REGISTERS> LB_FN Lanes joined(const float *x, int apart) {
+  if constexpr (REGISTERS == 1) return Of::leaf(x);
+  else return Of::both(joined<Of, REGISTERS / 2>(x, 2 * apart), joined<Of, REGISTERS / 2>(x + apart, 2 * apart));
+}
+template <class Of, int BLOCK, int COUNT> LB_FN Lanes joined_blocks(const float *x) {
+  if constexpr (COUNT == 1) {
+    return joined<Of, BLOCK / Lanes::COUNT>(x, Lanes::COUNT);
+  } else {
+    constexpr int APART = Lanes::COUNT / COUNT;
+    const Lanes a = joined_blocks<Of, BLOCK, COUNT / 2>(x), b = joined_blocks<Of, BLOCK, COUNT / 2>(x + COUNT / 2 * BLOCK);
+    return Of::both(first_halves<APART>(a, b), second_halves<APART>(a, b));
+  }
+}
+template <class Of, int BLOCK> static int join_blocks(const float *x, int n, float *to) {
+  int i = 0;
+  for (; i + Lanes::COUNT * BLOCK <= n; i += Lanes::COUNT * BLOCK, to += Lanes::COUNT) {
+    in_order(joined_blocks<Of, BLOCK, Lanes::COUNT>(x + i)).store(to);
+  }
+  return i;
+}
+
+// One number for each block of n values, as many as that is quick for; returns of how many values.
+template <class Of> static int join_short(const float *x, int n, int block, float *to) {
+  return block == 16 ? join_blocks<Of, 16>(x, n, to) : block == 32 ? join_blocks<Of, 32>(x, n, to) : 0;
+}
+#endif
+
+// The sums of blocks of n values, each at most 256 long; the last may be short.
+static void sum_blocks(const float *x, int n, int block, float *to) {
+  int i = 0;
+#ifdef LB_AVX2
+  i = join_short<Sum>(x, n, block, to);
+#endif
+  alignas(64) float one[LB_BLOCK];
+  for (to += i / block; i < n; i += block) {
+    const int count = n - i < block ? n - i : block;
+    memcpy(one, x + i, sizeof(float) * count);
+    *to++ = sum_few(one, count);
+  }
 }
 
 // The same for any count of doubles: what is missing to a power of two counts as 0. Overwrites x.

@@ -19,33 +19,27 @@ from torch import Tensor
 
 from .. import backends, scales
 from ..formats import Format
-from ..rows import pack, unpack
 from .operand import Operand
 
 STEEPNESS, STEEPEST = 5, 3.0
 ROUNDED = 2.0**-20  # a block's largest value over its own scale may come out a few ulps above the top: not clipped
 
 
+def edge(operand: Operand | None) -> float | None:
+    """How far from 0 a value in units of its scale may be for its gradient to pass; None where that is no question."""
+    if operand is None or operand.estimator not in ("clip", "trust"):
+        return None
+    assert operand.codes is not None
+    (before, _), (last, _) = operand.codes.ladder[-2:]
+    return (last if operand.estimator == "clip" else last + (last - before) / 2) * (1 + ROUNDED)
+
+
 def factor(x: Tensor, operand: Operand) -> Tensor:
     """fp32, like the matrix x, which is what is rounded (turned already): what multiplies each value's gradient."""
-    fmt = operand.codes
+    fmt, last = operand.codes, edge(operand)
     assert fmt is not None
     u = in_units(fmt, x.float())
-    if operand.estimator == "dge":
-        return _slope(fmt, u)
-    last, before = fmt.ladder[-1][0], fmt.ladder[-2][0]
-    edge = last if operand.estimator == "clip" else last + (last - before) / 2
-    return (u.abs() <= edge * (1 + ROUNDED)).float()
-
-
-def masked(x: Tensor, operand: Operand) -> Tensor:
-    """The factors of a mask as bits, eight to a byte: uint8 [rows, ceil(cols / 8)]."""
-    return pack(factor(x, operand).to(torch.uint8), 1)
-
-
-def unmasked(bits: Tensor, cols: int) -> Tensor:
-    """The inverse of `masked`."""
-    return unpack(bits, 1, cols).float()
+    return _slope(fmt, u) if last is None else (u.abs() <= last).float()
 
 
 def in_units(fmt: Format, x: Tensor) -> Tensor:

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backends
-from ..backends.reference import blocks, joined
+from ..backends.reference_matrix import blocks, joined
 from ..rotation import Rotation
-from . import eden
+from ..rows import unpack
 from .operand import Operand
 from .stablespam import RELEASED
 
@@ -34,7 +34,7 @@ def fake_quantize(
     if operand is None or x.numel() == 0:
         return turned(x, rotation)
     if operand.rounding == "eden":
-        return decode(encode(x, operand, noise, rotation), operand, padded(x.shape[1], rotation))
+        return quantized(x, operand, noise, rotation)[0]
     if operand.outliers or operand.flat or operand.spec is None:
         return _with_outliers(turned(x, rotation), operand, noise)
     x, noise = _zeros_appended(x, rotation), noise if operand.rounding == "stochastic" else None
@@ -50,22 +50,27 @@ def encode(
     """
     if operand.codes is None or x.numel() == 0:
         return {}
-    if operand.rounding == "eden":
-        assert noise is not None
-        return eden.encode(operand.codes, x, noise, rotation, operand.hadamard)
-    return quantized(x, operand, noise, rotation)[1]
+    x, noise = _zeros_appended(x, rotation), noise if operand.rounding != "nearest" else None
+    return backends.encode(operand.codes, x, noise, rotation=rotation, run=_run(operand))
 
 
 def quantized(
-    x: Tensor, operand: Operand, noise: Noise | None = None, rotation: Rotation | None = None
+    x: Tensor,
+    operand: Operand,
+    noise: Noise | None = None,
+    rotation: Rotation | None = None,
+    edge: float | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """(`fake_quantize`, `encode`) in one pass."""
-    if operand.codes is None or x.numel() == 0 or operand.rounding == "eden":
-        parts = encode(x, operand, noise, rotation)
-        values = decode(parts, operand, padded(x.shape[1], rotation)) if parts else None
-        return fake_quantize(x, operand, noise, rotation) if values is None else values, parts
-    x, noise = _zeros_appended(x, rotation), noise if operand.rounding == "stochastic" else None
-    return backends.quantized(operand.codes, x, noise, rotation=rotation)
+    """(`fake_quantize`, `encode`) in one pass; with an edge, and the part `inside` (see `backends.quantized`)."""
+    if operand.codes is None or x.numel() == 0:
+        return fake_quantize(x, operand, noise, rotation), {}
+    x, noise = _zeros_appended(x, rotation), noise if operand.rounding != "nearest" else None
+    return backends.quantized(operand.codes, x, noise, rotation=rotation, run=_run(operand), edge=edge)
+
+
+def _run(operand: Operand) -> int:
+    """How many values share a correction."""
+    return operand.hadamard if operand.rounding == "eden" else 0
 
 
 def decode(parts: dict[str, Tensor], operand: Operand, cols: int) -> Tensor:
@@ -84,9 +89,11 @@ def turned(x: Tensor, rotation: Rotation | None) -> Tensor:
     return x if rotation is None else backends.rotate(_zeros_appended(x, rotation), rotation)
 
 
-def turned_back(x: Tensor, rotation: Rotation | None, cols: int) -> Tensor:
-    """The inverse of `turned` of a matrix of `cols` columns, up to rounding."""
-    return x if rotation is None else backends.rotate(x, rotation, back=True)[:, :cols]
+def turned_back(x: Tensor, rotation: Rotation | None, cols: int, mask: Tensor | None = None) -> Tensor:
+    """The inverse of `turned` of a matrix of `cols` columns, up to rounding; what a mask has no bit for is 0 before."""
+    if rotation is not None:
+        return backends.rotate(x, rotation, back=True, mask=mask)[:, :cols]
+    return x if mask is None else x * unpack(mask, 1, cols).to(x.dtype)
 
 
 def padded(cols: int, rotation: Rotation | None) -> int:

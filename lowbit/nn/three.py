@@ -102,11 +102,13 @@ class Call:
         """(y, what to keep for the backward pass), where (x, W) need gradients."""
         activation, other = self.recipe.forward[0], self.recipe.wgrad[1]
         needs_x, needs_weight = needs
-        rotation, codes = forward_rotation(self.recipe), {}
+        rotation, codes, mask = forward_rotation(self.recipe), {}, None
         kind = kind_of(*self.recipe.forward, rows.device)
-        if activation is not None and needs_weight and other == FORWARD:
-            values, codes = quantized(rows, activation, rotation=rotation)
-            first = Coded(activation, codes, padded(rows.shape[1], rotation)) if kind and codes else values
+        edge, reused = estimators.edge(activation) if needs_x else None, needs_weight and other == FORWARD
+        if activation is not None and (reused or edge is not None):
+            values, parts = quantized(rows, activation, rotation=rotation, edge=edge)
+            mask, codes = parts.pop("inside", None), parts if reused else {}
+            first = Coded(activation, parts, padded(rows.shape[1], rotation)) if kind and parts else values
         else:
             first = _made(rows, activation, None, rotation, kind)
         if needs_weight and isinstance(other, Operand):
@@ -118,10 +120,10 @@ class Call:
             kept["x"] = rows
         if needs_x or (needs_weight and _estimated(self.recipe.forward[1])):
             kept["weight"] = weight
-        if needs_x and _estimated(activation):
-            assert activation is not None
-            dge = activation.estimator == "dge"
-            kept |= {"x": rows} if dge else {"mask": estimators.masked(turned(rows, rotation), activation)}
+        if mask is not None:
+            kept["mask"] = mask
+        elif needs_x and _estimated(activation):
+            kept["x"] = rows
         return product(first, self._weight(weight, kind), self.dtype, bias), kept
 
     def _weight(self, weight: Tensor, kind: Kind | None) -> Tensor | Coded:
@@ -136,7 +138,7 @@ class Call:
         needs_x, needs_weight = needs
         coded = self._coded() is not None and needs_weight and not empty
         names = [f"x.{part}" for part in _part_names(self._coded())] if coded else []
-        mask = needs_x and _estimated(activation) and activation.estimator != "dge"  # pyright: ignore
+        mask = needs_x and not empty and estimators.edge(activation) is not None
         if (needs_weight and not coded) or (needs_x and _estimated(activation) and not mask):
             names.append("x")
         if needs_x or (needs_weight and _estimated(operand)):
@@ -172,13 +174,23 @@ class Call:
         second = self.recipe.forward[1] if again else other
         kind = kind_of(gradient, second, gy.device, b_across=again) if isinstance(second, Operand) else None
         if again:
-            weight = self._weight(kept["weight"], kind).t()
+            weight = self._weight_again(kept, kind).t()
         else:
-            source = forward_weight(kept["weight"], self.recipe) if _of_forward(other) else decoded(kept["weight"])
+            source = self._weight_again(kept) if _of_forward(other) else decoded(kept["weight"])
             assert other is None or isinstance(other, Operand)
             weight = _made(source.t(), other, self.noise(_DGRAD[1]), rotation, kind)
         gx = product(_made(gy, gradient, self.noise(_DGRAD[0]), rotation, kind), weight, self.dtype)
         return self._through(gx, self.recipe.forward[0], kept, "x", _of_forward(other), cols)
+
+    def _weight_again(self, kept: dict[str, Tensor], kind: Kind | None = None) -> Tensor | Coded:
+        """Of the forward matmul, in a backward pass; the mask of its estimator goes to what is kept, for wgrad."""
+        operand, rotation, weight = self.recipe.forward[1], forward_rotation(self.recipe), kept["weight"]
+        edge = estimators.edge(operand)
+        if operand is None or kind or edge is None or (is_stored(weight, operand) and rotation is None):
+            return self._weight(weight, kind)
+        values, parts = quantized(decoded(weight), operand, rotation=rotation, edge=edge)
+        kept |= {"weight.mask": parts["inside"]} if parts else {}
+        return values
 
     def wgrad(self, gy: Tensor, kept: dict[str, Tensor], cols: int) -> Tensor:
         """gW = Q(gy)ᵀ Q(x), contracted over tokens: [output features, cols]."""
@@ -214,10 +226,10 @@ class Call:
         if _estimated(operand):
             assert operand is not None
             g = g if is_turned else turned(g, rotation)
-            if name == "x" and "mask" in kept:
-                factor = estimators.unmasked(kept["mask"], g.shape[1])
-            else:
-                factor = estimators.factor(turned(decoded(kept[name]).detach(), rotation), operand)
+            mask = kept.get({"x": "mask", "weight": "weight.mask"}[name])
+            if mask is not None:
+                return turned_back(g, rotation, cols, mask)
+            factor = estimators.factor(turned(decoded(kept[name]).detach(), rotation), operand)
             g, is_turned = g * factor.to(g.dtype), True
         return turned_back(g, rotation, cols) if is_turned else g
 

@@ -93,6 +93,8 @@ def chosen(patterns: Mapping[str, str], name: str) -> str:
 
 def check_patterns(argument: str, patterns: Mapping[str, str], known: Collection[str]) -> dict[str, str]:
     """A copy, if it asks only for what is known."""
+    if not isinstance(patterns, Mapping):
+        raise TypeError(f"{argument} must be a dict from globs on names to {', '.join(known)}, not {patterns!r}")
     for pattern, wanted in patterns.items():
         if wanted not in known:
             hint = nearest(wanted, list(known)) if isinstance(wanted, str) else ""
@@ -191,6 +193,8 @@ class AdamMini(AdamW):
             count = group[name]
             if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
                 raise ValueError(f"{name} must be a whole number of at least 1, or None, not {count!r}")
+        if group["num_kv_heads"] is not None and group["num_heads"] is None and group["head_dim"] is None:
+            raise ValueError("num_kv_heads alone tells no query's heads: pass num_heads or head_dim as well")
 
     def fixed(self, group: Mapping[str, Any]) -> dict[str, Any]:
         """See `Rule.fixed`."""

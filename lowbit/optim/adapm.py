@@ -254,7 +254,10 @@ class AdaPM(AnnealedBetas):
         """See `Rule.group_rows`: rows that share a second moment."""
         if len(shape) < 2:
             return max(1, rows_of(shape)[0])
-        return group["head_dim"] or 1 if role in ("q", "k") else 1
+        head_dim = group["head_dim"] or 1 if role in ("q", "k") else 1
+        if shape[0] % head_dim:
+            raise ValueError(f"{name}: its {shape[0]} rows are not heads of head_dim={head_dim} rows")
+        return head_dim
 
     def fixed(self, group: Mapping[str, Any]) -> dict[str, Any]:
         """See `Rule.fixed`."""

@@ -30,9 +30,9 @@ from ..roles import check_used, clean_name, role_map
 from ..stages import Job, Moment, Program, Stage
 from . import checkpoint, replay, sparse
 from .explain import Explanation, explain
-from .hyper import check, check_common, check_names
+from .hyper import check, check_common, check_names, of_python
 from .matrices import Chain, carried
-from .parts import Part, Stabilizer
+from .parts import Part, Stabilizer, stabilizers
 from .roster import Roster, Turns
 from .slot import FLOATS, Slot, asked_of
 
@@ -131,8 +131,10 @@ class Rule(torch.optim.Optimizer, Part):
             given, known = next(iter(unknown)), [n for n in inspect.signature(type(self)).parameters if n != "unknown"]
             hint = nearest(given, known)
             raise TypeError(f"{type(self).__name__} has no argument {given!r}{hint}; it has: {', '.join(known)}")
-        self.stabilize = (stabilize,) if isinstance(stabilize, Stabilizer) else tuple(stabilize)
-        self.policy = policy or Policy()
+        self.stabilize = stabilizers(stabilize)
+        if not isinstance(policy, Policy | None):
+            raise TypeError(f"policy must be a lowbit.Policy([(match, storage), …]), not {policy!r}")
+        self.policy = Policy() if policy is None else policy
         self.roles = role_map(roles)
         self._programs: dict[Any, Program] = {}
         self._slots: dict[Tensor, Slot] = {}
@@ -140,14 +142,13 @@ class Rule(torch.optim.Optimizer, Part):
         self.devices: set[torch.device] = set()  # where there are parameters
         self._warned = False
         for part in self.stabilize:
-            if not isinstance(part, Stabilizer):
-                raise TypeError(f"stabilize: {part!r} is not a stabilizer, such as lowbit.optim.AdaClip()")
             for name, value in part.hyper.items():
                 if name in defaults:
                     raise ValueError(f"stabilize: {name!r} of {part!r} is already a hyper-parameter of this optimizer")
                 defaults[name] = value
         storage = {"states": states, "seed": seed, "master": master, "rounding": rounding}
-        super().__init__(_as_list(params), {**defaults, **storage, "state_rounding": state_rounding})
+        every = {**defaults, **storage, "state_rounding": state_rounding}
+        super().__init__(_as_list(params), {name: of_python(value) for name, value in every.items()})
         named = [pair for g in self.param_groups for pair in zip(g.get("param_names", ()), g["params"], strict=False)]
         check_used(roles or {}, {name: p.shape for name, p in named})
         self._warn_nameless()
@@ -208,6 +209,9 @@ class Rule(torch.optim.Optimizer, Part):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as in torch; its states are created at once. Checks everything before it changes anything."""
+        if not isinstance(param_group, dict) or "params" not in param_group:
+            raise TypeError(f'group {len(self.param_groups)} must be a dict with "params", not {param_group!r}')
+        param_group = {name: of_python(value) for name, value in param_group.items()}
         group = {**self.defaults, **param_group}
         given = group["params"]
         entries = group["params"] = [given] if isinstance(given, Tensor) else _as_list(given)
@@ -456,14 +460,15 @@ class Rule(torch.optim.Optimizer, Part):
     def _reset(self, when: str, only: Tensor | None = None) -> None:
         """Momentum reset: zero scales and codes, written directly; what debiases a moment restarts with it.
 
-        Of every tensor in the group, also of those that have no gradient in this step. A late reset, as released, is
-        part of a tensor's step and happens only to those that have one.
+        Of every tensor in the group, also of those that have no gradient in this step. As released, a reset is part of
+        a tensor's step and happens only to those that have one.
         """
+        stepped_only = when == "after" or not self.guarded
         for group in self.param_groups:
             if any(part.resets(group) == when for part in (*self.stabilize, self)):
                 for p in group["params"]:
                     meant = only is None or p is only
-                    if meant and self.state.get(p) and (when == "before" or p.grad is not None):
+                    if meant and self.state.get(p) and not (stepped_only and p.grad is None):
                         self._slots[p].zero_moments(self.state[p], keep=when == "after")
                         if self._slots[p].kept:
                             self._slots[p].draw(self.state[p], group["seed"], group["steps"])
@@ -553,6 +558,7 @@ class Rule(torch.optim.Optimizer, Part):
         """As in torch, of plain values only, so that `torch.load(weights_only=True)` takes it."""
         state_dict = super().state_dict()
         for group in state_dict["param_groups"]:
+            group.update({name: of_python(value) for name, value in group.items()})  # of a scheduler's
             group["states"] = checkpoint.plain(group["states"])
             group[checkpoint.OPTIMIZER] = type(self).__name__
         return state_dict
@@ -579,4 +585,6 @@ def _as_list(params: Any) -> list[Any]:
         raise TypeError("params must be a list of tensors, of (name, tensor) pairs or of groups, not one tensor")
     if isinstance(params, torch.nn.Module):
         raise TypeError("params must be parameters, not a module: pass model.named_parameters()")
+    if not isinstance(params, Iterable):
+        raise TypeError(f"params must be a list of tensors, of (name, tensor) pairs or of groups, not {params!r}")
     return list(params)

@@ -11,8 +11,10 @@ and weight decay comes after the update.
 
 Where this differs from the released code: a gradient of zeros is no reason to compute P (SVD fails there, or gives an
 arbitrary basis for 200 steps; GaLore issue 58), nor is one that is not finite: the refresh waits for the next
-gradient. Q-GaLore compares the first singular vectors with their signs, which are arbitrary, and doubles the interval
-again on every refresh while its queue is full; here the sign does not matter and the rest is as released.
+gradient. Q-GaLore compares the first singular vectors with their signs, which are arbitrary, and before they are
+compressed; here the sign does not matter, and the old one is as it is stored. It refreshes in steps that are multiples
+of the interval, so that a doubled one may be cut short; here an interval begins with its refresh. As released, the
+interval doubles again on every refresh while the similarities stay high.
 
 P is stored as `rank` rows, each a basis vector, as every other state: in any format, in checkpoints. Signs (and, for
 equal singular values, more) are arbitrary, so a comparison with other code needs `set_projector`.

@@ -123,11 +123,11 @@ def _named(params: nn.Module | Iterable[Any]) -> dict[str, Tensor]:
 
 
 def _roles(params: Any, named: Mapping[str, Tensor], roles: Mapping[str, str] | None) -> dict[str, str]:
+    told = role_map(roles)
+    check_used(roles or {}, {name: p.shape for name, p in named.items()})
     if isinstance(params, nn.Module):
         found = roles_of_model(params, roles)
         return {name: found[name] for name in named}
-    told = role_map(roles)
-    check_used(roles or {}, {name: p.shape for name, p in named.items()})
     return {name: role_of(name, p.shape, told) for name, p in named.items()}
 
 

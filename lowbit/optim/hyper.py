@@ -42,6 +42,13 @@ def is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
+def of_python(value: Any) -> Any:
+    """A number of numpy's, or a tuple with some, as Python has it: `torch.load(weights_only=True)` takes no other."""
+    if isinstance(value, tuple):
+        return tuple(map(of_python, value))
+    return value.item() if type(value).__module__ == "numpy" and value.ndim == 0 else value
+
+
 def strange(keys: Iterable[str], known: Iterable[str]) -> list[str]:
     """Which keys of a group are neither hyper-parameters, nor known extras, nor of the user's own (`_…`)."""
     every = {*known, *EXTRAS, *TORCHS_KEYS}

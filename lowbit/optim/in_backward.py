@@ -162,7 +162,8 @@ class InBackward:
         rule._warn_resolution(slots)
         for group in rule.param_groups:
             group["steps"] += 1
-        rule._reset("before")
+        if rule.guarded:
+            rule._reset("before")
         self.begun = True
 
     def _step(self, p: Tensor) -> None:
@@ -174,6 +175,8 @@ class InBackward:
         try:
             assert p.grad is not None
             slot.check(asked_of(rule, group), p.grad)
+            if not rule.guarded:  # as released: of this tensor alone, when its gradient is there
+                rule._reset("before", only=p)
             made, parts, turns = rule._jobs([(group, [(slot, rule.state[p])])])
             rule._run(backends.share([job for job in made if isinstance(job, Job)]), parts)
             for job in made:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal
 
 from ..stages import Stage
@@ -38,3 +38,13 @@ class Stabilizer(Part):
 
     def check(self, group: Mapping[str, Any]) -> None:
         """Raise `ValueError` for a hyper-parameter out of range."""
+
+
+def stabilizers(given: Any) -> tuple[Stabilizer, ...]:
+    """What `stabilize=` asks for, one or several; raises `TypeError` for anything that is none."""
+    several = isinstance(given, Iterable) and not isinstance(given, str)
+    parts: tuple[Any, ...] = tuple(given) if several else (given,)
+    for part in parts:
+        if not isinstance(part, Stabilizer):
+            raise TypeError(f"stabilize: {part!r} is not a stabilizer, such as lowbit.optim.AdaClip()")
+    return parts

@@ -58,6 +58,7 @@ class Slot:
             for letter, m in self.program.moments.items()
         }
         self.formats = {letter: decision.format for letter, decision in self.decisions.items()}
+        self._check_reads(rule)
         for part in self.program.parts:
             if isinstance(part, Program):
                 over(self, part)  # raises for matrices that do not fit together
@@ -68,6 +69,16 @@ class Slot:
         self._passed: Any = None  # what the last check saw
         self._job: Job | Chain | None = None
         self._job_of: Any = None  # what the job was made of
+
+    def _check_reads(self, rule: Rule) -> None:
+        """Raise where a stabilizer reads a moment that is kept in a subspace; `hyper.check` sees all else."""
+        for part in rule.stabilize:
+            for letter in self.formats.keys() & {letter for stage in part.stages for letter in stage.reads}:
+                if self.shape_of(letter) != self.shape:
+                    raise ValueError(
+                        f"{self.label}: stabilize: {part!r} reads {letter!r}, which {type(rule).__name__} keeps as "
+                        f"{self.shape_of(letter)}, not for each value of {self.shape}"
+                    )
 
     def check(self, asked: tuple[str, ...], grad: Tensor) -> None:
         """Raise before a step changes anything; `asked` is `asked_of` the group. What passed once passes again."""

@@ -11,8 +11,9 @@ Paper and released code (github.com/TianjinYellow/SPAM-Optimizer, commit e8185fb
     variant="official"  debiasing goes on as if there had been no reset, so that the first steps after one would be too
                         long, by up to 3.2 times, but for the warm-up; eps is added to the root before debiasing; decay
                         comes last; a value whose second moment is still 0 when the grace is over is clipped to 0, so
-                        its weight is frozen until the next reset; weights with sparse momentum do not decay;
-                        non-finite values spread. `p.grad` is never written.
+                        its weight is frozen until the next reset; a reset is missed by what has no gradient in its
+                        step; weights with sparse momentum do not decay; non-finite values spread. `p.grad` is never
+                        written.
 
 With `density` below 1 (the paper's sparse momentum) only a random part of each matrix has moments and moves until the
 next reset. The moments are stored for that part alone, with a bit per value that says where (`sparse.py`). The part is
@@ -31,6 +32,7 @@ from ..stages import Moment, Stage, update
 from ..words import sqrt
 from .adamw import AdamW, adamw, average, debias, weigh
 from .base import Options, Params
+from .parts import stabilizers
 from .stabilizers import MomentumReset, SpikeClip, whole
 from .variants import Variants
 
@@ -102,7 +104,7 @@ class SPAM(Variants, AdamW):
         parts = SpikeClip(threshold, grace_steps, freeze=official), MomentumReset(reset_interval)
         hyper = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "warmup_steps": warmup_steps}
         hyper.update(density=density, variant=variant, beta1_annealing=beta1_annealing, eta_min=eta_min)
-        options["stabilize"] = (*options.get("stabilize", ()), *parts)
+        options["stabilize"] = (*stabilizers(options.get("stabilize", ())), *parts)
         super(AdamW, self).__init__(params, hyper, **options)
 
     def check_group(self, group: Mapping[str, Any]) -> None:

@@ -25,6 +25,7 @@ from typing_extensions import Unpack
 from ..stages import Stage, fold
 from .adamw import AdamW, debias
 from .base import Options, Params
+from .parts import stabilizers
 from .stabilizers import AdaClip, AdaGN, MomentumReset
 from .variants import Variants
 
@@ -85,7 +86,7 @@ class StableSPAM(Variants, AdamW):
         )
         hyper = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad}
         hyper.update(total_steps=total_steps, eta_min=eta_min, variant=variant)
-        options["stabilize"] = (*options.get("stabilize", ()), *parts)
+        options["stabilize"] = (*stabilizers(options.get("stabilize", ())), *parts)
         super(AdamW, self).__init__(params, hyper, **options)
 
     def _official_reset(self, group: Mapping[str, Any]) -> bool:

@@ -17,31 +17,31 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import backends, codec, scales
-from ..formats import Format
-from ..formats import format as find_format
-from ..rotation import Rotation
-from ..rounding import uniform
-from ..rows import row_bits
+from . import codec
+from .blocks import halve
+from .formats import Format
+from .formats import format as find_format
+from .rounding import uniform
+from .rows import row_bits
+from .scales import Coded, best
 
 
-def encode(fmt: Format, x: Tensor, noise: tuple[int, int], rotation: Rotation | None, run: int) -> dict[str, Tensor]:
-    """The parts of a matrix, rotated, in a format with e4m3 scales of blocks in rows.
+def encode(fmt: Format, blocks: Coded, noise: tuple[int, int], run: int) -> dict[str, Tensor]:
+    """The parts of a matrix in a format with e4m3 scales of blocks in rows.
 
     Args:
         fmt: the format; its block divides the runs that are rotated.
-        x: [rows, cols] of any float dtype.
+        blocks: the matrix, rotated, made of whole runs.
         noise: the key of the random bits, one 16-bit number for each block.
-        rotation: of the rows; None where they are rotated already, and made of whole runs.
         run: how many values share a correction, those that a rotation mixes.
     """
-    found = scales.best(fmt, blocks := backends.measured(fmt, x, rotation=rotation))
+    found = best(fmt, blocks)
     byte = find_format("e4m3")
     held = codec.values(byte, found.parts["scale"].unsqueeze(-1), torch.ones_like(found.multiplier)).squeeze(-1)
     # Sums are in units of each block's own scale, so that nothing overflows; here they get the tensor's.
     weight, each = held.double().square(), run // fmt.block[1]
     squares, products = (
-        torch.where(held > 0, total * weight, 0.0).unflatten(1, (-1, each)).sum(-1)
+        halve(torch.where(held > 0, total * weight, 0.0).unflatten(1, (-1, each)))
         for total in (blocks.total("squares", found.inverse), blocks.products(found.inverse))
     )
     correction = torch.where(products > 0, squares / products, 1.0).float().repeat_interleave(each, 1)
