@@ -104,8 +104,10 @@ LB_FN Ints ints(Lanes a) { return {_mm512_castps_si512(a.v)}; }
 LB_FN Ints operator+(Ints a, Ints b) { return {_mm512_add_epi32(a.v, b.v)}; }
 LB_FN Ints operator-(Ints a, Ints b) { return {_mm512_sub_epi32(a.v, b.v)}; }
 LB_FN Ints operator>>(Ints a, int places) { return {_mm512_srl_epi32(a.v, _mm_cvtsi32_si128(places))}; }
+LB_FN Ints operator&(Ints a, uint32_t bits) { return {_mm512_and_si512(a.v, _mm512_set1_epi32((int)bits))}; }
 LB_FN Ints ones(Mask a) { return {_mm512_maskz_set1_epi32(a.m, 1)}; }
-LB_FN Ints signs(Ints a) { return {_mm512_and_si512(a.v, _mm512_set1_epi32((int)0x80000000u))}; }
+LB_FN Ints rounded(Lanes a) { return {_mm512_cvtps_epi32(a.v)}; }
+LB_FN Ints signs(Ints a) { return a & 0x80000000u; }
 LB_FN Lanes with_sign(Lanes a, Lanes sign) {  // of a number that has none
   return _mm512_castsi512_ps(_mm512_or_si512(_mm512_castps_si512(a.v), signs(ints(sign)).v));
 }
@@ -413,8 +415,10 @@ LB_FN Ints ints(Lanes a) { return {_mm256_castps_si256(a.v)}; }
 LB_FN Ints operator+(Ints a, Ints b) { return {_mm256_add_epi32(a.v, b.v)}; }
 LB_FN Ints operator-(Ints a, Ints b) { return {_mm256_sub_epi32(a.v, b.v)}; }
 LB_FN Ints operator>>(Ints a, int places) { return {_mm256_srl_epi32(a.v, _mm_cvtsi32_si128(places))}; }
+LB_FN Ints operator&(Ints a, uint32_t bits) { return {_mm256_and_si256(a.v, _mm256_set1_epi32((int)bits))}; }
 LB_FN Ints ones(Mask a) { return {_mm256_srli_epi32(_mm256_castps_si256(a.m), 31)}; }
-LB_FN Ints signs(Ints a) { return {_mm256_and_si256(a.v, _mm256_set1_epi32((int)0x80000000u))}; }
+LB_FN Ints rounded(Lanes a) { return {_mm256_cvtps_epi32(a.v)}; }
+LB_FN Ints signs(Ints a) { return a & 0x80000000u; }
 LB_FN Lanes with_sign(Lanes a, Lanes sign) {  // of a number that has none
   return _mm256_or_ps(a.v, _mm256_and_ps(sign.v, _mm256_set1_ps(-0.0f)));
 }
