@@ -88,7 +88,14 @@ FAULTS = {
         "vectors", "moments.h", "x[k] = k < place.count ? x[k] : 0.0f;", "x[k] = x[k];"
     ),
     "quick numbers that are in doubt are kept": Fault(
-        "small", "step.cu", "any<32>(bad && (NEARBY || place.count > 0))", "any<32>(bad && place.count > V)"
+        "small", "step.cu", "any<32>(doubt && (ANEW || place.count > 0))", "any<32>(doubt && place.count > V)"
+    ),
+    "a lane judged by values that another turn has left": Fault("spoilt", "step.cu", "    old = {};  //", "    //"),
+    "what is doubtful is not done again": Fault(
+        "small",
+        "step.cu",
+        "if ((doubtful >> turn & 1u) == 0u) continue;",
+        "if ((doubtful >> turn & 1u) != 0u) continue;",
     ),
     "a quotient that is nearly right": Fault(
         "adamw", "quick.h", "fma(fma(b, quotient, -a), -inverse, quotient)", "quotient"
