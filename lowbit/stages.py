@@ -36,7 +36,7 @@ import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import groupby
 from operator import attrgetter
 from typing import Any, Literal, overload
@@ -69,7 +69,12 @@ class Moment:
 
 @dataclass(frozen=True)
 class Stage:
-    """One function of a rule. `reduce` and `over` are a measure's; a fold with `writes` is one over vectors."""
+    """One function of a rule. `reduce` and `over` are a measure's; a fold with `writes` is one over vectors.
+
+    What saves a backend work, where a stage declares it. `plain`: a measure's value is the magnitude of g. `unit`: it
+    is the square of g times this scalar, which is a power of two. `above`: an update of g leaves a value as it is whose
+    magnitude is at most this scalar.
+    """
 
     kind: Literal["measure", "fold", "update", "matrix"]
     function: Callable[..., Any]
@@ -77,6 +82,10 @@ class Stage:
     writes: tuple[str, ...] = ()
     reduce: Reduce | Literal[""] = ""
     over: Over = "tensor"
+    plain: bool = False
+    unit: str = ""
+    above: str = ""
+    chain: tuple[Stage, ...] = ()  # the updates that this one is made of
 
     def __call__(self, operands: Mapping[str, Any]) -> Any:
         return self.function(*(operands[name] for name in self.reads))
@@ -102,13 +111,16 @@ def _reads(function: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(inspect.signature(function).parameters)
 
 
-def measure(reduce: Reduce, over: Over = "tensor") -> Callable[..., Stage]:
-    """Decorator: the function's value, reduced to one number for each of what it is over; "max" is of magnitudes."""
+def measure(reduce: Reduce, over: Over = "tensor", *, plain: bool = False, unit: str = "") -> Callable[..., Stage]:
+    """Decorator: the function's value, reduced to one number for each of what it is over; "max" is of magnitudes.
+
+    `plain`, `unit`: see `Stage`.
+    """
     if reduce == "mean" and over == "all":
         raise ValueError('measure("mean", over="all"): over all tensors there are "max" and "sum" only')
 
     def decorate(function: Callable[..., Any]) -> Stage:
-        return Stage("measure", function, _reads(function), reduce=reduce, over=over)
+        return Stage("measure", function, _reads(function), reduce=reduce, over=over, plain=plain, unit=unit)
 
     return decorate
 
@@ -125,13 +137,29 @@ def fold(function: Callable[..., Any] | str, /) -> Stage | Callable[..., Stage]:
     return lambda function: Stage("fold", function, _reads(function), writes)
 
 
-def update(writes: str) -> Callable[..., Stage]:
-    """Decorator: per value; `writes` names what the function returns, in order, such as "p m v"."""
+def update(writes: str, *, above: str = "") -> Callable[..., Stage]:
+    """Decorator: per value; `writes` names what the function returns, in order, such as "p m v".
+
+    `above`: see `Stage`.
+    """
 
     def decorate(function: Callable[..., Any]) -> Stage:
-        return Stage("update", function, _reads(function), writes=tuple(writes.split()))
+        return Stage("update", function, _reads(function), writes=tuple(writes.split()), above=above)
 
     return decorate
+
+
+@cache
+def together(first: Stage, last: Stage) -> Stage:
+    """Two updates as one, for a backend that would go over memory twice: g as `first` leaves it is not written."""
+    reads = tuple(dict.fromkeys((*last.reads, *first.reads)))
+
+    def both(*values: Any) -> Any:
+        operands = dict(zip(reads, values, strict=True))
+        return last({**operands, **first.written(operands)})
+
+    both.__module__ = last.function.__module__
+    return Stage("update", both, reads, last.writes, chain=(first, last))
 
 
 def matrix(writes: str) -> Callable[..., Stage]:

@@ -78,14 +78,22 @@ class Recorder:
         blocks = 4 * -(-m.rows // m.tile) * m.packed.scales
         found = to, (4 if what == abi.STATISTIC["absmax"] else 8) * m.rows * m.packed.scales
         codes, _, extra = self._operand(m.packed, m.rows, m.cols)
-        stored = (m.bytes, blocks // 4) if m.multipliers else (None, 0)
+        fmt = abi.Format.from_address(m.packed.format)
+        in_bytes = m.multipliers or m.outers or (fmt.stored and not m.inverse)
+        stored = (m.bytes, blocks // 4) if in_bytes else (None, 0)
         tables = [(x, 4 * 256) for x in (m.multipliers, m.inverses)]
-        operands = codes, (None, 0) if m.multipliers else (m.packed.scale, blocks), extra
+        outers = m.outers, 4 * m.rows * -(-m.cols // fmt.outer) if m.outers else 0
+        mask = m.mask, m.rows * -(-m.cols // 8) if m.mask else 0
+        operands = codes, (None, 0) if in_bytes else (m.packed.scale, blocks), extra
         parts = [number(kind), number(self.threads), number(what), struct(m)]
-        parts += [chunk(*operand) for operand in (values, (m.inverse, blocks), out, found, stored, *tables)]
+        parts += [
+            chunk(*operand) for operand in (values, (m.inverse, blocks), out, found, stored, *tables, outers, mask)
+        ]
         parts += [self._format(m.packed.format), *(chunk(*operand) for operand in operands)]
         result = call()
-        self.calls.append(b"".join([*parts, *(chunk(*operand) for operand in (out, found, stored, *operands))]))
+        self.calls.append(
+            b"".join([*parts, *(chunk(*operand) for operand in (out, found, stored, outers, mask, *operands))])
+        )
         return result
 
     # ---- what calls share

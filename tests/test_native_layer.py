@@ -23,7 +23,8 @@ FORMATS = [lowbit.format(name) for name in lowbit.formats()]
 OTHERS = [
     *("int4:16", "nf4:24", "e4m3:1000", "e5m2:16", "int8:3", "e2m1:1", "e1m2:1500", "sqrt8:16", "solo2:6"),
     *("int4-affine:24", "int8:row", "int8:tensor", "int4:5x7", "e2m1:16x16", "nf4:3x300", "mxfp4:5", "mxfp4:row"),
-    *("mxfp6-e2m3:5", "mxfp8:2x2", "mxfp8:64", "nvfp4:48", "nvfp4-46:17", "nvfp4-46:8"),
+    *("mxfp6-e2m3:5", "mxfp8:2x2", "mxfp8:64", "nvfp4:48", "nvfp4-46:17", "nvfp4-46:8", "nvfp4-128:32"),
+    *("int4-quest:32", "int4-quest:100", "int4-quest:512", "mxfp4-quest:16", "mxfp4-quest:24"),
 ]
 EVERY = [*FORMATS, *map(lowbit.format, OTHERS)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -166,6 +167,73 @@ def test_scale_bytes_of_every_magnitude(fmt: Format):
     for first, last in ((0, 256), (0, 255), (0, 60), (110, 140), (126, 128), (240, 255)):
         x = largest[first:last].unsqueeze(-1) * torch.linspace(1, -0.7, block)
         check(fmt, x.flatten(1), None, None, torch.float32, 1)
+
+
+INSIDE = [f for f in EVERY if f.signed and f.compressed and f.kind in ("integer", "codebook") and not f.square]
+
+
+@pytest.mark.parametrize("fmt", INSIDE, ids=str)
+def test_which_values_are_inside_an_edge(fmt: Format):
+    """Beside the same values and codes; then gradients that pass such a mask, rotated back."""
+    for k, (shape, layout) in enumerate(product([(33, 256), (70, 100), (3, 1500)], LAYOUTS)):
+        x, rotation = matrix(shape, DTYPES[k % 3], layout, k), ROTATIONS[(fmt.tag + k) % len(ROTATIONS)]
+        x[0, 0], x[-1, -1] = float("nan") if k % 5 == 0 else x[0, 0], float("inf") if k % 7 == 0 else x[-1, -1]
+        edge = fmt.top * (0.3, 1.0, 1.1)[k % 3]
+        values, parts = reference.quantized(fmt, x, rotation=rotation, edge=edge)
+        g = torch.randn(values.shape, generator=torch.Generator().manual_seed(k)).to(DTYPES[k // 3 % 3])
+        back = None if rotation is None else reference.rotate(g, rotation, back=True, mask=parts["inside"])
+        for isa in libraries():
+            with using("native", isa, 1 + k % 2):
+                found, codes = native.quantized(fmt, x, rotation=rotation, edge=edge)
+                assert same(found, values) and codes.keys() == parts.keys()
+                for part, wanted in parts.items():
+                    assert same(codes[part], wanted), f"{part} of {fmt} on {isa}: {shape} {x.stride()} {rotation}"
+                for own in (False, True):
+                    if rotation is not None:
+                        found = native.rotate(g.clone(), rotation, back=True, mask=parts["inside"], own=own)
+                        assert same(found, back), f"{fmt} on {isa}: {shape} {g.dtype} {rotation}"
+
+
+def test_a_matrix_of_ones_own_may_be_overwritten_and_no_other():
+    x, rotation = torch.randn(40, 256), Rotation(64)
+    for own, dtype in product((False, True), DTYPES):
+        given = x.to(dtype, copy=True)
+        found = native.rotate(given, rotation, back=True, own=own)
+        assert (found.data_ptr() == given.data_ptr()) == (own and dtype == torch.float32)
+        assert same(found, rotate_back(x.to(dtype), rotation)) and (own or same(given, x.to(dtype)))
+
+
+@pytest.mark.parametrize("name", ["nvfp4-eden", "nvfp4-46", "nvfp4-te", "nvfp4"])
+@pytest.mark.parametrize("size", [16, 128])
+def test_corrections_of_ms_eden(name: str, size: int):
+    """Codes and drawn scales of rotated runs, of every layout; blocks of zeros, flushed ones, and not finite."""
+    fmt = lowbit.format(name)
+    for k, (layout, shape) in enumerate(product(LAYOUTS, [(33, 256), (70, 100), (2, 3000)])):
+        x, rotation = matrix(shape, DTYPES[k % 3], layout, k), Rotation(size, k)
+        x[: shape[0] // 3] *= 0 if k % 2 else 1e-6
+        x[-1, -1] = (1.0, float("nan"), float("inf"))[k % 3]
+        values, parts = reference.quantized(fmt, x, (k, 99), rotation=rotation, run=size)
+        for isa in libraries():
+            with using("native", isa, 1 + k % 2):
+                found, codes = native.quantized(fmt, x, (k, 99), rotation=rotation, run=size)
+                alone = native.encode(fmt, x, (k, 99), rotation=rotation, run=size)
+            about = f"{name} on {isa}: {shape} {x.stride()} {x.dtype}"
+            assert same(found, values) and codes.keys() == parts.keys() == alone.keys(), about
+            for part, wanted in parts.items():
+                assert same(codes[part], wanted) and same(alone[part], wanted), f"{part} of {about}"
+
+
+@pytest.mark.parametrize("name", ["nvfp4-eden", "nvfp4"])
+def test_every_drawn_scale_of_ms_eden(name: str):
+    """Blocks of all magnitudes next to one that decides the tensor's scale: every stored byte, its neighbours drawn."""
+    fmt, generator = lowbit.format(name), torch.Generator().manual_seed(1)
+    x = torch.randn(64, 2048, generator=generator) * torch.exp2(torch.linspace(-24, 3, 128)).repeat_interleave(16)
+    values, parts = reference.quantized(fmt, x, (1, 2), run=64)
+    assert len(parts["scale"].unique()) > (100 if fmt.scaling.least == 0 else 40)
+    for isa in libraries():
+        with using("native", isa):
+            found, codes = native.quantized(fmt, x, (1, 2), run=64)
+        assert same(found, values) and all(same(codes[part], wanted) for part, wanted in parts.items())
 
 
 MEASURED = ("nvfp4", "mxfp4-quest", "int4:16", "e2m1:16x16", "int8:row", "int4-quest", "ternary", "nf4:300", "e4m3:3")

@@ -92,6 +92,8 @@ NAMES = (
     "int8:row",
     "e2m1:16x16",
     "nf4",
+    "nvfp4-128",
+    "int4-quest:24",
 )
 LAYERS = list(product(NAMES, [(7, 33), (130, 72), (3, 2500)]))
 
@@ -140,12 +142,23 @@ def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
             x = torch.randn(shape, generator=torch.Generator().manual_seed(k)).to(native_dtype(k))
             rotation = Rotation((16, 32, 64, 128)[k % 4], k) if k % 3 else None
             for view in (x, x.t(), x[:, 1:].t()):
-                _, parts = native.quantized(
-                    lowbit.format(name), view, None, rotation=rotation, dtype=native_dtype(k + 1)
+                edge = 2.0 if k % 2 else None
+                values, parts = native.quantized(
+                    lowbit.format(name), view, None, rotation=rotation, dtype=native_dtype(k + 1), edge=edge
                 )
+                if edge and rotation:
+                    native.rotate(values, rotation, back=True, mask=parts["inside"])
                 native.fake(lowbit.format(name), view, (k, 7), rotation=rotation)
                 cols = rotation.padded(view.shape[1]) if rotation else view.shape[1]
                 native.decode(lowbit.format(name), parts, cols, native_dtype(k + 1))
+        for k, (shape, dtype) in enumerate(product([(7, 33), (130, 200), (3, 2500)], (torch.float32, None))):
+            x = torch.randn(shape, generator=torch.Generator().manual_seed(k)).to(native_dtype(k))
+            for view in (x, x.t()):
+                corrected = {"rotation": Rotation(128, k), "run": 128}
+                if dtype:
+                    native.quantized(lowbit.format("nvfp4-eden"), view, (k, 7), dtype=dtype, **corrected)
+                else:
+                    native.encode(lowbit.format("nvfp4-eden"), view, (k, 7), **corrected)
     with open(folder / "calls", "wb") as file:
         recorder.write(file)
     (folder / "own.h").write_text(recorder.own_kernels())

@@ -184,13 +184,15 @@ def rotate(
     back: bool = False,
     dtype: torch.dtype = torch.float32,
     mask: Tensor | None = None,
+    own: bool = False,
 ) -> Tensor:
     """The rows of a matrix rotated (`rotation.rotate`), or rotated back (`rotation.rotate_back`).
 
-    Before they are rotated back, values whose bit in a mask (like the part `inside`) is not set are multiplied by 0.
+    Before they are rotated back, values whose bit in a mask (like the part `inside`) is not set are multiplied by 0. A
+    matrix that is one's own may be overwritten.
     """
     x, fmt = _plain(x), find_format("fp32")
-    return _for_layers(x, fmt).rotate(x, rotation, back=back, dtype=_made_in(dtype), mask=mask).to(dtype)
+    return _for_layers(x, fmt).rotate(x, rotation, back=back, dtype=_made_in(dtype), mask=mask, own=own).to(dtype)
 
 
 def _plain(x: Tensor) -> Tensor:

@@ -319,6 +319,7 @@ def rotate(
     back: bool = False,
     dtype: torch.dtype = torch.float32,
     mask: Tensor | None = None,
+    own: bool = False,
 ) -> Tensor:
     """See `backends.rotate`."""
     if mask is not None:

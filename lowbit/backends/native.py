@@ -23,7 +23,7 @@ from ..native.build import BuildError
 from ..native.library import Library, load
 from ..native.tables import table
 from ..scales import last_power
-from ..stages import Job, Program
+from ..stages import Job, Program, Stage, together
 from .native_matrix import DTYPES, EXTRA
 from .native_matrix import decode as decode
 from .native_matrix import encode as encode
@@ -49,13 +49,16 @@ class _Program:
             return [known.setdefault(name, len(known)) for name in names]
 
         unsigned = frozenset(letter for letter, moment in program.values.items() if not moment.signed)
-        self.stages = (abi.Stage * len(program.stages))()
-        for target, stage in zip(self.stages, program.stages, strict=True):
+        stages = _joined(program.stages, library, unsigned)
+        self.stages = (abi.Stage * len(stages))()
+        for target, stage in zip(self.stages, stages, strict=True):
             target.kernel, target.fused, printed = library.kernel(stage, unsigned)
             target.kind, target.reduce = abi.STAGE[stage.kind], abi.REDUCE[stage.reduce]
             target.over, target.rootable = abi.OVER[stage.over], printed.roots
             target.reads, target.writes = len(printed.reads), len(printed.writes)
             target.reads_g = "g" in printed.reads
+            target.plain = stage.plain
+            target.unit, target.above = (scalars[name] if name else -1 for name in (stage.unit, stage.above))
             for field, numbers in (
                 (target.read, number(printed.reads, slots)),
                 (target.write, number(printed.writes, slots)),
@@ -85,6 +88,22 @@ class _Program:
     def packed(self, constants: Mapping[str, float]) -> bytes:
         """Constants as a job has them."""
         return bytes((c_float * abi.CONSTANTS)(*(constants[name] for name in self.constants)))
+
+
+def _joined(stages: tuple[Stage, ...], library: Library, letters: frozenset[str]) -> tuple[Stage, ...]:
+    """The stages, with the last two updates as one if the library has that and the first writes no more than g."""
+    updates = [k for k, stage in enumerate(stages) if stage.kind == "update"][-2:]
+    between = stages[updates[0] + 1 : updates[-1]] if len(updates) == 2 else ()
+    if len(updates) < 2 or any(stage.kind == "measure" for stage in between):
+        return stages
+    first, last = (stages[k] for k in updates)
+    if (
+        first.writes != ("g",)
+        or {*first.reads} - {"g", "s", "c"}
+        or not library.ships(both := together(first, last), letters)
+    ):
+        return stages
+    return (*stages[: updates[0]], *between, both, *stages[updates[1] + 1 :])
 
 
 # Of each program and of one library: what that takes, or why the program cannot run here.

@@ -7,6 +7,7 @@ are made here, by `scales`, from what the library has measured of each block, an
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from ctypes import addressof, byref
 from typing import Literal
@@ -84,10 +85,11 @@ class _Matrix:
         parts: dict[str, Tensor] | None,
         live: bool = False,
         edge: float | None = None,
+        own: bool = False,
     ) -> Tensor | None:
         """Fill the parts, if there are any, and return what codes stand for, if it has a dtype.
 
-        With an edge, one more part is `inside`, made here.
+        With an edge, one more part is `inside`, made here. Values take the place of the matrix if that is one's own.
         """
         m, given, found = self.struct, self.x, None
         m.packed.live = live
@@ -107,7 +109,7 @@ class _Matrix:
                 m.mask, m.edge = parts["inside"].data_ptr(), edge
         values = None
         if dtype is not None:
-            own = self.x is not given and dtype == torch.float32  # what is a copy may be overwritten
+            own = (own or self.x is not given) and dtype == torch.float32  # what is a copy may be overwritten
             values = self.x if own else torch.empty(self.shape, dtype=dtype)
             m.out, m.out_dtype = values.data_ptr(), DTYPES[dtype]
         with self._given(found) if found else contextlib.nullcontext():
@@ -120,12 +122,20 @@ class _Matrix:
         if self.fmt.scaling.outer:  # it finds those, too
             return
         if self.fmt.scaling.peak:
-            outer = outer_scale(self.fmt, times(statistic(self.fmt, self), self.fmt.scaling.gain))
+            outer = outer_scale(self.fmt, times(self._largest(), self.fmt.scaling.gain))
             m.outer = float(outer)
             if parts is not None:
                 parts["tensor_scale"] = outer
         self.table = every_byte(self.fmt, outer)  # alive for as long as this is
         m.multipliers, m.inverses = self.table.multiplier.data_ptr(), self.table.inverse.data_ptr()
+
+    def _largest(self) -> Tensor:
+        """The largest statistic of all blocks, [1, 1], or all of them: it is found at once where it is finite."""
+        if self.fmt.scaling.statistic == "absmax":
+            largest = self.absmax().amax().view(1, 1)
+            if math.isfinite(largest):
+                return largest
+        return statistic(self.fmt, self)
 
     @contextlib.contextmanager
     def _given(self, found: Scales) -> Iterator[None]:
@@ -143,13 +153,17 @@ class _Matrix:
     def absmax(self) -> Tensor:
         m = self.struct
         if not m.columns and not m.rotation:
-            return self._by_block("absmax", torch.float32).amax(1)
+            return self._peaks()
         turned = torch.empty(self.shape)  # rows in fp32, rotated, to be read from then on
         m.out, m.out_dtype = turned.data_ptr(), DTYPES[turned.dtype]
-        found = self._by_block("absmax", torch.float32).amax(1)
+        found = self._peaks()
         m.out, m.rotation, m.filled = None, 0, m.cols
         self._point(turned)
         return found
+
+    def _peaks(self) -> Tensor:
+        found = self._by_block("absmax", torch.float32)
+        return found.amax(1) if self.block[0] > 1 else found.squeeze(1)
 
     def total(self, of: Literal["squares", "magnitudes"], inverse: Tensor) -> Tensor:
         with self._given(Scales(inverse, inverse, {})):
@@ -246,13 +260,15 @@ def rotate(
     back: bool = False,
     dtype: torch.dtype = torch.float32,
     mask: Tensor | None = None,
+    own: bool = False,
 ) -> Tensor:
     """See `backends.rotate`."""
     matrix = _Matrix(find_format("fp32"), x, None, rotation)
     if back:
         matrix.struct.rotation = -rotation.size
         matrix.struct.mask = None if mask is None else mask.data_ptr()
-    values = matrix.encode(dtype, None)
+    own = own and x.is_contiguous() and x.dtype == torch.float32 and x.shape == matrix.shape
+    values = matrix.encode(dtype, None, own=own)
     assert values is not None
     return values
 

@@ -45,21 +45,22 @@ typedef struct lb_frame {
 
 typedef void (*lb_kernel)(const lb_frame *);
 
-// How an operand of a fused update is stored: fp32; bf16; signed bytes; bytes of roots; codes of 4 bits.
-enum lb_source_kind { LB_FLOATS, LB_BF16, LB_BYTES, LB_ROOT_BYTES, LB_NIBBLES };
+// How an operand of a fused update is stored: fp32; bf16; signed bytes; bytes of roots; codes of 4 bits; of 8, in the
+// order of their values, signed or not.
+enum lb_source_kind { LB_FLOATS, LB_BF16, LB_BYTES, LB_ROOT_BYTES, LB_NIBBLES, LB_CODES, LB_RISING_CODES };
 // An update on a block of 256 values which decodes what it reads, and stores the block before in the same loop. Its
 // frame's `in` points to operands as they are stored, `out` to the block's draft. For each half it reports the peak of
 // each write that is stored in fewer bits, 0 for others, and then 0 if all of those and the gradient are finite.
 typedef struct lb_fused {
   lb_frame frame;
-  const float *table[LB_ARRAYS];  // of operands with codes of 4 bits
+  const void *table[LB_ARRAYS];  // of operands with codes: values, or their halves
   float scale[2][LB_ARRAYS];      // of operands, in each half
   // By write, of the block before:
   const float *draft[LB_ARRAYS];
   void *to[LB_ARRAYS];
   float inverse[2][LB_ARRAYS];             // of its scales
   const struct lb_format *format[LB_ARRAYS];
-  int32_t least[LB_ARRAYS];  // 4 bits: the smallest code of what is above 0
+  int32_t least[LB_ARRAYS];  // of codes: the smallest of what is above 0
   const uint16_t *draws;     // for p in bf16; null: to nearest
 } lb_fused;
 typedef void (*lb_fused_kernel)(const lb_fused *);
@@ -98,6 +99,16 @@ typedef struct lb_format {
   // Up to 16 rungs: what `tree` is to `thresholds`, of the rungs that may be at or below u with one above; and from
   // each rung to the next.
   float below[32], gaps[16];
+  // 8 bits: magnitudes cut into pieces, in each of which the thresholds lie evenly, but for what rounding them to fp32
+  // does. The count of those below a magnitude is the whole part of magnitude * slope + offset (rounded once), held at
+  // most `piece_most`, unless that is so near a whole number that it takes a comparison. The piece: `piece` of its
+  // binade, from 2**-31 on, or the one after that if the magnitude is above `piece_end`.
+  int32_t pieces, middle;  // 0: there are none; the rung of 0
+  float piece_near;        // how near
+  float piece_end[32];
+  int32_t piece[32];
+  float piece_slope[16], piece_offset[16], piece_most[16];
+  uint16_t halves[2][256];  // of `values`: the low halves of all of them, then the high ones
   // Codebooks that are the numbers of a small float, in the order of their codes, ties to even: bits of its mantissa (0:
   // the codebook is none), and the smallest number with all of them.
   int32_t grid_bits;
@@ -132,6 +143,9 @@ typedef struct lb_stage {
   int32_t kind, reduce, over;
   int32_t reads, writes;
   int32_t reads_g;    // whether g is among them
+  int32_t plain;      // a measure's value is the magnitude of g
+  int32_t unit;       // number of a scalar: the value is the square of g times this, a power of two; -1: it is not
+  int32_t above;      // number of a scalar: an update of g leaves what is not above it as it is; -1: it does not
   uint32_t rootable;  // a bit per write: whether the kernel can write its root
   int32_t read[LB_ARRAYS], write[LB_ARRAYS];
   int32_t s[LB_SCALARS], c[LB_CONSTANTS];

@@ -515,7 +515,15 @@ static void encode_integer(const lb_format &f, const float *x, int n, const Bloc
   // Unbiased in the value: between low**2 and (low + 1)**2 for a square format.
   const bool square = f.square;
   const float one = live ? 1.0f : least;
-  LB_IVDEP for (int i = 0; i < n; ++i) {
+  int i = 0;
+#ifdef LB_AVX2
+  for (; !square && !live && i + Lanes::COUNT <= n; i += Lanes::COUNT) {
+    const Lanes u = Lanes::load(x + i) * inverse, inside = lb::clip(where(u == u, u, 0.0f), least, limit);
+    const Lanes low = whole_below(inside), chance = (Lanes::whole(draws + i) + 0.5f) * 0x1p-16f;
+    store_codes(to + i, (rounded(low) + ones(1.0f - chance <= inside - low) & (uint32_t)mask).v);
+  }
+#endif
+  LB_IVDEP for (; i < n; ++i) {
     const float u = in_units(x[i], inverse);
     float held = u > least ? u : least;
     held = held < limit ? held : limit;

@@ -61,6 +61,9 @@ static int kind_of(const Run &run, int slot) {
   if (o.stochastic) return -1;
   if (f.kind == LB_KIND_FLOAT) return f.dtype == LB_FLOAT32 ? LB_FLOATS : -1;
   if (f.kind == LB_KIND_CODEBOOK && f.bins && halves && !(f.is_signed && o.live)) return LB_NIBBLES;
+  if (f.kind == LB_KIND_CODEBOOK && f.pieces && halves && !(f.is_signed && o.live)) {
+    return f.is_signed ? LB_CODES : LB_RISING_CODES;
+  }
   if (f.kind != LB_KIND_INTEGER || f.bits != 8 || !halves || f.square != !f.is_signed || f.is_signed == o.live) return -1;
   return f.square ? LB_ROOT_BYTES : LB_BYTES;
 }
@@ -128,7 +131,10 @@ static void prepare_drafts(const Run &run, const uint32_t *roots, Drafts &drafts
     const int slot = last.read[i], kind = slot == 1 && (gradient || drafts.widen) ? LB_FLOATS : kind_of(run, slot);
     if (kind < 0) return;
     kinds |= (uint64_t)kind << (4 * i);
-    if (slot >= 2 && slot < 2 + program.moments) call.table[i] = job.moments[slot - 2].format->values;
+    if (slot >= 2 && slot < 2 + program.moments) {
+      const lb_format &f = *job.moments[slot - 2].format;
+      call.table[i] = f.pieces ? (const void *)f.halves : f.values;
+    }
   }
   drafts.slots = 2 + program.moments;
   for (int slot = 0; slot < drafts.slots; ++slot) drafts.places[slot] = place_of(job, slot);
@@ -164,10 +170,22 @@ static void read_block(Drafts &drafts, Draft &d, uint32_t *peak_of_gradient, Roo
   const lb_program &program = *job.program;
   const Span s = span_of(drafts, d);
   const float *g = drafts.widen ? read_floats(job.grad, job.grad_dtype, s, room.array[1]) : nullptr;
+  if (drafts.before) {  // loops ask for the next block of what they read, but this gradient they read from room
+    const Place &p = drafts.places[1];
+    const char *next = p.start + d.row * p.row_bytes + (d.col + LB_BLOCK) * p.bits / 8;
+    for (int line = 0; line < LB_BLOCK * p.bits / 8; line += 64) __builtin_prefetch(next + line, 0, 3);
+  }
+  if (drafts.before && !g) g = read_floats(job.grad, job.grad_dtype, s, room.array[1]);
+  bool raw = run.foreseen >= 0;  // g is what the first sweep has noted the peaks of
   for (int i = 0; i < drafts.before; ++i) {
     lb_frame &f = drafts.frames[i];
     uint32_t peaks[2];
-    if (!g) g = read_floats(job.grad, job.grad_dtype, s, room.array[1]);
+    if (raw && drafts.stages[i]->above >= 0) {
+      const float most = run.surveys[d.row * run.cut.per_row + d.col / LB_BLOCK].most;
+      if (i == drafts.gauged) *peak_of_gradient = bits_of(most);
+      if (most <= run.scalars[drafts.stages[i]->above]) continue;  // it would change nothing
+    }
+    raw = false;
     f.in[0] = g;
     f.out[0] = room.array[1];
     f.peaks = peaks;

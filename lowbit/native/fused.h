@@ -3,8 +3,8 @@
 // written evenly, as the processor's look-ahead likes it.
 //
 // For each stage, kernels.h says what it is called with (`adamw_adamw_lanes`); this makes a loop for each way in which
-// the operands may be stored: p and g as fp32 or bf16, moments as fp32, bytes or codes of 4 bits. Other ways go through
-// fp32 in the first-level cache, where what is read is always LB_FLOATS.
+// the operands may be stored: p and g as fp32 or bf16, moments as fp32, bytes, codes of 4 bits or, with AVX-512, of 8.
+// Other ways go through fp32 in the first-level cache, where what is read is always LB_FLOATS.
 #pragma once
 #include "abi.h"
 #include "lanes.h"
@@ -23,6 +23,7 @@ template <class Stage> constexpr uint64_t kinds_of(int p, int g, int moments) {
     const char role = Stage::ROLES[k];
     int kind = role == 'p' ? p : role == 'g' ? g : role == 'm' ? moments : LB_FLOATS;
     if (kind == LB_BYTES && Stage::UNSIGNED[k]) kind = LB_ROOT_BYTES;
+    if (kind == LB_CODES && Stage::UNSIGNED[k]) kind = LB_RISING_CODES;
     kinds |= (uint64_t)kind << (4 * k);
   }
   return kinds;
@@ -47,10 +48,13 @@ template <class Stage, uint64_t KINDS, int K> struct Reader {
   const void *from;
   Lanes scale;
   Table table;
+  const uint16_t *halves;
+  mutable Lanes pair[2];
   Reader<Stage, KINDS, K + 1> rest;
   LB_IN Reader(const lb_fused *call, int half)
       : from(call->frame.in[K]), scale(call->scale[half][K]), rest(call, half) {
-    if (KIND == LB_NIBBLES) table = Table(call->table[K]);
+    if (KIND == LB_NIBBLES) table = Table((const float *)call->table[K]);
+    halves = (const uint16_t *)call->table[K];
   }
   LB_IN void read(int i, Lanes *x) const {
     constexpr int BITS = KIND == LB_FLOATS ? 32 : KIND == LB_BF16 ? 16 : KIND == LB_NIBBLES ? 4 : 8;
@@ -58,28 +62,43 @@ template <class Stage, uint64_t KINDS, int K> struct Reader {
     x[K] = lanes(i);
     rest.read(i, x);
   }
+  LB_IN void begin([[maybe_unused]] int i) const {  // 32 values
+    if constexpr (KIND == LB_CODES || KIND == LB_RISING_CODES) Table256::look_up(halves, (const uint8_t *)from + i, pair);
+    rest.begin(i);
+  }
   LB_IN Lanes lanes(int i) const {
     if (KIND == LB_FLOATS) return Lanes::load((const float *)from + i);
     if (KIND == LB_BF16) return Lanes::widen((const uint16_t *)from + i);
     if (KIND == LB_BYTES) return Lanes::signed_bytes((const uint8_t *)from + i) * scale;
     if (KIND == LB_NIBBLES) return table.look_up((const uint8_t *)from + i / 2) * scale;
+    if (KIND == LB_CODES || KIND == LB_RISING_CODES) return pair[i / Lanes::COUNT % 2] * scale;
     const Lanes root = Lanes::bytes((const uint8_t *)from + i) * scale;
     return root * root;
   }
 };
 template <class Stage, uint64_t KINDS> struct Reader<Stage, KINDS, Stage::READS> {
   LB_IN Reader(const lb_fused *, int) {}
+  LB_IN void begin(int) const {}
   LB_IN void read(int, Lanes *) const {}
 };
+
+// The rung of u, a value in units of its scale: how many thresholds are below it.
+static int rung_of(const lb_format &f, float u) {
+  int rung = 0;
+  for (int half = 128; half; half /= 2) rung += f.thresholds[rung + half - 1] < u ? half : 0;
+  return rung;
+}
 
 // Write W of a loop, and those after it: from the draft of the block before to where it belongs, 32 values at a time.
 template <class Stage, uint64_t KINDS, int W> struct Writer {
   static constexpr int KIND = kind_written<Stage, KINDS>(W);
   static constexpr int GROUPS = 32 / Lanes::COUNT;
+  static constexpr bool CODES = KIND == LB_CODES || KIND == LB_RISING_CODES;
   const float *draft;
   void *to;
   Lanes inverse;
   Ladder ladder;
+  Slopes slopes;
   int least;
   const uint16_t *draws;
   Writer<Stage, KINDS, W + 1> rest;
@@ -87,8 +106,9 @@ template <class Stage, uint64_t KINDS, int W> struct Writer {
       : draft(call->draft[W]), to(call->to[W]), inverse(call->inverse[half][W]), least(call->least[W]),
         draws(call->draws), rest(call, half) {
     if (KIND == LB_NIBBLES) ladder = Ladder(*call->format[W]);
+    if constexpr (CODES) slopes = Slopes(*call->format[W]);
   }
-  LB_IN void write(int i) const {
+  LB_IN void write(int i, Lanes *nearest) const {
     Lanes x[GROUPS];
     for (int k = 0; k < GROUPS; ++k) x[k] = Lanes::load(draft + i + k * Lanes::COUNT);
     if (KIND == LB_BYTES) {
@@ -99,6 +119,8 @@ template <class Stage, uint64_t KINDS, int W> struct Writer {
       store_bytes((uint8_t *)to + i, x, false);
     } else if (KIND == LB_NIBBLES) {
       ladder.store((uint8_t *)to + i / 2, x, inverse, least);
+    } else if constexpr (CODES) {
+      slopes.template store<KIND == LB_CODES>((uint8_t *)to + i, x, inverse, least, nearest[W]);
     } else {
       for (int k = 0; k < GROUPS; ++k) {
         const int at = i + k * Lanes::COUNT;
@@ -107,12 +129,26 @@ template <class Stage, uint64_t KINDS, int W> struct Writer {
         else store_bf16((uint16_t *)to + at, x[k]);
       }
     }
-    rest.write(i);
+    rest.write(i, nearest);
+  }
+  // Arithmetic is not sure of a code: all that went through its lane are looked up.
+  void look_again(const lb_fused *call, int half, const Lanes *nearest) const {
+    if constexpr (CODES) {
+      for (uint32_t left = slopes.doubtful(nearest[W]); left; left &= left - 1) {
+        for (int i = half * HALF + __builtin_ctz(left); i < (half + 1) * HALF; i += Lanes::COUNT) {
+          const float x = draft[i];
+          const int rung = rung_of(*call->format[W], x * call->inverse[half][W]), live = x > 0.0f ? least : 0;
+          ((uint8_t *)to)[i] = (uint8_t)(rung > live ? rung : live);
+        }
+      }
+    }
+    rest.look_again(call, half, nearest);
   }
 };
 template <class Stage, uint64_t KINDS> struct Writer<Stage, KINDS, Stage::WRITES> {
   LB_IN Writer(const lb_fused *, int) {}
-  LB_IN void write(int) const {}
+  LB_IN void write(int, Lanes *) const {}
+  void look_again(const lb_fused *, int, const Lanes *) const {}
 };
 
 template <class Stage, uint64_t KINDS> static void fused(const lb_fused *call) {
@@ -125,7 +161,10 @@ template <class Stage, uint64_t KINDS> static void fused(const lb_fused *call) {
     const Writer<Stage, KINDS, 0> writer(call, half);
     Finite finite;
     Peak peaks[WRITES];
+    Lanes nearest[WRITES];
+    for (int w = 0; w < WRITES; ++w) nearest[w] = 0.5f;
     for (int j = half * HALF; j < (half + 1) * HALF; j += 32) {
+      reader.begin(j);
 #pragma GCC unroll 4
       for (int i = j; i < j + 32; i += Lanes::COUNT) {
         Lanes x[Stage::READS + WRITES];
@@ -143,8 +182,9 @@ template <class Stage, uint64_t KINDS> static void fused(const lb_fused *call) {
           else peaks[w].see(y);
         }
       }
-      writer.write(j);
+      writer.write(j, nearest);
     }
+    writer.look_again(call, half, nearest);
     uint32_t *found = call->frame.peaks + half * (WRITES + 1);
     for (int w = 0; w < WRITES; ++w) found[w] = kind_written<Stage, KINDS>(w) == LB_FLOATS ? 0 : peaks[w].of_all();
     found[WRITES] = finite.all() ? 0 : 0x7FC00000u;
@@ -161,6 +201,7 @@ template <class Stage, int P, int G> LB_FN bool offer_moments(uint64_t kinds, ui
   if constexpr (Stage::MOMENTS > 0) {
     known |= offer<Stage, kinds_of<Stage>(P, G, LB_BYTES)>(kinds, roots, found);
     known |= offer<Stage, kinds_of<Stage>(P, G, LB_NIBBLES)>(kinds, roots, found);
+    if constexpr (LOOKS_UP_BYTES) known |= offer<Stage, kinds_of<Stage>(P, G, LB_CODES)>(kinds, roots, found);
   }
   return known;
 }

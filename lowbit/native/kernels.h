@@ -1915,3 +1915,58 @@ LB_KERNEL(stable_spam_closed_form)(const lb_frame *frame) {
   frame->s[frame->si[0]] = s.exp_avg_weight;
   frame->s[frame->si[1]] = s.exp_avg_sq_weight;
 }
+
+template <uint32_t ROOTS>
+static void stabilizers_normalize_adamw_adamw_run(const lb_frame *frame) {
+  const stabilizers_normalize_adamw_adamw<float>::S s = {frame->s[frame->si[0]], frame->s[frame->si[1]], frame->s[frame->si[2]], frame->s[frame->si[3]]};
+  const stabilizers_normalize_adamw_adamw<float>::C c = {frame->c[frame->ci[0]], frame->c[frame->ci[1]], frame->c[frame->ci[2]], frame->c[frame->ci[3]]};
+  const int64_t end = frame->n & ~INT64_C(15);
+  uint32_t *found = frame->peaks;
+  for (int64_t start = 0; start < end; start += frame->piece) {
+    const int64_t stop = start + frame->piece < end ? start + frame->piece : end;
+    int32_t peaks[4] = {};
+    LB_IVDEP
+    for (int64_t at = start; at < stop; ++at) {
+      float p = frame->in[0][at];
+      const float g = frame->in[1][at];
+      float m = frame->in[2][at];
+      float v = frame->in[3][at];
+      peaks[3] = lb::peak_of(peaks[3], g);
+      stabilizers_normalize_adamw_adamw<float>::apply(p, g, m, v, s, c);
+      frame->out[0][at] = p;
+      peaks[0] = lb::peak_of(peaks[0], p);
+      frame->out[1][at] = m;
+      peaks[1] = lb::peak_of(peaks[1], m);
+      if (ROOTS & 4) v = lb::sqrt(v);
+      frame->out[2][at] = v;
+      peaks[2] = lb::peak_of(peaks[2], v);
+    }
+    *found++ = (uint32_t)peaks[0];
+    *found++ = (uint32_t)peaks[1];
+    *found++ = (uint32_t)peaks[2];
+    *found++ = (uint32_t)peaks[3];
+  }
+}
+LB_KERNEL(stabilizers_normalize_adamw_adamw)(const lb_frame *frame) {
+  switch (frame->roots) {
+    case 4: return stabilizers_normalize_adamw_adamw_run<4>(frame);
+    default: return stabilizers_normalize_adamw_adamw_run<0>(frame);
+  }
+}
+#ifdef LB_FUSED
+struct stabilizers_normalize_adamw_adamw_lanes {
+  using Stage = stabilizers_normalize_adamw_adamw<LB_SPACE::Lanes>;
+  static constexpr int READS = 4, WRITES = 3, MOMENTS = 2;
+  static constexpr int GRADIENT = 1;
+  static constexpr char ROLES[] = "pgmm";
+  static constexpr bool UNSIGNED[] = {false, false, false, true};
+  static constexpr int PLACES[] = {0, 2, 3};
+  typename Stage::S s;
+  typename Stage::C c;
+  explicit stabilizers_normalize_adamw_adamw_lanes([[maybe_unused]] const lb_frame *frame) : s{frame->s[frame->si[0]], frame->s[frame->si[1]], frame->s[frame->si[2]], frame->s[frame->si[3]]}, c{frame->c[frame->ci[0]], frame->c[frame->ci[1]], frame->c[frame->ci[2]], frame->c[frame->ci[3]]} {}
+  LB_FN void run(LB_SPACE::Lanes *x, [[maybe_unused]] const stabilizers_normalize_adamw_adamw_lanes &stage) {
+    Stage::apply(x[0], x[1], x[2], x[3], stage.s, stage.c);
+  }
+};
+LB_FUSED(stabilizers_normalize_adamw_adamw)
+#endif

@@ -26,6 +26,7 @@ struct Lanes {
   LB_IN Lanes(float x) : v(_mm512_set1_ps(x)) {}
   LB_FN Lanes load(const float *from) { return _mm512_loadu_ps(from); }
   LB_IN void store(float *to) const { _mm512_storeu_ps(to, v); }
+  LB_IN float first() const { return _mm512_cvtss_f32(v); }
   LB_FN Lanes widen(const uint16_t *from) {  // bf16
     const __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from));
     return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
@@ -103,8 +104,10 @@ LB_FN Ints ints(Lanes a) { return {_mm512_castps_si512(a.v)}; }
 LB_FN Ints operator+(Ints a, Ints b) { return {_mm512_add_epi32(a.v, b.v)}; }
 LB_FN Ints operator-(Ints a, Ints b) { return {_mm512_sub_epi32(a.v, b.v)}; }
 LB_FN Ints operator>>(Ints a, int places) { return {_mm512_srl_epi32(a.v, _mm_cvtsi32_si128(places))}; }
+LB_FN Ints operator&(Ints a, uint32_t bits) { return {_mm512_and_si512(a.v, _mm512_set1_epi32((int)bits))}; }
 LB_FN Ints ones(Mask a) { return {_mm512_maskz_set1_epi32(a.m, 1)}; }
-LB_FN Ints signs(Ints a) { return {_mm512_and_si512(a.v, _mm512_set1_epi32((int)0x80000000u))}; }
+LB_FN Ints rounded(Lanes a) { return {_mm512_cvtps_epi32(a.v)}; }
+LB_FN Ints signs(Ints a) { return a & 0x80000000u; }
 LB_FN Lanes with_sign(Lanes a, Lanes sign) {  // of a number that has none
   return _mm512_castsi512_ps(_mm512_or_si512(_mm512_castps_si512(a.v), signs(ints(sign)).v));
 }
@@ -127,6 +130,16 @@ struct Peak {  // the largest magnitude of each lane, as its bits
   LB_IN void see_root(Lanes a) { most = _mm512_max_epu32(most, _mm512_castps_si512(a.v)); }  // -0 counts as infinite
   LB_IN void see(Lanes a) { most = _mm512_max_epi32(most, _mm512_castps_si512(and_bits(a, 0x7FFFFFFFu).v)); }
   LB_IN uint32_t of_all() const { return (uint32_t)_mm512_reduce_max_epu32(most); }
+};
+
+struct Least {  // the smallest magnitude of each lane but 0, as its bits less 1
+  __m512i least;
+  LB_IN Least() : least(_mm512_set1_epi32(0x7F7FFFFF)) {}
+  LB_IN void see(Lanes a) {
+    const __m512i magnitude = _mm512_castps_si512(and_bits(a, 0x7FFFFFFFu).v);
+    least = _mm512_min_epu32(least, _mm512_sub_epi32(magnitude, _mm512_set1_epi32(1)));
+  }
+  LB_IN uint32_t of_all() const { return (uint32_t)_mm512_reduce_min_epu32(least) + 1; }
 };
 
 struct Table {  // 16 numbers, looked up by 4 bits
@@ -237,6 +250,81 @@ struct Ladder {
   }
 };
 
+// 256 numbers, looked up by 32 bytes at a time: the low halves of all and the high halves, of which a register holds 32,
+// among 64 each, and then by the high bits among the four that were found.
+struct Table256 {
+  LB_FN __m512i among(const uint16_t *halves, __m512i index, __mmask32 high, __mmask32 highest) {
+    __m512i found[4];
+    for (int k = 0; k < 4; ++k) {
+      const uint16_t *from = halves + 64 * k;
+      found[k] = _mm512_permutex2var_epi16(_mm512_loadu_si512(from), index, _mm512_loadu_si512(from + 32));
+    }
+    return _mm512_mask_mov_epi16(_mm512_mask_mov_epi16(found[0], high, found[1]), highest,
+                                 _mm512_mask_mov_epi16(found[2], high, found[3]));
+  }
+  LB_FN void look_up(const uint16_t *halves, const uint8_t *codes, Lanes *x) {
+    // So that halves that are put together four and four come out in order.
+    const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+    const __m512i words = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)codes));
+    const __m512i index = _mm512_permutexvar_epi64(order, words);  // the low 6 bits count
+    const __mmask32 high = _mm512_test_epi16_mask(index, _mm512_set1_epi16(64));
+    const __mmask32 highest = _mm512_test_epi16_mask(index, _mm512_set1_epi16(128));
+    const __m512i low = among(halves, index, high, highest), above = among(halves + 256, index, high, highest);
+    x[0] = Lanes(_mm512_castsi512_ps(_mm512_unpacklo_epi16(low, above)));
+    x[1] = Lanes(_mm512_castsi512_ps(_mm512_unpackhi_epi16(low, above)));
+  }
+};
+
+// Codes of 8 bits of numbers in units of the scale, by pieces.
+struct Slopes {
+  __m512 end_low, end_high, slope, offset, most, near;
+  __m512i piece_low, piece_high, middle;
+  Slopes() = default;
+  LB_IN explicit Slopes(const lb_format &f)
+      : end_low(_mm512_loadu_ps(f.piece_end)),
+        end_high(_mm512_loadu_ps(f.piece_end + 16)),
+        slope(_mm512_loadu_ps(f.piece_slope)),
+        offset(_mm512_loadu_ps(f.piece_offset)),
+        most(_mm512_loadu_ps(f.piece_most)),
+        near(_mm512_set1_ps(f.piece_near)),
+        piece_low(_mm512_loadu_si512(f.piece)),
+        piece_high(_mm512_loadu_si512(f.piece + 16)),
+        middle(_mm512_set1_epi32(f.middle)) {}
+  // How many thresholds are below x, not below 0; and the shortest way so far from a sum to a whole number.
+  LB_IN __m512i count(__m512 x, Lanes &nearest) const {
+    const __m512 held = _mm512_max_ps(x, _mm512_set1_ps(0x1p-31f));
+    const __m512i binade = _mm512_srli_epi32(_mm512_castps_si512(held), 23);  // the low 5 bits count
+    const __mmask16 after = _mm512_cmp_ps_mask(_mm512_permutex2var_ps(end_low, binade, end_high), x, _CMP_LT_OQ);
+    __m512i piece = _mm512_permutex2var_epi32(piece_low, binade, piece_high);
+    piece = _mm512_mask_add_epi32(piece, after, piece, _mm512_set1_epi32(1));
+    const __m512 sum = _mm512_min_ps(
+        _mm512_fmadd_ps(x, _mm512_permutexvar_ps(piece, slope), _mm512_permutexvar_ps(piece, offset)),
+        _mm512_permutexvar_ps(piece, most));
+    const __m512 apart = _mm512_reduce_ps(sum, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    nearest = _mm512_range_ps(nearest.v, apart, 0b1010);  // the smaller magnitude
+    return _mm512_cvttps_epi32(sum);
+  }
+  LB_IN __m512i signed_code(Lanes u, Lanes &nearest) const {
+    const __m512i raw = _mm512_castps_si512(u.v), magnitude = _mm512_and_si512(raw, _mm512_set1_epi32(0x7FFFFFFF));
+    const __mmask16 negative = _mm512_movepi32_mask(raw);
+    // A tie goes down, which for what is negative is to the larger magnitude.
+    const __m512i key = _mm512_mask_add_epi32(magnitude, negative, magnitude, _mm512_set1_epi32(1));
+    const __m512i far = count(_mm512_castsi512_ps(key), nearest);
+    const __m512i rung = _mm512_mask_sub_epi32(_mm512_add_epi32(middle, far), negative, middle, far);
+    return _mm512_max_epi32(rung, _mm512_setzero_si512());
+  }
+  // 32 numbers as codes, as Ladder::store.
+  template <bool SIGNED> LB_IN void store(uint8_t *to, const Lanes *x, Lanes inverse, int least, Lanes &nearest) const {
+    for (int k = 0; k < 2; ++k) {
+      const Lanes u = x[k] * inverse;
+      __m512i found = SIGNED ? signed_code(u, nearest) : count(u.v, nearest);
+      if (!SIGNED) found = _mm512_mask_max_epi32(found, (Lanes(0.0f) < x[k]).m, found, _mm512_set1_epi32(least));
+      store_codes(to + 16 * k, found);
+    }
+  }
+  LB_IN uint32_t doubtful(Lanes nearest) const { return _mm512_cmp_ps_mask(nearest.v, near, _CMP_LT_OQ); }
+};
+
 #else
 
 struct Mask {
@@ -251,6 +339,7 @@ struct Lanes {
   LB_IN Lanes(float x) : v(_mm256_set1_ps(x)) {}
   LB_FN Lanes load(const float *from) { return _mm256_loadu_ps(from); }
   LB_IN void store(float *to) const { _mm256_storeu_ps(to, v); }
+  LB_IN float first() const { return _mm256_cvtss_f32(v); }
   LB_FN Lanes widen(const uint16_t *from) {  // bf16
     const __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)from));
     return _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
@@ -326,8 +415,10 @@ LB_FN Ints ints(Lanes a) { return {_mm256_castps_si256(a.v)}; }
 LB_FN Ints operator+(Ints a, Ints b) { return {_mm256_add_epi32(a.v, b.v)}; }
 LB_FN Ints operator-(Ints a, Ints b) { return {_mm256_sub_epi32(a.v, b.v)}; }
 LB_FN Ints operator>>(Ints a, int places) { return {_mm256_srl_epi32(a.v, _mm_cvtsi32_si128(places))}; }
+LB_FN Ints operator&(Ints a, uint32_t bits) { return {_mm256_and_si256(a.v, _mm256_set1_epi32((int)bits))}; }
 LB_FN Ints ones(Mask a) { return {_mm256_srli_epi32(_mm256_castps_si256(a.m), 31)}; }
-LB_FN Ints signs(Ints a) { return {_mm256_and_si256(a.v, _mm256_set1_epi32((int)0x80000000u))}; }
+LB_FN Ints rounded(Lanes a) { return {_mm256_cvtps_epi32(a.v)}; }
+LB_FN Ints signs(Ints a) { return a & 0x80000000u; }
 LB_FN Lanes with_sign(Lanes a, Lanes sign) {  // of a number that has none
   return _mm256_or_ps(a.v, _mm256_and_ps(sign.v, _mm256_set1_ps(-0.0f)));
 }
@@ -353,6 +444,20 @@ struct Peak {  // the largest magnitude of each lane, as its bits
     __m128i four = _mm_max_epu32(_mm256_castsi256_si128(most), _mm256_extracti128_si256(most, 1));
     four = _mm_max_epu32(four, _mm_shuffle_epi32(four, 0x4E));
     return (uint32_t)_mm_cvtsi128_si32(_mm_max_epu32(four, _mm_shuffle_epi32(four, 0xB1)));
+  }
+};
+
+struct Least {  // the smallest magnitude of each lane but 0, as its bits less 1
+  __m256i least;
+  LB_IN Least() : least(_mm256_set1_epi32(0x7F7FFFFF)) {}
+  LB_IN void see(Lanes a) {
+    const __m256i magnitude = _mm256_castps_si256(and_bits(a, 0x7FFFFFFFu).v);
+    least = _mm256_min_epu32(least, _mm256_sub_epi32(magnitude, _mm256_set1_epi32(1)));
+  }
+  LB_IN uint32_t of_all() const {
+    __m128i four = _mm_min_epu32(_mm256_castsi256_si128(least), _mm256_extracti128_si256(least, 1));
+    four = _mm_min_epu32(four, _mm_shuffle_epi32(four, 0x4E));
+    return (uint32_t)_mm_cvtsi128_si32(_mm_min_epu32(four, _mm_shuffle_epi32(four, 0xB1))) + 1;
   }
 };
 
@@ -523,6 +628,37 @@ LB_FN uint16_t inside(const float *x, Lanes factor, Lanes edge) {
   }
   return (uint16_t)bits;
 }
+// The sum of all lanes of N registers, N a power of two, by halving (trees.h). Overwrites x.
+template <int N> LB_FN float halve_lanes(Lanes *x) {
+  for (int i = 0; i < N / 2; ++i) x[i] = x[i] + x[i + N / 2];
+  return halve_lanes<N / 2>(x);
+}
+template <> LB_IN float halve_lanes<1>(Lanes *x) {
+  Lanes a = x[0];
+#ifdef LB_AVX512
+  a = a + swap_lanes<8>(a);
+#endif
+  a = a + swap_lanes<4>(a);
+  a = a + swap_lanes<2>(a);
+  a = a + swap_lanes<1>(a);
+  return a.first();
+}
+
+#ifdef LB_AVX512
+constexpr bool LOOKS_UP_BYTES = true;
+#else
+constexpr bool LOOKS_UP_BYTES = false;  // 8 lanes find one of 8 numbers only
+
+struct Table256 {  // so that fused.h can name them
+  static void look_up(const uint16_t *, const uint8_t *, Lanes *);
+};
+struct Slopes {
+  Slopes() = default;
+  explicit Slopes(const lb_format &);
+  template <bool SIGNED> void store(uint8_t *, const Lanes *, Lanes, int, Lanes &) const;
+  uint32_t doubtful(Lanes) const;
+};
+#endif
 
 struct Uniform {  // the same number in every lane
   Lanes all;

@@ -42,6 +42,13 @@ class Library:
         function.argtypes, function.restype = arguments, result
         return function
 
+    def ships(self, stage: Stage, letters: frozenset[str]) -> bool:
+        """Whether a stage's kernel is in the library, so that nothing has to be compiled."""
+        return self._has(print_stage(stage, letters))
+
+    def _has(self, printed: Printed) -> bool:
+        return _shipped(printed) and hasattr(self.handle, f"lb_{printed.symbol}_{self.isa}")
+
     def kernel(self, stage: Stage, letters: frozenset[str]) -> tuple[int, int, Printed]:
         """The addresses of a stage's kernel, and of what chooses an update's fused loops (0: nothing does).
 
@@ -53,7 +60,7 @@ class Library:
             printed = print_stage(stage, letters)
             name = f"lb_{printed.symbol}_{self.isa}"
             handle = self.handle
-            if not (_shipped(printed) and hasattr(handle, name)):
+            if not self._has(printed):
                 handle = CDLL(str(build.compile_extra(_source(printed, self.isa), printed.symbol)))
                 self._extras.append(handle)
             kernel = _address(handle, name)

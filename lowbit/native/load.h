@@ -152,12 +152,12 @@ static void load(const Run &run, const Span &s, int wanted, Room &room) {
 // Run an update or measurement over a span, in pieces that share a scale, so that the peaks it reports are theirs.
 // `gauged`: it reads the gradient as it came, and its peaks are wanted.
 static void run_stage(const Run &run, const lb_stage &stage, const Span &s, int piece, uint32_t roots, bool gauged,
-                      Room &room) {
+                      const float *scalars, Room &room) {
   const bool measure = stage.kind == LB_MEASURE;
   const int writes = measure ? 1 : stage.writes, each = writes + stage.reads_g;  // peaks of a piece
   lb_frame f;
   uint32_t peaks[PIECES * (LB_ARRAYS + 1)] = {};
-  f.s = (float *)run.scalars;
+  f.s = (float *)scalars;
   f.si = stage.s;
   f.c = run.job->constants;
   f.ci = stage.c;

@@ -42,6 +42,103 @@ static int gauge(const lb_program &program, int end) {
   return -1;
 }
 
+// ---- a norm without a sweep of its own
+//
+// Between a first measurement and a sum of squares there may be updates that change only what is above a limit. Then the
+// first sweep adds up the squares as well, in units of 1, and notes enough of each block to know later whether it has to
+// be read again: because something in it is above the limit, or because a square in the final unit, a power of two, may
+// lose bits. Where none does, scaling all squares scales their sum, to the bit.
+
+// The measurement that the sweep of a first one, `first`, can find out; -1 for none.
+static int foreseen(const lb_program &program, int *first) {
+  *first = -1;
+  for (int k = 0; k < program.count; ++k) {
+    const lb_stage &stage = program.stages[k];
+    if (stage.kind == LB_FOLD) continue;
+    if (stage.kind == LB_MEASURE && *first >= 0 && stage.unit >= 0 && stage.over == LB_TENSOR) {
+      return stage.reads == 1 && stage.read[0] == 1 ? k : -1;
+    }
+    if (stage.kind == LB_MEASURE ? stage.over == LB_COLUMN : stage.above < 0) return -1;
+    if (stage.kind == LB_MEASURE && *first < 0) *first = k;
+  }
+  return -1;
+}
+
+// Whether updates before the next measurement leave all values alone whose magnitude is not above `most`.
+static bool left_alone(const Run &run, float most) {
+  bool alone = true;
+  for (int k = 0; k < run.next; ++k) {
+    const lb_stage &stage = run.job->program->stages[k];
+    if (stage.kind == LB_UPDATE) alone &= most <= run.scalars[stage.above];
+  }
+  return alone;
+}
+
+constexpr float LEAST_ROOT = 0x1p-63f;  // of a square that is a normal number
+
+// The sum over a block of what was measured. `values` has room for its width.
+static float sum_block(const Cut &c, float *values, int n) {
+  if (n < c.width) memset(values + n, 0, 4 * (c.width - n));
+  return halve(values, c.width);
+}
+
+static Survey survey(const Cut &c, const float *g, int n) {
+#ifdef LB_AVX2
+  if (n == LB_BLOCK) {
+    Peak most;
+    Least least;
+    Lanes squares[LB_BLOCK / Lanes::COUNT];
+    for (int k = 0; k < LB_BLOCK / Lanes::COUNT; ++k) {
+      const Lanes x = Lanes::load(g + k * Lanes::COUNT);
+      most.see(x);
+      least.see(x);
+      squares[k] = x * x;
+    }
+    const float sum = halve_lanes<LB_BLOCK / Lanes::COUNT>(squares);
+    return {sum, float_of(most.of_all()), float_of(least.of_all())};
+  }
+#endif
+  alignas(64) float squares[LB_BLOCK];
+  uint32_t most = 0, least = 0x7F800000u;
+  for (int i = 0; i < n; ++i) {
+    const uint32_t magnitude = magnitude_bits(g[i]);
+    most = magnitude > most ? magnitude : most;
+    least = magnitude && magnitude < least ? magnitude : least;
+    squares[i] = g[i] * g[i];
+  }
+  return {sum_block(c, squares, n), float_of(most), float_of(least)};
+}
+
+// A span of the first sweep; true if that is all there is to do.
+static bool survey_span(Run &run, const Span &s, const Room &room) {
+  bool finite = true;
+  for (int b = 0; b < s.blocks; ++b) {
+    const Survey seen = survey(run.cut, room.at[1] + b * run.cut.width, values_of(s, run.cut, b));
+    run.surveys[s.block + b] = seen;
+    run.partial[s.block + b] = seen.most;
+    finite &= seen.most < __builtin_inff();
+  }
+  const lb_program &program = *run.job->program;
+  for (int k = 0; k < run.next; ++k) {
+    if (program.stages[k].kind == LB_UPDATE) return false;
+  }
+  if (!program.stages[run.next].plain || program.stages[run.next].reduce != LB_MAX) return false;
+  if (program.guarded && !finite) __atomic_store_n(&run.skip, true, __ATOMIC_RELAXED);
+  return true;
+}
+
+// The foreseen measurement of a span, if it need not be read again.
+static bool settle(Run &run, const Span &s) {
+  const float unit = run.scalars[run.job->program->stages[run.next].unit];
+  for (int b = 0; b < s.blocks; ++b) {
+    const Survey &seen = run.surveys[s.block + b];
+    const bool exact = seen.squares < __builtin_inff() && seen.least >= LEAST_ROOT && seen.least * unit >= LEAST_ROOT;
+    if (!exact || !left_alone(run, seen.most)) return false;
+    run.partial[s.block + b] = seen.squares * unit * unit;
+  }
+  return true;
+}
+
 static void measure_span(Run &run, const Span &s, const Span *ahead, Room &room) {
   const lb_program &program = *run.job->program;
   const lb_stage &stage = program.stages[run.next];
@@ -49,10 +146,11 @@ static void measure_span(Run &run, const Span &s, const Span *ahead, Room &room)
   room.feed.count = 0;
   if (ahead) look_ahead(run, *ahead, 1 << 1, room.feed);
   load(run, s, run.wanted, room);
+  if (run.foreseen >= 0 && run.next == run.first && survey_span(run, s, room)) return;
   bool finite = reader >= 0 || !program.guarded || finite_bits(peak(room.at[1], s.n));
   for (int k = 0; k <= run.next; ++k) {
     if (program.stages[k].kind != LB_UPDATE && k != run.next) continue;
-    run_stage(run, program.stages[k], s, LB_BLOCK, 0, k == reader, room);
+    run_stage(run, program.stages[k], s, LB_BLOCK, 0, k == reader, run.scalars, room);
   }
   for (int number = 0; reader >= 0 && number * LB_BLOCK < s.n; ++number) finite &= finite_bits(room.gradient[number]);
   if (program.guarded && !finite) __atomic_store_n(&run.skip, true, __ATOMIC_RELAXED);
@@ -63,8 +161,7 @@ static void measure_span(Run &run, const Span &s, const Span *ahead, Room &room)
     if (stage.reduce == LB_MAX) {
       run.partial[s.block + b] = float_of(width == LB_BLOCK ? room.value_peaks[b] : peak(values, n));
     } else {
-      if (n < width) memset(values + n, 0, 4 * (width - n));
-      run.partial[s.block + b] = halve(values, width);
+      run.partial[s.block + b] = sum_block(run.cut, values, n);
     }
   }
 }

@@ -26,6 +26,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -368,6 +369,44 @@ class _Function:
         return "\n".join([template, f"LB_FN {kind} {self.symbol}({', '.join(params)}) {{", *_in(self.lines), "}"])
 
 
+class _Chain:
+    """Updates that are run one after the other on the same values, like a function that calls them."""
+
+    def __init__(self, stages: Iterable[Stage], helpers: dict[Any, _Function]):
+        self.assigned: dict[str, None] = {}
+        self.fields: dict[str, dict[str, None]] = {}
+        self.lines: list[str] = []
+        symbols: list[str] = []
+        for stage in stages:
+            f = _printed(stage, helpers)
+            operands = [*_operands(f), *(name for name in stage.writes if name not in f.params)]
+            rooms = [f"{{{', '.join(f'{room}.{name}' for name in names)}}}" for room, names in f.fields.items()]
+            self.lines.append(f"{f.symbol}<F>::apply({', '.join([*operands, *rooms])});")
+            symbols.append(f.symbol)
+            for room, names in f.fields.items():
+                self.fields.setdefault(room, {}).update(names)
+        self.symbol = "_".join(symbols)
+        *_, last = stages
+        self.params = list(dict.fromkeys((*last.reads, *self.fields)))
+
+
+def _operands(f: _Function | _Chain) -> tuple[str, ...]:
+    return tuple(name for name in f.params if name not in ("s", "c", "x"))
+
+
+def _printed(stage: Stage, helpers: dict[Any, _Function]) -> _Function:
+    """A stage's function, with its body printed."""
+    f = _Function(stage.function, helpers)
+    if "x" in f.params and stage.kind != "fold":
+        raise f.refused(f.node.args, "x is what was measured: only a fold has it", at=f.node)
+    if _operands(f) and stage.kind == "fold" and not stage.writes:
+        raise f.refused(f.node.args, "a fold over the tensor has s, c and x only", at=f.node)
+    f.print(None if stage.kind == "measure" else stage.writes, fold=stage.kind == "fold" and not stage.writes)
+    if stage.kind == "measure" and f.returns != 1:
+        raise f.refused(f.node, "a measure returns one value")
+    return f
+
+
 def symbol(function: Any) -> str:
     """A function's name in C++: its module's last part and its own name."""
     return re.sub(r"\W+", "_", f"{function.__module__.rpartition('.')[2]}_{function.__qualname__}")
@@ -376,15 +415,8 @@ def symbol(function: Any) -> str:
 def print_stage(stage: Stage, letters: Collection[str]) -> Printed:
     """Print a stage; `letters` are those of the program's unsigned moments, which may be stored as their roots."""
     helpers: dict[Any, _Function] = {}
-    f = _Function(stage.function, helpers)
-    reads = tuple(name for name in f.params if name not in ("s", "c", "x"))
-    if "x" in f.params and stage.kind != "fold":
-        raise f.refused(f.node.args, "x is what was measured: only a fold has it", at=f.node)
-    if reads and stage.kind == "fold" and not stage.writes:
-        raise f.refused(f.node.args, "a fold over the tensor has s, c and x only", at=f.node)
-    f.print(None if stage.kind == "measure" else stage.writes, fold=stage.kind == "fold" and not stage.writes)
-    if stage.kind == "measure" and f.returns != 1:
-        raise f.refused(f.node, "a measure returns one value")
+    f = _Chain(stage.chain, helpers) if stage.chain else _printed(stage, helpers)
+    reads = _operands(f)
     roots = sum(1 << k for k, name in enumerate(stage.writes) if stage.kind == "update" and name in letters)
     return Printed(
         symbol=f.symbol,
@@ -401,7 +433,7 @@ def print_stage(stage: Stage, letters: Collection[str]) -> Printed:
     )
 
 
-def _functor(stage: Stage, f: _Function, reads: tuple[str, ...]) -> str:
+def _functor(stage: Stage, f: _Function | _Chain, reads: tuple[str, ...]) -> str:
     lines = ["template <class F>", f"struct {f.symbol} {{  // {stage.kind}, {stage.function.__module__}"]
     for room, names in f.fields.items():
         fields = f" lb::constant<F> {', '.join(names)}; " if names else ""
@@ -414,7 +446,7 @@ def _functor(stage: Stage, f: _Function, reads: tuple[str, ...]) -> str:
     return "\n".join([*lines, *_in(_in(f.lines)), "  }", "};"])
 
 
-def _kernel(stage: Stage, f: _Function, reads: tuple[str, ...], roots: int) -> str:
+def _kernel(stage: Stage, f: _Function | _Chain, reads: tuple[str, ...], roots: int) -> str:
     """The functor on every value; with `roots`, once for each set of writes whose square roots are written."""
     lines = []
     for room, names in f.fields.items():
@@ -437,7 +469,7 @@ def _kernel(stage: Stage, f: _Function, reads: tuple[str, ...], roots: int) -> s
     return "\n".join([run, *_in(lines), "}", head, *_in(switch), "}"])
 
 
-def _lanes(stage: Stage, f: _Function, reads: tuple[str, ...], letters: Collection[str]) -> str:
+def _lanes(stage: Stage, f: _Function | _Chain, reads: tuple[str, ...], letters: Collection[str]) -> str:
     """How fused.h calls an update that writes p: with an array of operands, those it reads first."""
     order = [*reads, *(name for name in stage.writes if name not in reads)]
     roles = ["p" if n == "p" else "g" if n == "g" else "m" if n in stage.writes else "v" for n in reads]
@@ -484,7 +516,7 @@ def _loop(stage: Stage, reads: tuple[str, ...], others: list[str], call: str, ro
     return [*lines, "for (int64_t start = 0; start < end; start += frame->piece) {", *_in(piece), "}"]
 
 
-def _const(f: _Function, room: str) -> str:
+def _const(f: _Function | _Chain, room: str) -> str:
     return "" if room == "s" and f.assigned else "const "
 
 
@@ -540,11 +572,12 @@ def collect(package: ModuleType) -> list[tuple[Stage, frozenset[str]]]:
     a `plan` declares counts as unsigned; if it is not, that costs a kernel that nobody runs.
     """
     found = []
+    home = attrgetter("function.__module__")
     for name in sorted(info.name for info in pkgutil.iter_modules(package.__path__, f"{package.__name__}.")):
         module = vars(importlib.import_module(name)).values()
         declared = [getattr(value, "moments", {}) for value in module if isinstance(value, type)]
         signed = {letter for moments in declared for letter, moment in moments.items() if moment.signed}
-        stages = [value for value in module if isinstance(value, Stage) and value.function.__module__ == name]
+        stages = [value for value in module if isinstance(value, Stage) and (value.chain or home(value) == name)]
         stages = [stage for stage in stages if stage.kind != "matrix"]
         found += [(stage, frozenset(stage.writes) - {"p", "g"} - signed) for stage in stages]
     return found

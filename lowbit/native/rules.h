@@ -743,6 +743,16 @@ struct stable_spam_closed_form {  // fold, lowbit.optim.stable_spam
   }
 };
 
+template <class F>
+struct stabilizers_normalize_adamw_adamw {  // update, lowbit.optim.adamw
+  struct S { lb::constant<F> unit, norm_gain, step_size, root; };
+  struct C { lb::constant<F> rate1, rate2, keep, eps; };
+  LB_FN void apply(F &p, F g, F &m, F &v, const S &s, const C &c) {
+    stabilizers_normalize<F>::apply(g, {s.unit, s.norm_gain});
+    adamw_adamw<F>::apply(p, g, m, v, {s.step_size, s.root}, {c.rate1, c.rate2, c.keep, c.eps});
+  }
+};
+
 #ifdef __GNUC__
 #pragma GCC diagnostic pop
 #endif

@@ -76,6 +76,12 @@ static int values_of(const Span &s, const Cut &c, int block) {
   return left < c.width ? left : c.width;
 }
 
+// What a first sweep notes of a block, so that a later one need not read it again: the sum of squares, the largest
+// magnitude, and the smallest but 0 (infinite if there is none).
+struct Survey {
+  float squares, most, least;
+};
+
 // One tensor while a step runs.
 struct Run {
   const lb_job *job;
@@ -90,6 +96,8 @@ struct Run {
   float scalars[LB_SCALARS];
   float *vectors[LB_ARRAYS];     // what this step makes of them, persistent ones first
   int64_t lengths[LB_ARRAYS];
+  int first, foreseen;  // the measurement of the first sweep, and one that it finds out as well; -1 for none
+  Survey *surveys;      // per block: what it has noted for that
   double total;         // of the tensor: sum or maximum
   float *x;             // the measurement, one number per element of what it runs over
   float *partial;       // per block: sum (or maximum)

@@ -204,6 +204,7 @@ static void sweep(Step &step, Room &room) {
       const Span s = span(*run.job, run.cut, k);
       const Span ahead = span(*run.job, run.cut, k + 1 < run.cut.spans ? k + 1 : k);
       if (step.updating) lost += update_span(run, s, ahead, piece, roots, room);
+      else if (run.next == run.foreseen && settle(run, s)) continue;
       else measure_span(run, s, &ahead, room);
     }
     if (lost) __atomic_fetch_add(&run.lost, lost, __ATOMIC_RELAXED);
@@ -263,7 +264,9 @@ static bool prepare(Run &run, const lb_job &job, int64_t *longest) {
     run.lengths[k] = elements_over(job, program.over[k]);
     floats += (run.lengths[k] + 15) / 16 * 16;
   }
-  char *memory = (char *)calloc(1, sizeof(double) * sums + sizeof(float) * floats);
+  run.foreseen = foreseen(program, &run.first);
+  const int64_t surveyed = run.foreseen >= 0 ? blocks : 0;
+  char *memory = (char *)calloc(1, sizeof(double) * sums + sizeof(float) * floats + sizeof(Survey) * surveyed);
   if (!memory) return false;
   run.sums = (double *)memory;
   run.x = (float *)(run.sums + sums);
@@ -274,6 +277,7 @@ static bool prepare(Run &run, const lb_job &job, int64_t *longest) {
     if (k < program.vectors) memcpy(run.vectors[k], job.vectors[k], 4 * run.lengths[k]);
   }
   run.partial = free;
+  run.surveys = (Survey *)(free + blocks);
   for (int k = 0; k < program.scalars; ++k) {
     run.scalars[k] = k < program.kept ? *job.scalars[k] : program.initial[k];
   }

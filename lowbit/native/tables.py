@@ -77,9 +77,7 @@ def _codebook(made: abi.Format, fmt: Format) -> None:
     made.thresholds[:] = (*fmt.thresholds, *[INFINITE] * (256 - len(fmt.thresholds)))
     made.codes[: len(codes)] = codes
     made.grid_bits, made.grid_least = _minifloat(fmt)
-    if made.grid_bits:
-        return
-    if len(ladder) <= 16:
+    if len(ladder) <= 16:  # those of a small float too: weights that are stored in it are drawn by them (weight.h)
         made.tree[:] = _tree(made.thresholds[:15])
         rungs = [_rounded(value) for value in ladder]
         unused = [math.nan] * (17 - len(rungs))  # an infinite number would be above infinite thresholds
@@ -87,8 +85,9 @@ def _codebook(made: abi.Format, fmt: Format) -> None:
         made.gaps[: len(rungs) - 1] = [_rounded(high - low) for low, high in pairwise(rungs)]
         if made.same and not fmt.sign_magnitude:
             _bins(made, fmt)
-    else:
+    elif not made.grid_bits:
         _cells(made, fmt.thresholds)
+        _pieces(made, fmt)
 
 
 def _minifloat(fmt: Format) -> tuple[int, float]:
@@ -150,6 +149,49 @@ def _bins(made: abi.Format, fmt: Format) -> None:
             made.bin_threshold[place] = threshold
         made.bin_rung[:] = [sum(place < at for place in places) for at in range(32)]
         return
+
+
+def _pieces(made: abi.Format, fmt: Format) -> None:
+    """Cut magnitudes into up to 16 pieces with evenly spaced thresholds, at most two to a binade, if that can be.
+
+    Within a piece the sum never falls as the magnitude rises, so a magnitude on the other side of a threshold than its
+    sum is has a sum that is no further from a whole number than the threshold's.
+    """
+    middle = sum(t < 0 for t in fmt.thresholds)
+    above = fmt.thresholds[middle:]
+    mirrored = fmt.thresholds[:middle] == tuple(-t for t in above[:middle])[::-1]
+    if not (mirrored and made.same and middle in (0, 127)):
+        return
+    runs: list[list[int]] = [[]]  # each: the thresholds inside a piece; the one between two runs ends the first piece
+    ends = []
+    for k, t in enumerate(above):
+        run = runs[-1]
+        even = len(run) < 2 or abs((t - above[run[-1]]) / (above[run[1]] - above[run[0]]) - 1) < 1e-3
+        run.append(k) if even else (ends.append(k), runs.append([]))
+    binades = [(_bits(above[k]) >> 23) - 96 for k in ends]
+    if len(runs) > 16 or len(set(binades)) < len(binades) or not 0 <= min(binades) <= max(binades) < 32 or fmt.top > 1:
+        return
+    made.piece_end[:] = [INFINITE] * 32
+    made.piece[:] = [sum(b < binade for b in binades) for binade in range(32)]
+    farthest = 0.0
+    for number, run in enumerate(runs):
+        if number < len(ends):
+            made.piece_end[binades[number]] = above[ends[number]]
+        first = run[0] if run else len(above)
+        slope = (run[-1] - first) / (above[run[-1]] - above[first]) if len(run) > 1 else 0.0
+        slope = _rounded(slope)
+        offset = _rounded(first + 1 - slope * above[first] if run else first + 0.5)
+        made.piece_slope[number], made.piece_offset[number] = slope, offset
+        made.piece_most[number] = first + len(run) + 0.5
+        begin = above[ends[number - 1]] if number else 0.0
+        farthest = max(farthest, first - _rounded(slope * begin + offset))
+        farthest = max([farthest, *(abs(_rounded(slope * above[k] + offset) - (k + 1)) for k in run)])
+    if farthest > 1e-3 or any(len(run) == 1 for run in runs):
+        return
+    made.piece_near = 2 * farthest + 2**-16
+    made.pieces, made.middle = len(runs), middle
+    for code, value in enumerate(fmt.values):
+        made.halves[0][code], made.halves[1][code] = _bits(value) & 0xFFFF, _bits(value) >> 16
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,18 @@ template <int N> static float halve_all(float *x) {  // of a known count, so tha
 }
 template <> float halve_all<1>(float *x) { return x[0]; }
 
+static float halve_block(float *x) {
+#ifdef LB_AVX2
+  Lanes lanes[LB_BLOCK / Lanes::COUNT];
+  for (int k = 0; k < LB_BLOCK / Lanes::COUNT; ++k) lanes[k] = Lanes::load(x + k * Lanes::COUNT);
+  return halve_lanes<LB_BLOCK / Lanes::COUNT>(lanes);
+#else
+  return halve_all<LB_BLOCK>(x);
+#endif
+}
+
 static float halve(float *x, int n) {
-  if (n == LB_BLOCK) return halve_all<LB_BLOCK>(x);
+  if (n == LB_BLOCK) return halve_block(x);
   if (n == 16) return halve_all<16>(x);
   if (n == 32) return halve_all<32>(x);
   for (int half = n / 2; half >= 1; half /= 2) {

@@ -245,7 +245,7 @@ static int64_t update_span(const Run &run, const Span &s, const Span &ahead, int
   if (!gauged) check_gradient(run, s, 0, good, &all, room);
   for (int k = 0; k < program.count; ++k) {
     if (program.stages[k].kind != LB_UPDATE) continue;
-    run_stage(run, program.stages[k], s, piece ? piece : LB_BLOCK, roots[k], k == run.gauge, room);
+    run_stage(run, program.stages[k], s, piece ? piece : LB_BLOCK, roots[k], k == run.gauge, run.scalars, room);
   }
   if (gauged) check_gradient(run, s, piece, good, &all, room);
   all &= prepare_parameter(run, s, piece, good, room);

@@ -95,7 +95,7 @@ struct Book {
                     int8_t *) const {
     int first = 0;
 #ifdef LB_AVX2
-    if (draws && f.bits == 4 && f.same) first = draw_codes(drawn, f.sign_magnitude, x, n, inverse, draws, codes);
+    if (draws && f.bits == 4 && f.same && !f.grid_bits) first = draw_codes(drawn, f.sign_magnitude, x, n, inverse, draws, codes);
 #endif
     const Block b = {inverse, 0.0f, false, finite};
     if (first < n) LB_SPACE::encode(f, x + first, n - first, b, draws ? draws + first : nullptr, codes + first);

@@ -90,9 +90,12 @@ def turned(x: Tensor, rotation: Rotation | None) -> Tensor:
 
 
 def turned_back(x: Tensor, rotation: Rotation | None, cols: int, mask: Tensor | None = None) -> Tensor:
-    """The inverse of `turned` of a matrix of `cols` columns, up to rounding; what a mask has no bit for is 0 before."""
+    """The inverse of `turned` of a matrix of `cols` columns, up to rounding; what a mask has no bit for is 0 before.
+
+    The matrix may be overwritten.
+    """
     if rotation is not None:
-        return backends.rotate(x, rotation, back=True, mask=mask)[:, :cols]
+        return backends.rotate(x, rotation, back=True, mask=mask, own=True)[:, :cols]
     return x if mask is None else x * unpack(mask, 1, cols).to(x.dtype)
 
 

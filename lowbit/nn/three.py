@@ -177,7 +177,7 @@ class Call:
             weight = self._weight_again(kept, kind).t()
         else:
             source = self._weight_again(kept) if _of_forward(other) else decoded(kept["weight"])
-            assert other is None or isinstance(other, Operand)
+            assert isinstance(source, Tensor) and (other is None or isinstance(other, Operand))  # no kind: no codes
             weight = _made(source.t(), other, self.noise(_DGRAD[1]), rotation, kind)
         gx = product(_made(gy, gradient, self.noise(_DGRAD[0]), rotation, kind), weight, self.dtype)
         return self._through(gx, self.recipe.forward[0], kept, "x", _of_forward(other), cols)

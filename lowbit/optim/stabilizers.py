@@ -35,7 +35,7 @@ def whole(group: Mapping[str, Any], name: str, zero: str = "") -> None:
         raise ValueError(f"{name} must be a whole number >= 0{zero}, not {group[name]}")
 
 
-@measure("max")
+@measure("max", plain=True)
 def peak(g):
     """The tensor's largest gradient."""
     return abs(g)
@@ -63,7 +63,7 @@ def limit(x, s, c):
     s.unit = reciprocal(binade(where(top <= c.largest, top, c.one)))  # 1 when there is no finite maximum
 
 
-@update("g")
+@update("g", above="clip_limit")
 def clip_spikes(g, s):
     """Values above the limit become their share of it."""
     return where(abs(g) > s.clip_limit, g * s.clip_share, g)
@@ -96,7 +96,7 @@ class AdaClip(Stabilizer):
         }
 
 
-@measure("sum")
+@measure("sum", unit="unit")
 def energy(g, s):
     """The squared norm, in squares of `unit`."""
     g = g * s.unit

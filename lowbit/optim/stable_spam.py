@@ -22,11 +22,11 @@ from typing import Any, ClassVar
 
 from typing_extensions import Unpack
 
-from ..stages import Stage, fold
-from .adamw import AdamW, debias
+from ..stages import Stage, fold, together
+from .adamw import AdamW, adamw, debias
 from .base import Options, Params
 from .parts import stabilizers
-from .stabilizers import AdaClip, AdaGN, MomentumReset
+from .stabilizers import AdaClip, AdaGN, MomentumReset, normalize
 from .variants import Variants
 
 
@@ -35,6 +35,9 @@ def closed_form(s, c):
     """Weights of 1 - beta**k, with the released code's counter k."""
     s.exp_avg_weight = c.weight1
     s.exp_avg_sq_weight = c.weight2
+
+
+normalized = together(normalize, adamw)  # as the CPU library runs them
 
 
 class StableSPAM(Variants, AdamW):

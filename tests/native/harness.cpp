@@ -132,7 +132,10 @@ static void matrix(int64_t call, int64_t kind, int threads) {
   m.bytes = (uint8_t *)stored.data;
   m.multipliers = (const float *)multipliers.data;
   m.inverses = (const float *)inverses.data;
-  std::vector<Bytes> written = {out, found, stored};
+  const Bytes outers = bytes(), mask = bytes();
+  m.outers = (float *)outers.data;
+  m.mask = (uint8_t *)mask.data;
+  std::vector<Bytes> written = {out, found, stored, outers, mask};
   operand(m.packed, written);
   const int failed = kind == DECODE   ? LB_NAME(decode)(&m, threads)
                      : kind == ENCODE ? LB_NAME(encode)(&m, threads)
