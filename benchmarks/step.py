@@ -26,6 +26,7 @@ import torch
 
 from lowbit.nn.stored import StoredWeight
 from lowbit.optim import AdamS, AdamW, Rule, StableSPAM
+from lowbit.stages import Program
 
 FP32, BF16 = torch.float32, torch.bfloat16
 
@@ -112,12 +113,18 @@ def group(title: str, makers: dict[str, Maker], more: dict[str, timing.Case], ar
 def traffic(opt: torch.optim.Optimizer) -> float:
     """The bytes a parameter that a step must move at least: p and states to and fro, the gradient once a sweep."""
     (p,) = (p for g in opt.param_groups for p in g["params"])
-    sweeps = opt.program(opt.param_groups[0]).sweeps if isinstance(opt, Rule) else 1
+    sweeps = 1 + _measuring(opt.program(opt.param_groups[0])) if isinstance(opt, Rule) else 1
     values = [value for state in opt.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
     parts = [part for value in values for part in ((value.codes, value.scale) if hasattr(value, "codes") else (value,))]
     states = sum(part.nbytes for part in parts if part.numel() > 256)  # scalars and tables aside
     own = p.nbytes / p.numel()
     return 2 * own + p.grad.element_size() * sweeps + 2 * states / p.numel()
+
+
+def _measuring(program: Program) -> int:
+    """Sweeps that measure: the sweep for a largest value finds out a norm as well."""
+    plain = any(stage.plain for stage in program.measures)
+    return sum(not (plain and stage.unit) for stage in program.measures)
 
 
 class Fork:

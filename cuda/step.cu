@@ -63,11 +63,11 @@ struct Fresh {
   Stored<0> moments;
 };
 // For how many blocks of threads at once a multiprocessor's registers are to suffice: as many as was fastest on an H100,
-// and one less where they would spill.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-constexpr int MOST_TOGETHER = 5;
-#else
+// and one less where they would spill, and on other architectures, where nothing was measured.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
 constexpr int MOST_TOGETHER = 6;
+#else
+constexpr int MOST_TOGETHER = 5;
 #endif
 constexpr int TOGETHER = !LINEAR || PARAM == LB_FLOAT32 || sizeof(Operands) > 112 ? 5 : MOST_TOGETHER;
 
@@ -201,6 +201,7 @@ extern "C" __global__ void __launch_bounds__(lb::UPDATERS, lb::TOGETHER)
     LB_RARELY;
     const Place place = place_on(way, job, turn);
     if (!goes_on(place)) break;
+    old = {};  // a lane that has no values must not find others' here
     fetch_operands(job, now, place, old);
     float x[LOADED][V];
     Fresh fresh;

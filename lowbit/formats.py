@@ -492,7 +492,12 @@ def _block(text: str) -> tuple[int, int] | None:
     return (int(numbers[0]), int(numbers[1])) if len(numbers) == 2 else None
 
 
+# What people say, and the formats they may mean.
+_USUAL = {"fp8": ("e4m3", "mxfp8"), "fp6": ("e2m3", "mxfp6-e2m3"), "fp4": ("e2m1", "mxfp4", "nvfp4")}
+
+
 def nearest(word: str, known: tuple[str, ...] | list[str]) -> str:
     """` (did you mean 'x'?)` for the closest known word, or an empty string."""
-    match = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.5)
-    return f" (did you mean {match[0]!r}?)" if match else ""
+    usual = [name for name in _USUAL.get(str(word), ()) if name in known]
+    match = usual or difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.5)
+    return f" (did you mean {' or '.join(map(repr, match))}?)" if match else ""

@@ -84,7 +84,11 @@ def find_store(name: str) -> Store:
         fmt = find_format(name)
     except ValueError:
         known = ("master", *stores())
-        raise ValueError(f"unknown store {name!r}{nearest(name, known)}; known: {', '.join(known)}") from None
+        others = [fmt.name for fmt in catalogue().values() if fmt.name not in known and not _unfit(fmt)]
+        raise ValueError(
+            f"unknown store {name!r}{nearest(name, [*known, *others])}; known: {', '.join(known)}, and the formats "
+            f"{', '.join(others)}"
+        ) from None
     if reason := _unfit(fmt):
         raise ValueError(f"a weight cannot be kept as {name!r}: {reason}; use one of {', '.join(stores())}")
     return Store(fmt.name, fmt)

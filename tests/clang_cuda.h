@@ -24,6 +24,8 @@ __device__ void __syncwarp(unsigned mask = 0xFFFFFFFFu);
 __device__ void __threadfence();
 __device__ void __trap();
 __device__ unsigned __ballot_sync(unsigned, int);
+__device__ int __any_sync(unsigned, int);
+__device__ unsigned long __cvta_generic_to_shared(const void *);
 __device__ unsigned __reduce_max_sync(unsigned, unsigned);
 template <class T> __device__ T __shfl_sync(unsigned, T, int, int width = 32);
 template <class T> __device__ T __shfl_xor_sync(unsigned, T, int, int width = 32);

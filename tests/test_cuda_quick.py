@@ -1,6 +1,6 @@
 """Quotients and roots without branches (cuda/quick.h): IEEE's bits wherever there is no doubt."""
 
-from ctypes import c_int32, c_void_p
+from ctypes import c_float, c_int32, c_void_p
 
 import pytest
 import torch
@@ -65,6 +65,73 @@ def test_what_is_beyond_doubt_is_ieees():
         assert spoilt != sources()["quick.h"]
         wrong = compared(like, like.flip(0), spoilt.replace("#pragma once", "") + "using namespace lb;" + without)
         assert wrong[2] > n // 20
+
+
+# ---- an approximation may be off
+
+OFF = """
+#include "quick.h"
+using namespace lb;
+// Of 256 mantissas in a row: how many reciprocals, refined once, are not the nearest; the last of those; how many roots
+// are not.
+extern "C" __global__ void __launch_bounds__(128) refined(uint32_t *counts) {
+  const uint32_t first = (blockIdx.x * 128 + threadIdx.x) * 256;
+  uint32_t inverses = 0u, roots = 0u, last = 0u;
+  for (uint32_t bits = first; bits < first + 256u; ++bits) {
+    const float b = float_of(0x3F800000u + bits), near = near_reciprocal(b);
+    if (fma(near, fma(-b, near, 1.0f), near) != 1.0f / b) ++inverses, last = bits;
+    Doubt doubt;
+    roots += lb::sqrt(Quick{b, &doubt}).x != lb::sqrt(b);
+    roots += lb::sqrt(Quick{2.0f * b, &doubt}).x != lb::sqrt(2.0f * b);
+  }
+  if (inverses) atomicAdd(counts, inverses);
+  if (roots) atomicAdd(counts + 1, roots);
+  if (inverses) atomicMax(counts + 2, last);
+}
+// Of 256 numerators in a row: how many quotients by b are not the nearest.
+extern "C" __global__ void __launch_bounds__(128) quotients(float b, uint32_t *counts) {
+  const uint32_t first = (blockIdx.x * 128 + threadIdx.x) * 256;
+  uint32_t wrong = 0u;
+  for (uint32_t bits = first; bits < first + 256u; ++bits) {
+    Doubt doubt;
+    const float a = float_of(0x3F800000u + bits);
+    wrong += divided(a, b, &doubt).x != a / b;
+  }
+  if (wrong) atomicAdd(counts + 3, wrong);
+}
+"""
+SECOND = """#else
+// Of the two numbers around it, the one that is farther away.
+LB_FN float near_reciprocal(float x) {
+  const float nearest = 1.0f / x, left = fma(-x, nearest, 1.0f);
+  return float_of(bits_of(nearest) + (left > 0.0f ? 1u : left < 0.0f ? 0u - 1u : 0u));
+}
+LB_FN float near_reciprocal_root(float x) {
+  const double nearest = 1.0f / __builtin_sqrt((double)x), left = 1.0 - (double)(float)nearest * __builtin_sqrt((double)x);
+  return float_of(bits_of((float)nearest) + (left > 0.0 ? 1u : left < 0.0 ? 0u - 1u : 0u));
+}
+#endif
+"""
+
+
+@needs_compiler
+def test_an_approximation_may_be_off():
+    """All mantissas, with the worse of the two approximations that are less than a unit in the last place off: reciprocals
+    are the nearest after one refinement, and so are quotients then (Markstein 1990), but for one by the largest mantissa,
+    that paper's exception; and roots, but for one. Those are looked at on a GPU, below."""
+    counts = torch.zeros(4, dtype=torch.int32)
+    quick = sources()["quick.h"]
+    own = quick[quick.index("#else  // the approximations") : quick.index("struct Doubt")]
+    with stepping():
+        on = machine(counts.device)
+        module, to = on.module(OFF, {**sources(), "quick.h": quick.replace(own, SECOND)}), c_void_p(counts.data_ptr())
+        on.launch(module.function("refined"), 256, 128, [to])
+        assert counts.tolist() == [1, 1, 2**23 - 1, 0]
+        on.launch(module.function("quotients"), 256, 128, [c_float(2.0 - 2.0**-23), to])
+        assert counts[3] == 1
+        for b in torch.rand(32, generator=torch.Generator().manual_seed(0)):
+            on.launch(module.function("quotients"), 256, 128, [c_float(1.0 + b.item()), to])
+        assert counts[3] == 1
 
 
 @pytest.mark.gpu

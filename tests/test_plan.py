@@ -102,6 +102,14 @@ def test_the_command_prints_a_table_and_json(capsys: pytest.CaptureFixture):
     assert told["choice"]["recipe"] == "int4"
 
 
+def test_rows_of_nothing_are_left_out(capsys: pytest.CaptureFixture):
+    assert main(["plan", "--model", "nano"]) == 0
+    out = capsys.readouterr().out
+    assert "matrix stages" not in out and "beside 16-bit weights" not in out and " 0.0 " not in out
+    assert main(["plan", "--model", "nano", "--optimizer", "galore"]) == 0
+    assert "matrix stages" in capsys.readouterr().out
+
+
 def test_it_says_whether_it_fits(capsys: pytest.CaptureFixture):
     asked = ["plan", "--model", "60m", "--seq", "64"]
     told = plan(Choice("60m", seq=64))

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+from cases import gradient
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import Parameter
 
 import lowbit
-from lowbit.optim import AdamMini, AdamW, StableSPAM
+from lowbit.optim import SCALE, SWAN, AdamMini, AdamW, Muon, SlimAdam, StableSPAM
 from lowbit.roles import OF_VECTORS, ROLES, role_of
 
 D, F, V, KV = 64, 160, 500, 16  # hidden, MLP, vocabulary, and the rows of k and v where heads share them
@@ -467,6 +468,24 @@ def test_roles_of_a_model_go_into_any_optimizer(optimizer):
     plain = optimizer(model.named_parameters(), lr=1e-3)
     assert {row.name: row.role for row in plain.explain().rows}["tab.weight"] == ""
     optimizer([("tab.weight", model["tab"].weight)], lr=1e-3, roles=found)  # a part of the model is enough
+
+
+@pytest.mark.parametrize("optimizer", [AdamMini, SlimAdam, SCALE, Muon, SWAN])
+def test_a_conv1d_is_stepped_as_a_linear(optimizer):
+    """Weights that are stored (in, out) end where those do that are stored (out, in)."""
+    nets = [nn.ModuleDict({"mlp": nn.ModuleDict({"c_fc": layer})}) for layer in (Conv1D(96, D), nn.Linear(D, 96))]
+    weights = [net["mlp"]["c_fc"].weight for net in nets]
+    for weight in weights:
+        weight.detach().fill_(0.5)
+    opts = [optimizer(net.named_parameters(), lr=0.1, states="fp32", roles=lowbit.roles(net)) for net in nets]
+    for t in range(1, 4):
+        weights[0].grad = gradient((D, 96), t)
+        weights[1].grad = weights[0].grad.t()
+        for opt in opts:
+            opt.step()
+    torch.testing.assert_close(weights[0].t(), weights[1], rtol=0, atol=1e-6)
+    untold = optimizer([("mlp.c_fc.weight", weights[0])], lr=0.1, roles={"*": "up"})
+    assert untold.explain().rows[0].kind != opts[0].explain().rows[0].kind
 
 
 def test_a_name_with_brackets_stands_for_itself():

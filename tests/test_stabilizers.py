@@ -34,7 +34,9 @@ from lowbit.optim import (
     Rule,
     SpikeClip,
     StableSPAM,
+    stabilizers,
 )  # fmt: skip
+from lowbit.stages import Namespace, Stage
 
 NAN, INF = math.nan, math.inf
 
@@ -168,3 +170,25 @@ def test_stabilizers_run_in_the_order_given(order: tuple[int, int]):
     norm = float(opt.state[p]["exp_avg"].norm())
     assert norm == pytest.approx(0.5 if order == (0, 1) else 1.0, rel=1e-4)
     assert opt.explain().sweeps == 3
+
+
+# ---- what stages declare, so that a backend may save work
+
+
+def declared(what: str) -> list[tuple[Stage, str]]:
+    known = [(stage, getattr(stage, what)) for stage in vars(stabilizers).values() if isinstance(stage, Stage)]
+    return [(stage, value) for stage, value in known if value]
+
+
+def test_what_stages_declare_of_themselves_is_true():
+    g = torch.randn(1000) ** 5
+    for stage, _ in declared("plain"):
+        assert torch.equal(stage({"g": g}), g.abs())
+    for stage, unit in declared("unit"):
+        for power in (2.0**-20, 1.0, 2.0**30):
+            assert torch.equal(stage({"g": g, "s": Namespace({unit: torch.tensor(power)})}), (g * power) * (g * power))
+    for stage, limit in declared("above"):
+        scalars = Namespace({name: torch.tensor(0.25) for name in (limit, "clip_share")})
+        written = stage.written({"g": g, "s": scalars})["g"]
+        assert torch.equal(written == g, g.abs() <= scalars[limit])
+    assert [len(declared(what)) for what in ("plain", "unit", "above")] == [1, 1, 1]

@@ -268,6 +268,27 @@ def test_there_is_no_dense_copy_of_a_model_after_a_step():
     assert [t for t in found if not isinstance(t, StoredWeight) and t.is_floating_point()] == []
 
 
+@pytest.mark.parametrize("store", [*TRAINED, "int8:64"])
+def test_an_embeddings_max_norm_holds_and_moves_no_other_row(store: str):
+    """A table that is shortened eightfold under its old scales would have few codes left."""
+    torch.manual_seed(0)
+    table = QuantEmbedding(30, 64, recipe=Recipe(embedding=store), max_norm=1.0)
+    with torch.no_grad():
+        table.weight[4] *= 0.01
+    index, before = torch.tensor([[1, 3], [3, 4]]), {part: x.clone() for part, x in table.weight.parts.items()}
+    values, writes = table.weight.load(), int(table.weight.writes)
+    y = table(index)
+    y.sum().backward()
+    plain = nn.Embedding(30, 64, max_norm=1.0, _weight=values.clone())
+    assert (y - plain(index)).norm(dim=-1).max() < (0.02 if "8" in store else 0.2)
+    for _ in range(30):  # and it stays so
+        assert (table(index).norm(dim=-1) <= (1.02 if "8" in store else 1.1)).all()
+    rows = torch.ones(30, dtype=bool).index_fill(0, torch.tensor([1, 3]), False)
+    for part in before.keys() - {"tensor_scale"}:
+        assert torch.equal(table.weight.parts[part][rows], before[part][rows]), part
+    assert table.weight.grad[index.unique()].all() and table.weight.writes == writes
+
+
 def test_an_embedding_stays_dense_unless_the_recipe_asks_and_ties_are_kept_or_refused():
     model = Tied()
     report = quantize_(model, Recipe(store="int4"), skip=())

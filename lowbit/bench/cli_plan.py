@@ -87,7 +87,8 @@ def _print(choice: Choice, found: Plan) -> None:
         ("peak", found.peak, "the most at any time of a step"),
     ]
     for what, count, about in lines:
-        table.add_row(what, size(count), about)
+        if count:
+            table.add_row(what, size(count), about)
     if found.released is None:
         table.add_row("peak, gradients released", "–", "not with a norm over all gradients")
     else:
@@ -107,7 +108,9 @@ def _verdict(found: Plan, room: float) -> str:
 
 def size(count: float) -> str:
     """Bytes for people, in powers of ten."""
-    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
+    if count >= 1e9:
+        return f"{count / 1e9:,.2f} GB"
+    return f"{count / 1e6:,.1f} MB" if count >= 1e6 else f"{count / 1e3:,.1f} kB"
 
 
 def _positive(text: str) -> int:

@@ -45,14 +45,15 @@ typedef struct lb_frame {
 
 typedef void (*lb_kernel)(const lb_frame *);
 
-// How an operand of a fused update is stored: fp32; bf16; signed bytes; bytes of roots; codes of 4 bits; of 8.
-enum lb_source_kind { LB_FLOATS, LB_BF16, LB_BYTES, LB_ROOT_BYTES, LB_NIBBLES, LB_CODES };
+// How an operand of a fused update is stored: fp32; bf16; signed bytes; bytes of roots; codes of 4 bits; of 8, in the
+// order of their values, signed or not.
+enum lb_source_kind { LB_FLOATS, LB_BF16, LB_BYTES, LB_ROOT_BYTES, LB_NIBBLES, LB_CODES, LB_RISING_CODES };
 // An update on a block of 256 values which decodes what it reads, and stores the block before in the same loop. Its
 // frame's `in` points to operands as they are stored, `out` to the block's draft. For each half it reports the peak of
 // each write that is stored in fewer bits, 0 for others, and then 0 if all of those and the gradient are finite.
 typedef struct lb_fused {
   lb_frame frame;
-  const float *table[LB_ARRAYS];  // of operands with codes
+  const void *table[LB_ARRAYS];  // of operands with codes: values, or their halves
   float scale[2][LB_ARRAYS];      // of operands, in each half
   // By write, of the block before:
   const float *draft[LB_ARRAYS];
@@ -107,6 +108,7 @@ typedef struct lb_format {
   float piece_end[32];
   int32_t piece[32];
   float piece_slope[16], piece_offset[16], piece_most[16];
+  uint16_t halves[2][256];  // of `values`: the low halves of all of them, then the high ones
   // Codebooks that are the numbers of a small float, in the order of their codes, ties to even: bits of its mantissa (0:
   // the codebook is none), and the smallest number with all of them.
   int32_t grid_bits;

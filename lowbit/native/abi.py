@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ctypes import Structure, c_float, c_int32, c_int64, c_uint8, c_uint32, c_void_p
+from ctypes import Structure, c_float, c_int32, c_int64, c_uint8, c_uint16, c_uint32, c_void_p
 
 ARRAYS, SCALARS, CONSTANTS, STAGES, MOMENTS = 12, 32, 48, 32, 6
 BLOCK = 256  # values of the largest step block
@@ -45,6 +45,7 @@ class Format(Structure):
         ("piece_end", c_float * 32),
         ("piece", c_int32 * 32),
         *((name, c_float * 16) for name in ("piece_slope", "piece_offset", "piece_most")),
+        ("halves", c_uint16 * 256 * 2),
         ("grid_bits", c_int32),
         ("grid_least", c_float),
         *((name, c_int32) for name in ("stored", "power", "exponent", "mantissa", "last", "tries", "rms")),

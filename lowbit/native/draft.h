@@ -61,7 +61,9 @@ static int kind_of(const Run &run, int slot) {
   if (o.stochastic) return -1;
   if (f.kind == LB_KIND_FLOAT) return f.dtype == LB_FLOAT32 ? LB_FLOATS : -1;
   if (f.kind == LB_KIND_CODEBOOK && f.bins && halves && !(f.is_signed && o.live)) return LB_NIBBLES;
-  if (f.kind == LB_KIND_CODEBOOK && f.pieces && halves && !(f.is_signed && o.live)) return LB_CODES;
+  if (f.kind == LB_KIND_CODEBOOK && f.pieces && halves && !(f.is_signed && o.live)) {
+    return f.is_signed ? LB_CODES : LB_RISING_CODES;
+  }
   if (f.kind != LB_KIND_INTEGER || f.bits != 8 || !halves || f.square != !f.is_signed || f.is_signed == o.live) return -1;
   return f.square ? LB_ROOT_BYTES : LB_BYTES;
 }
@@ -129,7 +131,10 @@ static void prepare_drafts(const Run &run, const uint32_t *roots, Drafts &drafts
     const int slot = last.read[i], kind = slot == 1 && (gradient || drafts.widen) ? LB_FLOATS : kind_of(run, slot);
     if (kind < 0) return;
     kinds |= (uint64_t)kind << (4 * i);
-    if (slot >= 2 && slot < 2 + program.moments) call.table[i] = job.moments[slot - 2].format->values;
+    if (slot >= 2 && slot < 2 + program.moments) {
+      const lb_format &f = *job.moments[slot - 2].format;
+      call.table[i] = f.pieces ? (const void *)f.halves : f.values;
+    }
   }
   drafts.slots = 2 + program.moments;
   for (int slot = 0; slot < drafts.slots; ++slot) drafts.places[slot] = place_of(job, slot);

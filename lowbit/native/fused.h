@@ -23,6 +23,7 @@ template <class Stage> constexpr uint64_t kinds_of(int p, int g, int moments) {
     const char role = Stage::ROLES[k];
     int kind = role == 'p' ? p : role == 'g' ? g : role == 'm' ? moments : LB_FLOATS;
     if (kind == LB_BYTES && Stage::UNSIGNED[k]) kind = LB_ROOT_BYTES;
+    if (kind == LB_CODES && Stage::UNSIGNED[k]) kind = LB_RISING_CODES;
     kinds |= (uint64_t)kind << (4 * k);
   }
   return kinds;
@@ -47,12 +48,13 @@ template <class Stage, uint64_t KINDS, int K> struct Reader {
   const void *from;
   Lanes scale;
   Table table;
-  Table256 book;
+  const uint16_t *halves;
+  mutable Lanes pair[2];
   Reader<Stage, KINDS, K + 1> rest;
   LB_IN Reader(const lb_fused *call, int half)
       : from(call->frame.in[K]), scale(call->scale[half][K]), rest(call, half) {
-    if (KIND == LB_NIBBLES) table = Table(call->table[K]);
-    if (KIND == LB_CODES) book = {call->table[K]};
+    if (KIND == LB_NIBBLES) table = Table((const float *)call->table[K]);
+    halves = (const uint16_t *)call->table[K];
   }
   LB_IN void read(int i, Lanes *x) const {
     constexpr int BITS = KIND == LB_FLOATS ? 32 : KIND == LB_BF16 ? 16 : KIND == LB_NIBBLES ? 4 : 8;
@@ -60,18 +62,23 @@ template <class Stage, uint64_t KINDS, int K> struct Reader {
     x[K] = lanes(i);
     rest.read(i, x);
   }
+  LB_IN void begin([[maybe_unused]] int i) const {  // 32 values
+    if constexpr (KIND == LB_CODES || KIND == LB_RISING_CODES) Table256::look_up(halves, (const uint8_t *)from + i, pair);
+    rest.begin(i);
+  }
   LB_IN Lanes lanes(int i) const {
     if (KIND == LB_FLOATS) return Lanes::load((const float *)from + i);
     if (KIND == LB_BF16) return Lanes::widen((const uint16_t *)from + i);
     if (KIND == LB_BYTES) return Lanes::signed_bytes((const uint8_t *)from + i) * scale;
     if (KIND == LB_NIBBLES) return table.look_up((const uint8_t *)from + i / 2) * scale;
-    if constexpr (KIND == LB_CODES) return book.look_up((const uint8_t *)from + i) * scale;
+    if (KIND == LB_CODES || KIND == LB_RISING_CODES) return pair[i / Lanes::COUNT % 2] * scale;
     const Lanes root = Lanes::bytes((const uint8_t *)from + i) * scale;
     return root * root;
   }
 };
 template <class Stage, uint64_t KINDS> struct Reader<Stage, KINDS, Stage::READS> {
   LB_IN Reader(const lb_fused *, int) {}
+  LB_IN void begin(int) const {}
   LB_IN void read(int, Lanes *) const {}
 };
 
@@ -86,6 +93,7 @@ static int rung_of(const lb_format &f, float u) {
 template <class Stage, uint64_t KINDS, int W> struct Writer {
   static constexpr int KIND = kind_written<Stage, KINDS>(W);
   static constexpr int GROUPS = 32 / Lanes::COUNT;
+  static constexpr bool CODES = KIND == LB_CODES || KIND == LB_RISING_CODES;
   const float *draft;
   void *to;
   Lanes inverse;
@@ -98,9 +106,9 @@ template <class Stage, uint64_t KINDS, int W> struct Writer {
       : draft(call->draft[W]), to(call->to[W]), inverse(call->inverse[half][W]), least(call->least[W]),
         draws(call->draws), rest(call, half) {
     if (KIND == LB_NIBBLES) ladder = Ladder(*call->format[W]);
-    if constexpr (KIND == LB_CODES) slopes = Slopes(*call->format[W]);
+    if constexpr (CODES) slopes = Slopes(*call->format[W]);
   }
-  LB_IN void write(int i, uint32_t (*doubtful)[LB_BLOCK / 32]) const {
+  LB_IN void write(int i, Lanes *nearest) const {
     Lanes x[GROUPS];
     for (int k = 0; k < GROUPS; ++k) x[k] = Lanes::load(draft + i + k * Lanes::COUNT);
     if (KIND == LB_BYTES) {
@@ -111,8 +119,8 @@ template <class Stage, uint64_t KINDS, int W> struct Writer {
       store_bytes((uint8_t *)to + i, x, false);
     } else if (KIND == LB_NIBBLES) {
       ladder.store((uint8_t *)to + i / 2, x, inverse, least);
-    } else if constexpr (KIND == LB_CODES) {
-      doubtful[W][i / 32] = slopes.store((uint8_t *)to + i, x, inverse, least);
+    } else if constexpr (CODES) {
+      slopes.template store<KIND == LB_CODES>((uint8_t *)to + i, x, inverse, least, nearest[W]);
     } else {
       for (int k = 0; k < GROUPS; ++k) {
         const int at = i + k * Lanes::COUNT;
@@ -121,28 +129,26 @@ template <class Stage, uint64_t KINDS, int W> struct Writer {
         else store_bf16((uint16_t *)to + at, x[k]);
       }
     }
-    rest.write(i, doubtful);
+    rest.write(i, nearest);
   }
-  // The codes that arithmetic was not sure of.
-  static void look_again(const lb_fused *call, const uint32_t (*doubtful)[LB_BLOCK / 32]) {
-    if (KIND == LB_CODES) {
-      const lb_format &f = *call->format[W];
-      for (int i = 0; i < LB_BLOCK; i += 32) {
-        for (uint32_t left = doubtful[W][i / 32]; left; left &= left - 1) {
-          const int at = i + __builtin_ctz(left);
-          const float x = call->draft[W][at];
-          const int rung = rung_of(f, x * call->inverse[at / HALF][W]), least = x > 0.0f ? call->least[W] : 0;
-          ((uint8_t *)call->to[W])[at] = (uint8_t)(rung > least ? rung : least);
+  // Arithmetic is not sure of a code: all that went through its lane are looked up.
+  void look_again(const lb_fused *call, int half, const Lanes *nearest) const {
+    if constexpr (CODES) {
+      for (uint32_t left = slopes.doubtful(nearest[W]); left; left &= left - 1) {
+        for (int i = half * HALF + __builtin_ctz(left); i < (half + 1) * HALF; i += Lanes::COUNT) {
+          const float x = draft[i];
+          const int rung = rung_of(*call->format[W], x * call->inverse[half][W]), live = x > 0.0f ? least : 0;
+          ((uint8_t *)to)[i] = (uint8_t)(rung > live ? rung : live);
         }
       }
     }
-    Writer<Stage, KINDS, W + 1>::look_again(call, doubtful);
+    rest.look_again(call, half, nearest);
   }
 };
 template <class Stage, uint64_t KINDS> struct Writer<Stage, KINDS, Stage::WRITES> {
   LB_IN Writer(const lb_fused *, int) {}
-  LB_IN void write(int, uint32_t (*)[LB_BLOCK / 32]) const {}
-  static void look_again(const lb_fused *, const uint32_t (*)[LB_BLOCK / 32]) {}
+  LB_IN void write(int, Lanes *) const {}
+  void look_again(const lb_fused *, int, const Lanes *) const {}
 };
 
 template <class Stage, uint64_t KINDS> static void fused(const lb_fused *call) {
@@ -150,13 +156,15 @@ template <class Stage, uint64_t KINDS> static void fused(const lb_fused *call) {
   const Stage stage(&call->frame);
   float *out[WRITES];
   for (int w = 0; w < WRITES; ++w) out[w] = call->frame.out[w];
-  uint32_t doubtful[WRITES][LB_BLOCK / 32];
   for (int half = 0; half < 2; ++half) {
     const Reader<Stage, KINDS, 0> reader(call, half);
     const Writer<Stage, KINDS, 0> writer(call, half);
     Finite finite;
     Peak peaks[WRITES];
+    Lanes nearest[WRITES];
+    for (int w = 0; w < WRITES; ++w) nearest[w] = 0.5f;
     for (int j = half * HALF; j < (half + 1) * HALF; j += 32) {
+      reader.begin(j);
 #pragma GCC unroll 4
       for (int i = j; i < j + 32; i += Lanes::COUNT) {
         Lanes x[Stage::READS + WRITES];
@@ -174,13 +182,13 @@ template <class Stage, uint64_t KINDS> static void fused(const lb_fused *call) {
           else peaks[w].see(y);
         }
       }
-      writer.write(j, doubtful);
+      writer.write(j, nearest);
     }
+    writer.look_again(call, half, nearest);
     uint32_t *found = call->frame.peaks + half * (WRITES + 1);
     for (int w = 0; w < WRITES; ++w) found[w] = kind_written<Stage, KINDS>(w) == LB_FLOATS ? 0 : peaks[w].of_all();
     found[WRITES] = finite.all() ? 0 : 0x7FC00000u;
   }
-  Writer<Stage, KINDS, 0>::look_again(call, doubtful);
 }
 
 template <class Stage, uint64_t KINDS> LB_FN bool offer(uint64_t kinds, uint32_t roots, lb_fused_kernel &found) {

@@ -250,27 +250,32 @@ struct Ladder {
   }
 };
 
-// 256 numbers, looked up by bytes: 32 at a time, and then by the high bits among the eight that were found.
+// 256 numbers, looked up by 32 bytes at a time: the low halves of all and the high halves, of which a register holds 32,
+// among 64 each, and then by the high bits among the four that were found.
 struct Table256 {
-  const float *values;
-  template <int FROM, int COUNT> LB_IN __m512 among(__m512i index, const __mmask16 *high) const {
-    if constexpr (COUNT == 32) {
-      return _mm512_permutex2var_ps(_mm512_loadu_ps(values + FROM), index, _mm512_loadu_ps(values + FROM + 16));
-    } else {
-      const __m512 low = among<FROM, COUNT / 2>(index, high + 1);
-      return _mm512_mask_mov_ps(low, high[0], among<FROM + COUNT / 2, COUNT / 2>(index, high + 1));
+  LB_FN __m512i among(const uint16_t *halves, __m512i index, __mmask32 high, __mmask32 highest) {
+    __m512i found[4];
+    for (int k = 0; k < 4; ++k) {
+      const uint16_t *from = halves + 64 * k;
+      found[k] = _mm512_permutex2var_epi16(_mm512_loadu_si512(from), index, _mm512_loadu_si512(from + 32));
     }
+    return _mm512_mask_mov_epi16(_mm512_mask_mov_epi16(found[0], high, found[1]), highest,
+                                 _mm512_mask_mov_epi16(found[2], high, found[3]));
   }
-  LB_IN Lanes look_up(const uint8_t *codes) const {
-    const __m512i index = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)codes));  // the low 5 bits count
-    const __mmask16 high[3] = {_mm512_test_epi32_mask(index, _mm512_set1_epi32(128)),
-                               _mm512_test_epi32_mask(index, _mm512_set1_epi32(64)),
-                               _mm512_test_epi32_mask(index, _mm512_set1_epi32(32))};
-    return among<0, 256>(index, high);
+  LB_FN void look_up(const uint16_t *halves, const uint8_t *codes, Lanes *x) {
+    // So that halves that are put together four and four come out in order.
+    const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+    const __m512i words = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)codes));
+    const __m512i index = _mm512_permutexvar_epi64(order, words);  // the low 6 bits count
+    const __mmask32 high = _mm512_test_epi16_mask(index, _mm512_set1_epi16(64));
+    const __mmask32 highest = _mm512_test_epi16_mask(index, _mm512_set1_epi16(128));
+    const __m512i low = among(halves, index, high, highest), above = among(halves + 256, index, high, highest);
+    x[0] = Lanes(_mm512_castsi512_ps(_mm512_unpacklo_epi16(low, above)));
+    x[1] = Lanes(_mm512_castsi512_ps(_mm512_unpackhi_epi16(low, above)));
   }
 };
 
-// The code of 8 bits of a number in units of the scale, by pieces; a bit for each that is too near a threshold.
+// Codes of 8 bits of numbers in units of the scale, by pieces.
 struct Slopes {
   __m512 end_low, end_high, slope, offset, most, near;
   __m512i piece_low, piece_high, middle;
@@ -285,37 +290,39 @@ struct Slopes {
         piece_low(_mm512_loadu_si512(f.piece)),
         piece_high(_mm512_loadu_si512(f.piece + 16)),
         middle(_mm512_set1_epi32(f.middle)) {}
-  LB_IN __m512i code(Lanes u, uint32_t *doubtful) const {
-    const __m512i raw = _mm512_castps_si512(u.v), one = _mm512_set1_epi32(1);
-    const __mmask16 negative = _mm512_movepi32_mask(raw);
-    const __m512i magnitude = _mm512_and_si512(raw, _mm512_set1_epi32(0x7FFFFFFF));
-    // A tie goes down, which for what is negative is to the larger magnitude.
-    const __m512i key = _mm512_mask_add_epi32(magnitude, negative, magnitude, one);
-    const __m512 x = _mm512_castsi512_ps(key);
-    const __m512i binade = _mm512_max_epi32(_mm512_sub_epi32(_mm512_srli_epi32(key, 23), _mm512_set1_epi32(96)),
-                                            _mm512_setzero_si512());
+  // How many thresholds are below x, not below 0; and the shortest way so far from a sum to a whole number.
+  LB_IN __m512i count(__m512 x, Lanes &nearest) const {
+    const __m512 held = _mm512_max_ps(x, _mm512_set1_ps(0x1p-31f));
+    const __m512i binade = _mm512_srli_epi32(_mm512_castps_si512(held), 23);  // the low 5 bits count
     const __mmask16 after = _mm512_cmp_ps_mask(_mm512_permutex2var_ps(end_low, binade, end_high), x, _CMP_LT_OQ);
     __m512i piece = _mm512_permutex2var_epi32(piece_low, binade, piece_high);
-    piece = _mm512_mask_add_epi32(piece, after, piece, one);
+    piece = _mm512_mask_add_epi32(piece, after, piece, _mm512_set1_epi32(1));
     const __m512 sum = _mm512_min_ps(
         _mm512_fmadd_ps(x, _mm512_permutexvar_ps(piece, slope), _mm512_permutexvar_ps(piece, offset)),
         _mm512_permutexvar_ps(piece, most));
-    const __m512 apart = _mm512_reduce_ps(sum, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);  // from a whole number
-    *doubtful = _mm512_cmp_ps_mask(_mm512_abs_ps(apart), near, _CMP_LT_OQ);
-    const __m512i count = _mm512_cvttps_epi32(sum);
-    const __m512i rung = _mm512_mask_sub_epi32(_mm512_add_epi32(middle, count), negative, middle, count);
+    const __m512 apart = _mm512_reduce_ps(sum, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    nearest = _mm512_range_ps(nearest.v, apart, 0b1010);  // the smaller magnitude
+    return _mm512_cvttps_epi32(sum);
+  }
+  LB_IN __m512i signed_code(Lanes u, Lanes &nearest) const {
+    const __m512i raw = _mm512_castps_si512(u.v), magnitude = _mm512_and_si512(raw, _mm512_set1_epi32(0x7FFFFFFF));
+    const __mmask16 negative = _mm512_movepi32_mask(raw);
+    // A tie goes down, which for what is negative is to the larger magnitude.
+    const __m512i key = _mm512_mask_add_epi32(magnitude, negative, magnitude, _mm512_set1_epi32(1));
+    const __m512i far = count(_mm512_castsi512_ps(key), nearest);
+    const __m512i rung = _mm512_mask_sub_epi32(_mm512_add_epi32(middle, far), negative, middle, far);
     return _mm512_max_epi32(rung, _mm512_setzero_si512());
   }
-  // 32 numbers as codes, as Ladder::store; a bit for each that has to be looked at again.
-  LB_IN uint32_t store(uint8_t *to, const Lanes *x, Lanes inverse, int least) const {
-    uint32_t doubtful[2];
+  // 32 numbers as codes, as Ladder::store.
+  template <bool SIGNED> LB_IN void store(uint8_t *to, const Lanes *x, Lanes inverse, int least, Lanes &nearest) const {
     for (int k = 0; k < 2; ++k) {
-      __m512i found = code(x[k] * inverse, doubtful + k);
-      if (least) found = _mm512_mask_max_epi32(found, (Lanes(0.0f) < x[k]).m, found, _mm512_set1_epi32(least));
+      const Lanes u = x[k] * inverse;
+      __m512i found = SIGNED ? signed_code(u, nearest) : count(u.v, nearest);
+      if (!SIGNED) found = _mm512_mask_max_epi32(found, (Lanes(0.0f) < x[k]).m, found, _mm512_set1_epi32(least));
       store_codes(to + 16 * k, found);
     }
-    return doubtful[0] | doubtful[1] << 16;
   }
+  LB_IN uint32_t doubtful(Lanes nearest) const { return _mm512_cmp_ps_mask(nearest.v, near, _CMP_LT_OQ); }
 };
 
 #else
@@ -642,14 +649,14 @@ constexpr bool LOOKS_UP_BYTES = true;
 #else
 constexpr bool LOOKS_UP_BYTES = false;  // 8 lanes find one of 8 numbers only
 
-struct Table256 {
-  const float *values;
-  Lanes look_up(const uint8_t *) const;
+struct Table256 {  // so that fused.h can name them
+  static void look_up(const uint16_t *, const uint8_t *, Lanes *);
 };
 struct Slopes {
   Slopes() = default;
   explicit Slopes(const lb_format &);
-  uint32_t store(uint8_t *, const Lanes *, Lanes, int) const;
+  template <bool SIGNED> void store(uint8_t *, const Lanes *, Lanes, int, Lanes &) const;
+  uint32_t doubtful(Lanes) const;
 };
 #endif
 

@@ -77,9 +77,7 @@ def _codebook(made: abi.Format, fmt: Format) -> None:
     made.thresholds[:] = (*fmt.thresholds, *[INFINITE] * (256 - len(fmt.thresholds)))
     made.codes[: len(codes)] = codes
     made.grid_bits, made.grid_least = _minifloat(fmt)
-    if made.grid_bits:
-        return
-    if len(ladder) <= 16:
+    if len(ladder) <= 16:  # those of a small float too: weights that are stored in it are drawn by them (weight.h)
         made.tree[:] = _tree(made.thresholds[:15])
         rungs = [_rounded(value) for value in ladder]
         unused = [math.nan] * (17 - len(rungs))  # an infinite number would be above infinite thresholds
@@ -87,7 +85,7 @@ def _codebook(made: abi.Format, fmt: Format) -> None:
         made.gaps[: len(rungs) - 1] = [_rounded(high - low) for low, high in pairwise(rungs)]
         if made.same and not fmt.sign_magnitude:
             _bins(made, fmt)
-    else:
+    elif not made.grid_bits:
         _cells(made, fmt.thresholds)
         _pieces(made, fmt)
 
@@ -192,6 +190,8 @@ def _pieces(made: abi.Format, fmt: Format) -> None:
         return
     made.piece_near = 2 * farthest + 2**-16
     made.pieces, made.middle = len(runs), middle
+    for code, value in enumerate(fmt.values):
+        made.halves[0][code], made.halves[1][code] = _bits(value) & 0xFFFF, _bits(value) >> 16
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 from types import MappingProxyType
 
+from ..formats import format as find_format
 from ..formats import nearest
 from .operand import Operand
 from .recipe import FORWARD, Recipe
@@ -151,5 +152,11 @@ def find_recipe(recipe: str | Recipe) -> Recipe:
     if not isinstance(recipe, str):
         raise TypeError(f"recipe must be a name or a Recipe, not {type(recipe).__name__}")
     if recipe not in presets():
-        raise ValueError(f"unknown recipe {recipe!r}{nearest(recipe, recipes())}; known: {', '.join(recipes())}")
+        known = f"known: {', '.join(recipes())}"
+        try:
+            fmt = find_format(recipe)
+        except ValueError:
+            raise ValueError(f"unknown recipe {recipe!r}{nearest(recipe, recipes())}; {known}") from None
+        example = f"Recipe(weight={fmt.name!r})"
+        raise ValueError(f"{recipe!r} is a format and no recipe: recipes are made of it, such as {example}; {known}")
     return presets()[recipe]

@@ -9,6 +9,7 @@ of it; what is done to it decides what comes back:
     empty_like                               a StoredWeight of zeros
     t, view, w[0], transpose …               a `StoredView`: read, it is dense; written to, it writes to the weight
     embedding, index_select of rows          dense; only the rows asked for are decoded
+    embedding's max_norm                     rows that are too long are stored anew
     zeros_like, w + 1, w @ x, w.float() @ x  dense, of what the forward pass sees (a split store's codes alone)
     mul_, add_, addcdiv_, w[0] = x           decoded to fp32, computed, written with stochastic rounding
     copy_, normal_, uniform_, zero_, fill_ … stored anew: new scales, rounded to nearest
@@ -197,6 +198,15 @@ class StoredWeight(StoredTensor):
     def rows_at(self, index: Tensor) -> StoredWeight:
         """The rows with these numbers, in codes of their own."""
         return self.mapped_rows(lambda x: x.index_select(0, index))
+
+    @torch.no_grad()
+    def take_rows_(self, index: Tensor, rows: StoredWeight, which: Tensor, values: Tensor) -> None:
+        """Store other values in rows of these numbers, which are `rows` now, where `which` [n, 1] says so."""
+        old = dict(rows.parts)
+        rows.parts = {part: tensor.clone() for part, tensor in old.items()}
+        rows.assign_(values)
+        for part in old.keys() - set(stored.WHOLE):
+            self.parts[part].index_copy_(0, index, torch.where(which, rows.parts[part], old[part]))
 
     def alike(self, other: object) -> bool:
         """Whether its parts can be copied to ours."""

@@ -227,6 +227,20 @@ def _embedding(func: Any, args: Any, kwargs: Any) -> Any:
     return weight.rows_at(index.reshape(-1)).dense().reshape(*index.shape, weight.shape[1])
 
 
+def _embedding_renorm(func: Any, args: Any, kwargs: Any) -> Any:
+    """nn.Embedding's max_norm. A row that is made shorter is another row, with scales of its own; no other changes."""
+    weight, index, *norm = args
+    if not weight.owns_rows:
+        return _writing(func, args, kwargs)
+    index = index.reshape(-1)
+    rows = weight.rows_at(index)
+    values = rows.opened().values
+    shorter = func(values.clone(), torch.arange(len(index), device=index.device), *norm)
+    changed = (shorter != values).any(1, keepdim=True)
+    weight.take_rows_(index, rows, changed, shorter)
+    return weight
+
+
 def _index_select(func: Any, args: Any, kwargs: Any) -> Any:
     weight, dim, index = args
     return (
@@ -262,6 +276,7 @@ RULES: dict[str, Rule] = {
     "aten::new_zeros": _new_zeros,
     "aten::copy_": _copy,
     "aten::embedding": _embedding,
+    "aten::embedding_renorm_": _embedding_renorm,
     "aten::index_select": _index_select,
     "aten::slice": _slice,
     "aten::split": _split,

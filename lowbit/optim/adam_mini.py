@@ -126,7 +126,7 @@ class AdamMini(AdamW):
     ======================================================= ==================================================
 
     A fused (d, 3 d) matrix holds input neurons in its rows, as GPT-2's `Conv1D` does: one per column, which is finer
-    than a head. Other matrices of a `Conv1D` cannot be told from their shape: ask for "column" in `partition`.
+    than a head. That other matrices are of a `Conv1D`, `roles=lowbit.roles(model)` tells; their shapes do not.
 
     Args:
         params: see `lowbit.optim.Rule`, as all keyword arguments not listed here. With names, as roles need them.
@@ -203,20 +203,20 @@ class AdamMini(AdamW):
 
     def kind(self, group: Mapping[str, Any], name: str, shape: tuple[int, ...], role: str) -> str:
         """The partition, and whether the tensor is decayed."""
-        where = chosen(self.partition, name) or self._partition(group, shape, role)
+        where = chosen(self.partition, name) or self._partition(group, name, shape, role)
         return where if has_decay(group, shape, role) else where + UNDECAYED
 
-    def _partition(self, group: Mapping[str, Any], shape: tuple[int, ...], role: str) -> str:
+    def _partition(self, group: Mapping[str, Any], name: str, shape: tuple[int, ...], role: str) -> str:
         if role == "norm":
             return "tensor"
         if role == "bias" or len(shape) < 2:
             return "value"
-        if role in ("q", "k", "qkv"):
-            if role == "qkv" and shape[1] == 3 * shape[0]:
-                return "column"
-            return UNKNOWN_HEADS if group["head_dim"] is None and group["num_heads"] is None else "head"
         if role == "v" and group["v_per_tensor"]:
             return "tensor"
+        if name in self.transposed or (role == "qkv" and shape[1] == 3 * shape[0]):
+            return "column"
+        if role in ("q", "k", "qkv"):
+            return UNKNOWN_HEADS if group["head_dim"] is None and group["num_heads"] is None else "head"
         return EXPERT if role == "expert" and len(shape) > 2 else "row"
 
     def plan(self, group: Mapping[str, Any], kind: str = "") -> tuple[Mapping[str, Moment], tuple[Stage, ...]]:

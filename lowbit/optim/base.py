@@ -26,7 +26,7 @@ from torch._compile import _disable_dynamo
 from .. import backends
 from ..formats import nearest
 from ..policy import PRESETS_VERSION, Policy, Storage
-from ..roles import check_used, clean_name, role_map
+from ..roles import Roles, check_used, clean_name, role_map
 from ..stages import Job, Moment, Program, Stage
 from . import checkpoint, replay, sparse
 from .explain import Explanation, explain
@@ -84,7 +84,8 @@ class Rule(torch.optim.Optimizer, Part):
         stabilize: stabilizers to put in front of the update, in order.
         policy: overrides of which tensor's state is stored how.
         roles: {name or glob: role}, such as {"*.table": "embedding"}, or what `lowbit.roles(model)` found. Parameters
-            it does not name go by their own names and shapes.
+            it does not name go by their own names and shapes. Only the latter tells that a weight is stored (in, out),
+            as transformers' `Conv1D` has it: rows are taken for outputs otherwise.
 
     Raises:
         ValueError: a hyper-parameter out of range, an unknown name or key of a group, a parameter given twice, or roles
@@ -136,6 +137,7 @@ class Rule(torch.optim.Optimizer, Part):
             raise TypeError(f"policy must be a lowbit.Policy([(match, storage), …]), not {policy!r}")
         self.policy = Policy() if policy is None else policy
         self.roles = role_map(roles)
+        self.transposed = roles.transposed if isinstance(roles, Roles) else frozenset[str]()  # stored (in, out)
         self._programs: dict[Any, Program] = {}
         self._slots: dict[Tensor, Slot] = {}
         self._roster: Roster | None = None  # what the last step found

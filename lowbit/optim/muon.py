@@ -31,6 +31,7 @@ from .matrices import is_matrix, is_stack
 QUINTIC = (3.4445, -4.7750, 2.0315)  # slope at zero as steep as it can be; singular values end near 1, not at it
 ADJUST = (None, "original", "match_rms_adamw")
 PRECISIONS = ("bf16", "fp32")
+MATRICES = ("matrix", "transposed", "experts")  # the kinds that are made orthogonal; (in, out) is transposed
 
 
 @update("m u")
@@ -53,7 +54,7 @@ def orthogonalize(u, c, shape):
     each = u.view(shape) if c.experts else u
     each = each / (binade(u.abs().amax()) * 2.0**-40).clamp(min=1.0)  # the norm of what is huge would overflow
     o = newton_schulz(each, int(c.ns_steps), torch.float32 if c.fp32 else torch.bfloat16)
-    rows, cols = each.shape[-2:]
+    rows, cols = each.shape[-2:] if not c.transposed else each.shape[::-1]
     scale = 0.2 * math.sqrt(max(rows, cols)) if c.match_rms else math.sqrt(max(1.0, rows / cols))
     return (scale * o).float().view(u.shape)
 
@@ -107,7 +108,7 @@ class Muon(Rule):
     """
 
     by_role: ClassVar = True
-    kinds: ClassVar = ("matrix", "experts", "embedding", "head", "other")
+    kinds: ClassVar = (*MATRICES, "embedding", "head", "other")
     matrices: ClassVar = {"m": Moment("momentum_buffer")}
     scalars: ClassVar = AdamW.scalars
 
@@ -164,11 +165,11 @@ class Muon(Rule):
             return role
         if is_stack(shape, role):
             return "experts"
-        return "matrix" if is_matrix(shape, role) else "other"
+        return "other" if not is_matrix(shape, role) else "transposed" if name in self.transposed else "matrix"
 
     def plan(self, group: Mapping[str, Any], kind: str = "") -> tuple[Mapping[str, Moment], tuple[Stage, ...]]:
         """See `Rule.plan`."""
-        if kind in ("matrix", "experts"):
+        if kind in MATRICES:
             return self.matrices, (nesterov if group["nesterov"] else average, orthogonalize, descend)
         return AdamW.moments, (*AdamW.folds, adamw.adamw)
 
@@ -179,7 +180,7 @@ class Muon(Rule):
     def kind_constants(self, group: Mapping[str, Any], t: int, kind: str) -> dict[str, float]:
         """See `Rule.kind_constants`."""
         lr = float(group["lr"])
-        if kind in ("matrix", "experts"):
+        if kind in MATRICES:
             return {
                 "lr": lr,
                 "keep": 1 - lr * group["weight_decay"],
@@ -187,6 +188,7 @@ class Muon(Rule):
                 "rate": 1 - group["momentum"],
                 "ns_steps": group["ns_steps"],
                 "experts": kind == "experts",
+                "transposed": kind == "transposed",
                 "match_rms": group["adjust_lr_fn"] == "match_rms_adamw",
                 "fp32": group["precision"] == "fp32",
             }

@@ -165,7 +165,9 @@ class SCALE(Rule):
         """See `Rule.kind`."""
         if len(shape) < 2 or role in ("norm", "bias"):
             return "Adam"
-        return {"embedding": "column", "head": "row with momentum"}.get(role, "row")
+        return {"embedding": "column", "head": "row with momentum"}.get(
+            role, "column" if name in self.transposed else "row"
+        )
 
     def plan(self, group: Mapping[str, Any], kind: str = "") -> tuple[Mapping[str, Moment], tuple[Stage, ...]]:
         """See `Rule.plan`."""

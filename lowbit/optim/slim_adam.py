@@ -77,7 +77,10 @@ class SlimAdam(AdamW):
 
     def kind(self, group: Mapping[str, Any], name: str, shape: tuple[int, ...], role: str) -> str:
         """What its second moments are over, and whether the tensor is decayed."""
-        dim = chosen(self.dims, name) or (BY_ROLE.get(role, "full") if len(shape) == 2 else "full")
+        found = BY_ROLE.get(role, "full") if len(shape) == 2 else "full"
+        if name in self.transposed:
+            found = {"row": "column", "column": "row"}.get(found, found)
+        dim = chosen(self.dims, name) or found
         return dim if has_decay(group, shape, role) else dim + UNDECAYED
 
     def plan(self, group: Mapping[str, Any], kind: str = "") -> tuple[Mapping[str, Moment], tuple[Stage, ...]]:

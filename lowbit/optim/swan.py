@@ -48,10 +48,11 @@ def whitened(g: Tensor, steps: int) -> Tensor:
 @matrix("u")
 def whiten(g, c, shape):
     """The direction: normalized, whitened, and as long as before the whitening; of each expert, if there are any."""
-    rows = normalized(g.view(shape) if c.experts else g)
+    rows = normalized(g.view(shape) if c.experts else g.mT if c.transposed else g)
     u = whitened(rows, int(c.ns_steps))
     before, length = (torch.linalg.matrix_norm(x, keepdim=True) for x in (rows, u))
-    return (u * (before / length.clamp(min=torch.finfo(torch.float32).tiny))).view(g.shape)
+    u = u * (before / length.clamp(min=torch.finfo(torch.float32).tiny))
+    return u.mT if c.transposed else u.view(g.shape)
 
 
 class SWAN(Rule):
@@ -70,7 +71,7 @@ class SWAN(Rule):
     """
 
     by_role: ClassVar = True
-    kinds: ClassVar = ("matrix", "experts", "other")
+    kinds: ClassVar = ("matrix", "transposed", "experts", "other")
     scalars: ClassVar = AdamW.scalars
 
     def __init__(
@@ -96,7 +97,7 @@ class SWAN(Rule):
         """See `Rule.kind`."""
         if is_stack(shape, role):
             return "experts"
-        return "matrix" if is_matrix(shape, role) else "other"
+        return "other" if not is_matrix(shape, role) else "transposed" if name in self.transposed else "matrix"
 
     def plan(self, group: Mapping[str, Any], kind: str = "") -> tuple[Mapping[str, Moment], tuple[Stage, ...]]:
         """See `Rule.plan`."""
@@ -109,4 +110,4 @@ class SWAN(Rule):
     def kind_constants(self, group: Mapping[str, Any], t: int, kind: str) -> dict[str, float]:
         """See `Rule.kind_constants`."""
         adam = adamw.constants(float(group["lr"]), group["betas"], group["eps"], group["weight_decay"])
-        return {**adam, "ns_steps": group["ns_steps"], "experts": kind == "experts"}
+        return {**adam, "ns_steps": group["ns_steps"], **{k: kind == k for k in ("experts", "transposed")}}
