@@ -27,6 +27,9 @@ class Recorder:
     def kernel(self, *arguments: Any) -> Any:
         return self.library.kernel(*arguments)
 
+    def ships(self, *arguments: Any) -> Any:
+        return self.library.ships(*arguments)
+
     # ---- calls
 
     def step(self, jobs: Any, count: int, threads: int) -> int:

@@ -75,7 +75,7 @@ DTYPES = {
 @pytest.mark.parametrize("dtypes", DTYPES)
 def test_fused_loops_have_the_references_bits(optimizer: str, dtypes: str):
     for states, shape, fault in itertools.product(STATES, SHAPES, FAULTS):
-        if states == "dyn8" and (shape != SHAPES[1] or fault != "none"):
+        if fault != "none" and shape != SHAPES[1 + list(FAULTS).index(fault) % 2]:
             continue
         with using("reference"):
             expected = bits(steps(optimizer, states, shape, DTYPES[dtypes], fault))
@@ -90,7 +90,7 @@ def test_fused_loops_have_the_references_bits(optimizer: str, dtypes: str):
 # ---- a norm that the sweep before has found out
 
 # What a first sweep cannot be sure of: squares that lose bits in units of 1, or in the final unit; spikes.
-SIZES = [1e-38, 1e-30, 1e-21, 1e-12, 1.0, 1e6, 1e15, 1e18, 1e30]
+SIZES = [1e-38, 1e-21, 1e-12, 1e6, 1e18, 1e30]
 SPIKES = {
     "none": [],
     "few": [(3, 50.0), (700, -3.0)],
@@ -99,10 +99,12 @@ SPIKES = {
 }
 
 
-@pytest.mark.parametrize("dtype", [FLOAT, HALF])
-@pytest.mark.parametrize("shape", [(7, 1024), (3, 700), (40, 24), (1, 4096)])
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((7, 1024), FLOAT), ((1, 4096), HALF), ((6, 700), FLOAT), ((40, 24), HALF)]
+)
 def test_a_norm_without_a_sweep_has_the_references_bits(shape: tuple[int, int], dtype: torch.dtype):
-    for size, spike, variant in itertools.product(SIZES, SPIKES, ("paper", "official")):
+    for size, spike in itertools.product(SIZES, SPIKES):
+        variant = "official" if spike == "few" else "paper"
         generator = torch.Generator().manual_seed(2)
         start = torch.randn(shape, generator=generator)
         grads = [size * torch.randn(shape, generator=generator) for _ in range(3)]
@@ -120,11 +122,10 @@ def test_a_norm_without_a_sweep_has_the_references_bits(shape: tuple[int, int], 
         with using("reference"):
             expected = run()
         for isa in libraries():
-            for threads in (1, 3):
-                with using("native", isa, threads):
-                    found = run()
-                wrong = [key for key, value in expected.items() if not torch.equal(value, found[key])]
-                assert not wrong, f"{isa}, {size}, {spike}, {variant}: {wrong} differ"
+            with using("native", isa, 3):
+                found = run()
+            wrong = [key for key, value in expected.items() if not torch.equal(value, found[key])]
+            assert not wrong, f"{isa}, {size}, {spike}, {variant}: {wrong} differ"
 
 
 # ---- codes by arithmetic
