@@ -27,9 +27,6 @@ class Recorder:
     def kernel(self, *arguments: Any) -> Any:
         return self.library.kernel(*arguments)
 
-    def ships(self, *arguments: Any) -> Any:
-        return self.library.ships(*arguments)
-
     # ---- calls
 
     def step(self, jobs: Any, count: int, threads: int) -> int:
