@@ -21,11 +21,11 @@ class Recorder:
         self.programs: list[bytes] = []
         self.calls: list[bytes] = []
 
+    def ships(self, *arguments: Any) -> bool:
+        return self.library.ships(*arguments)
+
     def kernel(self, *arguments: Any) -> Any:
         return self.library.kernel(*arguments)
-
-    def ships(self, *arguments: Any) -> Any:
-        return self.library.ships(*arguments)
 
     # ---- calls
 

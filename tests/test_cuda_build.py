@@ -35,8 +35,8 @@ BUDGETS = [
     ("linear nf4", "linear", 12, (4 * 16 + 16 + 4) / 32),
     ("linear e2m1", "linear", 12, (4 * 16 + 16 + 4) / 32),
     ("AdamW 8bit", "update", 67, 12),
-    ("AdamW 4bit", "update", 76, 12),
-    ("StableSPAM 4bit", "update", 81, 12),
+    ("AdamW 4bit", "update", 76, 10),
+    ("StableSPAM 4bit", "update", 81, 10),
     ("Lion 8bit", "update", 40, 9),
 ]
 

@@ -19,6 +19,7 @@ SETTINGS = {
     "adammini": PLAIN._replace(optimizer="adammini", m="nf4", v="log4", g="f32", shapes="ragged", wrong="broken"),
     "adafactor": PLAIN._replace(optimizer="adafactor-relative", p="f32", m="nf4", shapes="dense"),
     "spoilt": PLAIN._replace(block=16, wrong="nan"),
+    "ended": PLAIN._replace(block=16, p="f16", g="f32", rounding="split8", shapes="ragged", wrong="nan"),
     "small": PLAIN._replace(p="f32", g="f16", m="fp32", v="fp32"),  # some gradients are 0 in fp16
     "large": PLAIN._replace(optimizer="stablespam", shapes="large"),
     "vectors": PLAIN._replace(optimizer="vectors", m="e2m1", v="solo4", block=16, shapes="ragged"),
@@ -88,7 +89,14 @@ FAULTS = {
         "vectors", "moments.h", "x[k] = k < place.count ? x[k] : 0.0f;", "x[k] = x[k];"
     ),
     "quick numbers that are in doubt are kept": Fault(
-        "small", "step.cu", "any<32>(bad && (NEARBY || place.count > 0))", "any<32>(bad && place.count > V)"
+        "small", "step.cu", "any<32>(doubt && (ANEW || place.count > 0))", "any<32>(doubt && place.count > V)"
+    ),
+    "a lane judged by values that another turn has left": Fault("ended", "step.cu", "    old = {};  //", "    //"),
+    "what is doubtful is not done again": Fault(
+        "small",
+        "step.cu",
+        "if ((doubtful >> turn & 1u) == 0u) continue;",
+        "if ((doubtful >> turn & 1u) != 0u) continue;",
     ),
     "a quotient that is nearly right": Fault(
         "adamw", "quick.h", "fma(fma(b, quotient, -a), -inverse, quotient)", "quotient"

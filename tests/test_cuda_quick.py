@@ -107,8 +107,10 @@ LB_FN float near_reciprocal(float x) {
   return float_of(bits_of(nearest) + (left > 0.0f ? 1u : left < 0.0f ? 0u - 1u : 0u));
 }
 LB_FN float near_reciprocal_root(float x) {
-  const double nearest = 1.0f / __builtin_sqrt((double)x), left = 1.0 - (double)(float)nearest * __builtin_sqrt((double)x);
-  return float_of(bits_of((float)nearest) + (left > 0.0 ? 1u : left < 0.0 ? 0u - 1u : 0u));
+  const double root = __builtin_sqrt((double)x);
+  const float nearest = (float)(1.0 / root);
+  const double left = 1.0 - (double)nearest * root;
+  return float_of(bits_of(nearest) + (left > 0.0 ? 1u : left < 0.0 ? 0u - 1u : 0u));
 }
 #endif
 """
@@ -116,9 +118,10 @@ LB_FN float near_reciprocal_root(float x) {
 
 @needs_compiler
 def test_an_approximation_may_be_off():
-    """All mantissas, with the worse of the two approximations that are less than a unit in the last place off: reciprocals
-    are the nearest after one refinement, and so are quotients then (Markstein 1990), but for one by the largest mantissa,
-    that paper's exception; and roots, but for one. Those are looked at on a GPU, below."""
+    """All mantissas, with the worse of the two approximations that are less than a unit in the last place off.
+
+    Reciprocals are the nearest after one refinement, and so are quotients then (Markstein 1990), but for one by the
+    largest mantissa, that paper's exception; and roots, but for one. Those are looked at on a GPU, below."""
     counts = torch.zeros(4, dtype=torch.int32)
     quick = sources()["quick.h"]
     own = quick[quick.index("#else  // the approximations") : quick.index("struct Doubt")]

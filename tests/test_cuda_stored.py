@@ -45,7 +45,7 @@ FAULTS = {
     "a rest that is lost": ("split", "if (REST) put<V, 1>(job.rest", "if (false) put<V, 1>(job.rest"),
     "a rest without its sign": ("split8", "(int8_t)(uint8_t)(rest.word", "(uint8_t)(rest.word"),
     "the tensor's scale left out": ("nvfp4", "OUTER ? load_float(job.tensor_scale) : 1.0f", "1.0f"),
-    "another operand's random bits": ("nf4", "draw(key, place.number, draws)", "draw(key, place.number + 2, draws)"),
+    "another operand's random bits": ("nf4", "draw(key, place, draws)", "draw({key.second, key.first}, place, draws)"),
 }
 
 

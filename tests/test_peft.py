@@ -25,7 +25,7 @@ RECIPES = {
     "stored": lowbit.Recipe(store="nf4-dq"),
     "int4": lowbit.Recipe(store="int4"),
     "qlora-nf4": "qlora-nf4",
-    "master": "quartet2",  # the float weight is still there, and must not be what is merged with
+    "master": lowbit.Recipe(weight="nf4"),  # the float weight is still there, and must not be what is merged with
     "a4": lowbit.Recipe(store="nf4", activation="int8"),
 }
 

@@ -131,7 +131,7 @@ class _Matrix:
 
     def _largest(self) -> Tensor:
         """The largest statistic of all blocks, [1, 1], or all of them: it is found at once where it is finite."""
-        if self.fmt.scaling.statistic == "absmax":
+        if self.fmt.scaling.statistic == "absmax" and self.x.numel():
             largest = self.absmax().amax().view(1, 1)
             if math.isfinite(largest):
                 return largest
