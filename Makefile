@@ -43,7 +43,7 @@ test-all: $(VENV)/.dev ## all tests, the slow ones too
 bench: $(VENV)/.bench ## a few minutes' demonstration of 4-bit training against BF16 Adam
 	$(BIN)/lowbit bench --demo $(ARGS)
 
-bench-full: $(VENV)/.bench ## the full comparison, half an hour on two quiet cores; goes on where it was stopped
+bench-full: $(VENV)/.bench ## the full comparison, a quarter of an hour on two quiet cores; goes on where it was stopped
 	$(BIN)/lowbit bench --full --resume --out $(FULL) $(ARGS)
 	$(PY) benchmarks/readme.py
 
