@@ -12,6 +12,7 @@ struct Job {
   float *vectors[LB_ARRAYS];  // persistent ones
   float *scalars[LB_SCALARS];  // persistent ones
   int64_t *skipped;  // blocks, tensors
+  const float *constants;  // by number; what a step changes, too
   int64_t rows, cols, group_rows;
   int64_t tensor;  // its number in random bits
   int64_t first_chunk;  // the first of its chunks in the launch

@@ -156,13 +156,15 @@ class _Plan:
         changing = sizeof(structs.Dynamic) * len(jobs)
         self.changing = array("Q", bytes(changing))
         self.buffer = torch.empty(changing + CONSTANTS * len(kinds), dtype=torch.uint8, device=self.device)
-        self.constants = self.buffer.data_ptr() + changing
+        constants = self.buffer.data_ptr() + changing
         texts = [text for kind, _ in kinds for text in (_text("step.cu", kind), _text("measure.cu", kind.folds))]
         modules = iter(self.machine.prefetch(texts))  # all at once: the first time, each takes seconds to compile
         self.buckets = []
         for index, ((kind, turn), numbers) in enumerate(kinds.items()):
             rows, begins = [table[self.places[k]] for k in numbers], begun.pop((kind.folds, turn), 0)
-            self.buckets.append(_Bucket(self, index, kind, numbers, rows, begins, next(modules), next(modules)))
+            self.buckets.append(_Bucket(self, kind, numbers, rows, begins, next(modules), next(modules)))
+            for row in rows:
+                row.constants = constants + index * CONSTANTS
         self.table = torch.frombuffer(bytearray(table), dtype=torch.uint8).to(self.device)
 
     def fits(self, jobs: list[Job]) -> bool:
@@ -214,7 +216,7 @@ class _Plan:
 
     def _total(self, workspace: Tensor, buckets: list[_Bucket], stage: Stage) -> None:
         """One number for all tensors of these buckets."""
-        key = tuple(bucket.index for bucket in buckets)
+        key = tuple(bucket.first for bucket in buckets)
         if key not in self.totals:
             theirs = {number for bucket in buckets for number in bucket.numbers}
             order = [self.places[number] for number in self.in_total if number in theirs]
@@ -231,7 +233,6 @@ class _Bucket:
     def __init__(
         self,
         plan: _Plan,
-        index: int,
         kind: Special,
         numbers: list[int],
         table: list[structs.Job],
@@ -240,7 +241,7 @@ class _Bucket:
         measuring: Module,
     ):
         # Not a cycle of references: a plan's memory on the device is free as soon as its jobs are.
-        self.plan, self.index, self.kind, self.numbers = proxy(plan), index, kind, numbers
+        self.plan, self.kind, self.numbers = proxy(plan), kind, numbers
         self.first = plan.places[numbers[0]]  # of its jobs in the tables
         self.names = print_program(kind.program).constants
         self.updating, self.measuring = updating, measuring
@@ -285,20 +286,12 @@ class _Bucket:
             self._prepare()
         self.runs.value, self.room.value = workspace + self.first * sizeof(structs.Run), workspace
         *measuring, (_, grid, arguments) = self.prepared
-        if measuring:
-            self._set_constants(self.measuring)
         for kernel, its_grid, its_arguments in measuring:
             if kernel == "total":
                 yield self.kind.program.measures[its_arguments[5].value]
-                self._set_constants(self.measuring)
             else:
                 self.plan.machine.launch(self.measuring.function(kernel), its_grid, THREADS, its_arguments)
-        self._set_constants(self.updating)
         self.plan.machine.launch(self.updating.function("update"), grid, UPDATERS, arguments)
-
-    def _set_constants(self, module: Module) -> None:
-        """Another bucket may have launched this module with other constants."""
-        self.plan.machine.copy(module.symbol("constants")[0], self.plan.constants + self.index * CONSTANTS, CONSTANTS)
 
 
 _plans: WeakKeyDictionary[Job, list[_Plan]] = WeakKeyDictionary()  # by the first job

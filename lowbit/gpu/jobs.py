@@ -19,6 +19,7 @@ class Job(Structure):
         ("vectors", c_void_p * ARRAYS),
         ("scalars", c_void_p * SCALARS),
         ("skipped", c_void_p),
+        ("constants", c_void_p),
         *((name, c_int64) for name in ("rows", "cols", "group_rows", "tensor", "first_chunk", "first_tile")),
         ("work_vectors", c_int64 * ARRAYS),
         *((name, c_int64) for name in ("partial", "sums")),
