@@ -39,3 +39,13 @@ struct Run {
   uint32_t most;  // the largest magnitude so far, as bits
   uint32_t skip;  // whether the tensor is left as it is
 };
+
+// What constants.cu does to find a constant: lowbit/tape.py says which number means what.
+enum { LB_NODES = 64 };
+enum { LB_LITERAL, LB_FROM_FLOAT32, LB_FROM_FLOAT64, LB_ADD, LB_SUBTRACT, LB_MULTIPLY, LB_DIVIDE, LB_LEAST, LB_STORE };
+struct Node {
+  double number;     // a literal
+  const void *from;  // where a number lies
+  int32_t op;
+  int32_t first, second;  // numbers of nodes; of LB_STORE, the second is the constant's
+};

@@ -375,21 +375,6 @@ def test_other_backends_cannot_be_captured(machine: Emulator, monkeypatch: pytes
         assert_same(everything(opt), before)
 
 
-def test_a_learning_rate_on_the_device_is_refused():
-    """Without a GPU there is one other device that tensors can be on."""
-    named = made()
-    lr = torch.tensor(1e-3, device="meta")
-    with pytest.raises(TypeError, match=r"lr is a tensor on meta, and every step would wait.*prepare_replay\(\)"):
-        AdamW(named, lr=lr)
-    opt = after_steps(adamw, named, 1)
-    before = everything(opt)
-    opt.param_groups[1]["lr"] = lr
-    with pytest.raises(TypeError, match="lr is a tensor on meta"):
-        opt.step()
-    opt.param_groups[1]["lr"] = 3e-3
-    assert_same(everything(opt), before)
-
-
 def test_all_kernels_are_compiled_at_the_same_time(machine: Emulator, monkeypatch: pytest.MonkeyPatch):
     """Of all buckets: formats and dtypes differ, and one call has all of their texts."""
     asked = []

@@ -19,11 +19,11 @@ from test_jobs import SEEN, UNSEEN, Named, lay, run
 from torch import Tensor
 from torch.nn import Parameter
 
-from lowbit import backends
+from lowbit import backends, tape
 from lowbit.backends import cuda, cuda_step
 from lowbit.gpu import CompileError, jobs, machine, sources, stages
 from lowbit.gpu.specialise import print_spec, special
-from lowbit.native import build
+from lowbit.native import abi, build
 from lowbit.optim import AdamW, GlobalClip, StableSPAM
 from lowbit.stages import Job
 
@@ -31,7 +31,7 @@ pytestmark = needs_compiler
 
 # ---- what is stated twice
 
-STRUCTS = {"Job": jobs.Job, "Dynamic": jobs.Dynamic, "Run": jobs.Run}
+STRUCTS = {"Job": jobs.Job, "Dynamic": jobs.Dynamic, "Run": jobs.Run, "Node": jobs.Node}
 
 
 def python_layout() -> dict[str, int]:
@@ -78,6 +78,16 @@ NUMBERS = {
         ("lb::UPDATERS", cuda_step.UPDATERS),
     ],
     "measure.cu": [("lb::TILE", stages.TILE), ("lb::STRIPS", stages.STRIPS), ("lb::NARROW", stages.NARROW)],
+    "constants.cu": [
+        ("LB_NODES", tape.NODES),
+        ("LB_CONSTANTS", abi.CONSTANTS),
+        ("LB_FROM_FLOAT32", tape.FLOAT32),
+        ("LB_FROM_FLOAT64", tape.FLOAT64),
+        *(
+            (f"LB_{name}", getattr(tape, name))
+            for name in ["LITERAL", "ADD", "SUBTRACT", "MULTIPLY", "DIVIDE", "LEAST", "STORE"]
+        ),
+    ],
     "codec.cu": [("THREADS", cuda.THREADS), ("V", cuda.VALUES)],
 }
 

@@ -261,6 +261,11 @@ def machine(device: torch.device) -> Machine:
         return machines[device]
 
 
+def runs(device: torch.device) -> bool:
+    """Whether kernels can run on a device, and read what lies there."""
+    return device.type == "cuda" or device in machines
+
+
 def capturing(device: torch.device) -> bool:
     """Whether a CUDA graph is being captured on torch's current stream of a device."""
     if (found := machines.get(device)) is not None:
