@@ -375,9 +375,9 @@ class Rule(torch.optim.Optimizer, Part):
                 graph.replay()
 
         Call it before every replay, on the stream of the replay. It does what the host does in a step: counts, reads
-        the learning rate as it is now (but a tensor on the device is read by the replay itself), draws the step's
-        random bits, resets moments if they are due; and tells the device by one copy, for which nothing waits. So
-        replays and eager steps may be mixed, and a checkpoint between them is that of as many eager steps. A replay
+        the learning rate as it is now (one that is a tensor on the device is read by the replay itself), draws the
+        step's random bits, resets moments if they are due; and tells the device by one copy, for which nothing waits.
+        So replays and eager steps may be mixed, and a checkpoint between them is that of as many eager steps. A replay
         without it repeats a step with the same random bits, uncounted.
         Hooks of `step` are not called.
 
