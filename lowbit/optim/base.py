@@ -378,8 +378,7 @@ class Rule(torch.optim.Optimizer, Part):
         the learning rate as it is now (one that is a tensor on the device is read by the replay itself), draws the
         step's random bits, resets moments if they are due; and tells the device by one copy, for which nothing waits.
         So replays and eager steps may be mixed, and a checkpoint between them is that of as many eager steps. A replay
-        without it repeats a step with the same random bits, uncounted.
-        Hooks of `step` are not called.
+        without it repeats a step with the same random bits, uncounted. Hooks of `step` are not called.
 
         The graph goes on using the memory it was captured with: a state or parameter that was loaded or moved needs a
         new graph. Raises `RuntimeError` before anything has changed where no captured step can be this one (a tensor
