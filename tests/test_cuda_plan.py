@@ -78,7 +78,7 @@ NUMBERS = {
         ("lb::UPDATERS", cuda_step.UPDATERS),
     ],
     "measure.cu": [("lb::TILE", stages.TILE), ("lb::STRIPS", stages.STRIPS), ("lb::NARROW", stages.NARROW)],
-    "codec.cu": [("THREADS", cuda.THREADS), ("V", cuda.VALUES)],
+    "places.h": [("THREADS", cuda.THREADS), ("V", cuda.VALUES)],
 }
 
 
@@ -86,7 +86,7 @@ NUMBERS = {
 def test_numbers_of_host_and_kernels_agree(file: str):
     texts = sources()
     spec = print_spec(special(a_job()))
-    if file == "codec.cu":
+    if file == "places.h":
         spec = cuda.print_spec(cuda.format("int8"), torch.float32)
     headers = {**{name: text for name, text in texts.items() if name.endswith(".h")}, "spec.h": spec}
     for more in (0, 1):
