@@ -27,7 +27,8 @@ SHAPES = [(3, 300), (2, 256), (41, 1), (1, 8), (4, 33), (3, 2), (6, 64), (0, 5),
 # Blocks that a warp does not hold at once: of any length, longer than a row, of a few values that share a byte.
 PLAIN = [name for name in formats() if format(name).plain or format(name).bits == 6]
 BLOCKS = ["int4:48", "nf4:3", "sqrt8:7", "int8:1", "solo4:100", "solo2:3", "solo4:1000", "int4-affine:5",
-          "int4-affine:512", "e2m1:16", "int4:8", "log4:32", "sqrt4:5000", "e3m2:5", "e2m3:48", "sqrt8:row", "int4-affine:row", "dyn8:300", "solo2:2"]  # fmt: skip
+          "int4-affine:512", "e2m1:16", "int4:8", "log4:32", "sqrt4:5000", "dyn8:300", "solo2:2",
+          "e3m2:5", "e2m3:48", "sqrt8:row", "int4-affine:row"]  # fmt: skip
 SPECIAL = [0.0, -0.0, 1e-45, -1e-45, 1e-40, 2.0**-126, 2.0**-127, 1e-20, 1.0, -1.0, 3.4028234663852886e38, 1e38]
 
 

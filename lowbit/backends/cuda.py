@@ -1,7 +1,7 @@
 """The CUDA backend: kernels that are compiled for what they are to do, and launched on torch's current stream.
 
-What they compute is what `reference` says, bit for bit. This file has whole matrices: to codes, to what codes stand for,
-to both at once, and back (cuda/codec.cu); and what scales are made from where the host makes them (cuda/statistic.cu).
+What they compute is what `reference` says, bit for bit. This file has whole matrices: to codes, to what codes stand
+for, to both at once, and back (cuda/codec.cu); and what the host makes scales from (cuda/statistic.cu).
 """
 
 from __future__ import annotations
@@ -265,7 +265,7 @@ class _Measured:
         return halve(halve(self._by_piece(what, found)).transpose(1, 2))
 
     def _by_piece(self, what: str, found: Scales | None = None) -> Tensor:
-        """A statistic of each piece of a row in a block: float64 [block rows, rows of a block, block columns, pieces]."""
+        """A statistic of each piece of a row in a block: float64 [block rows, its rows, block columns, pieces]."""
         (rows, cols), (height, width) = self.shape, self.block
         down, across, pieces = -(-rows // height), -(-cols // width), -(-min(width, max(cols, 1)) // STEP_BLOCK)
         each = torch.zeros(down * height, across, pieces, dtype=torch.float64, device=self.x.device)

@@ -1,6 +1,4 @@
-"""What the kernels of whole matrices are told (cuda/codec.cu, statistic.cu): constants, when they are compiled, and a
-struct, when they are launched.
-"""
+"""What kernels of whole matrices (cuda/codec.cu, statistic.cu) are told: constants when compiled, a struct at a launch."""
 
 from __future__ import annotations
 
