@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowbit.backends import cuda, cuda_codec, reference
-from lowbit.formats import Scaling, format, formats
+from lowbit.formats import Scaling, format
 from lowbit.rotation import SIZES, Rotation
 from lowbit.scales import best
 
@@ -94,8 +94,10 @@ def test_a_scaling_of_ones_own(name: str):
 # ---- MS-EDEN
 
 
-@pytest.mark.parametrize(("name", "run"), [*(("nvfp4-eden", size) for size in SIZES), ("nvfp4", 32), ("nvfp4-128:32", 128),
-                                           ("nvfp4-eden:4", 16)])  # fmt: skip
+EDEN = [*(("nvfp4-eden", size) for size in SIZES), ("nvfp4", 32), ("nvfp4-128:32", 128), ("nvfp4-eden:4", 16)]
+
+
+@pytest.mark.parametrize(("name", "run"), EDEN)
 def test_corrected_scales(name: str, run: int):
     fmt, rotation = format(name), Rotation(run, 7)
     for x in (values(format("fp32"), (5, 200)), values(format("fp32"), (6, 256), 1).bfloat16(), spoilt((6, 130))):

@@ -1,4 +1,4 @@
-"""What kernels of whole matrices (cuda/codec.cu, statistic.cu) are told: constants when compiled, a struct at a launch."""
+"""What kernels of whole matrices (cuda/codec.cu, statistic.cu) are told: constants, and a struct at a launch."""
 
 from __future__ import annotations
 
