@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lowbit import backends, quantize_
 from lowbit.backends import cuda, cuda_codec, reference
 from lowbit.formats import Scaling, format
+from lowbit.nn import matmul, three
 from lowbit.rotation import SIZES, Rotation
 from lowbit.scales import best
 
@@ -209,6 +211,40 @@ def test_one_launch_where_blocks_lie_in_rows(name: str, monkeypatch: pytest.Monk
     cuda.quantized(fmt, values(fmt, (4, 256)), rotation=Rotation(16, 1), edge=1.0)
     whole = fmt.scaling.peak and not fmt.scaling.outer
     assert launched == ["largest_of_all", "encode"] if whole else launched == ["encode"]
+
+
+# ---- layers
+
+
+@pytest.mark.parametrize("preset", ["nvfp4", "quartet2", "quest", "mxfp4", "tetrajet2"])
+def test_a_layer_is_given_values_in_its_dtype(preset: str, monkeypatch: pytest.MonkeyPatch):
+    """On a GPU kernels round to bf16 what is multiplied in it: the bits of a conversion afterwards."""
+    monkeypatch.setitem(backends._NATIVE, "cpu", cuda)
+    monkeypatch.setattr(matmul, "multiplied_in", lambda device, dtype: dtype)  # as on a GPU
+    found, made = [], Counter[torch.dtype]()
+    run = cuda._encode
+
+    def note(fmt, x, parts, dtype, *args, **kwargs):
+        made[dtype] += 1
+        return run(fmt, x, parts, dtype, *args, **kwargs)
+
+    monkeypatch.setattr(cuda, "_encode", note)
+    for inside in (lambda device, dtype: torch.float32, lambda device, dtype: dtype):
+        made.clear()
+        monkeypatch.setattr(three, "multiplied_in", inside)
+        torch.manual_seed(0)
+        layer = quantize_layer(preset)
+        x = torch.randn(32, 64, dtype=torch.bfloat16, requires_grad=True)
+        layer(x).square().sum().backward()
+        found.append((layer.weight.grad, x.grad))
+    assert all(map(torch.equal, *found))
+    assert made[torch.bfloat16] >= 4
+
+
+def quantize_layer(preset: str) -> torch.nn.Module:
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64)).to(torch.bfloat16)
+    quantize_(model, preset)
+    return model[0]
 
 
 # ---- faults
