@@ -181,7 +181,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) scales(const Matrix m) {
     }
     b.base = b.scale == 0.0f          ? 1.0f
              : odd || b.scale != b.scale ? float_of(0x7FC00000u)
-                                         : base_of(alive ? float_of(found) : 0.0f, b.scale, 1 << Fmt::BITS);
+                                         : base_of(alive ? float_of(found) : 0.0f, b.scale, 1 << Fmt::BITS % 32);
   }
   if (threadIdx.x == 0) keep(m, blockIdx.x, b);
 }

@@ -66,7 +66,7 @@ template <class Fmt, int V> LB_FN uint32_t code_at(const Codes<Fmt, V> &codes, i
   const int word = i * Fmt::BITS / 32, from = i * Fmt::BITS % 32;
   uint32_t bits = codes.word[word] >> from;
   if (ACROSS<Fmt> && from + Fmt::BITS > 32) bits |= codes.word[word + 1] << (32 - from);
-  return bits & ((1u << Fmt::BITS) - 1u);
+  return bits & 0xFFFFFFFFu >> (32 - Fmt::BITS);
 }
 
 // Where there were zeros.

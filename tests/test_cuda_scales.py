@@ -261,7 +261,12 @@ SETTINGS = {
 FAULTS = {
     "a mask of what another lane has": ("quest", "codec.cu", "/ 8) + p.col / 8] = (uint8_t)(b", "/ 8)] = (uint8_t)(b"),
     "bits of what is beyond a row": ("quest", "codec.cu", "(bits & ((1u << p.count) - 1u))", "(bits)"),
-    "6 bits cut off at words": ("six", "formats.h", "codes.word[word + 1] |= code >> (32 - from);", ";"),
+    "6 bits cut off at words": (
+        "six",
+        "formats.h",
+        "codes.word[word + 1] |= code >> (32 - from);",
+        "codes.word[word + 1] |= 0u;",
+    ),
     "a sum for the tensor's largest": ("nvfp4", "codec.cu", "p, x))), false, room)", "p, x))), true, room)"),
     "what is not finite counts": (
         "nvfp4",

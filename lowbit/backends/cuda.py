@@ -176,7 +176,7 @@ def quantized(
         parts = encode(fmt, x, noise, rotation=rotation, run=run)
         values = decode(fmt, parts, rotation.padded(x.shape[1]) if rotation else x.shape[1], dtype)
         if edge is not None:
-            parts["inside"] = inside(measured(fmt, x, rotation=rotation), edge)
+            parts["inside"] = inside(fmt, measured(fmt, x, rotation=rotation), edge)
         return values, parts
     values, parts = _encode(fmt, x, {}, dtype, noise, False, rotation, run, edge)
     assert values is not None
