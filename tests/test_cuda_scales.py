@@ -285,7 +285,7 @@ FAULTS = {
         "if (BACK) flip(m, col, x);",
         "if (!BACK) flip(m, col, x);",
     ),
-    "what is beyond a piece counts": ("losses", "statistic.cu", "x[i] = i < p.count ? x[i] : 0.0f;", ""),
+    "what is beyond a piece counts": ("losses", "statistic.cu", "i < p.count ? x[i] : 0.0f", "i < V ? x[i] : 0.0f"),
     "all pieces of a row in one place": (
         "rows",
         "statistic.cu",
@@ -316,9 +316,10 @@ def differs(setting: str) -> None:
         return same(cuda.measured(fmt, few).losses(found), reference.measured(fmt, few).losses(found), "losses")
     name, how = SETTINGS[setting]
     fmt = format(name)
-    got, want = cuda.quantized(fmt, x, NOISE, **how), reference.quantized(fmt, x, NOISE, **how)
-    same(got[0], want[0], name)
-    all_same(got[1], want[1], name)
+    for numbers in (x, values(format("fp32"), (6, 300))):
+        got, want = cuda.quantized(fmt, numbers, NOISE, **how), reference.quantized(fmt, numbers, NOISE, **how)
+        same(got[0], want[0], name)
+        all_same(got[1], want[1], name)
 
 
 @pytest.mark.parametrize("setting", [*SETTINGS, "back", "losses"])
