@@ -238,7 +238,7 @@ def test_a_layer_is_given_values_in_its_dtype(preset: str, monkeypatch: pytest.M
         layer(x).square().sum().backward()
         found.append((layer.weight.grad, x.grad))
     assert all(map(torch.equal, *found))
-    assert made[torch.bfloat16] >= 4
+    assert made[torch.bfloat16] >= 3
 
 
 def quantize_layer(preset: str) -> torch.nn.Module:
