@@ -94,7 +94,7 @@ template <class Fmt> LB_FN float scale_of(float absmax) {
   constexpr float TOP = Fmt::TOP, SHARE = 1.0f / TOP;
   if (!(absmax >= 0x1p-90f)) return derive_scale(absmax, TOP, Fmt::MIN_SCALE, Fmt::MAX_SCALE);
   const float near = absmax * SHARE;
-  float scale = fma(fma(-near, TOP, absmax), SHARE, near);
+  float scale = fma(fma(near, -TOP, absmax), SHARE, near);
   scale = scale > Fmt::MAX_SCALE ? Fmt::MAX_SCALE : scale;
   scale = scale < Fmt::MIN_SCALE ? Fmt::MIN_SCALE : scale;
   return finite_bits(magnitude_bits(absmax)) ? scale : float_of(0x7FC00000u);
@@ -105,7 +105,7 @@ template <class Fmt> LB_FN float quick_scale(float absmax, Doubt &doubt) {
   constexpr float TOP = Fmt::TOP, SHARE = 1.0f / TOP, LEAST = 2.0f * TOP * Fmt::MIN_SCALE, MOST = 0.5f * TOP * Fmt::MAX_SCALE;
   doubt.otherwise |= !(absmax >= (LEAST > 0x1p-90f ? LEAST : 0x1p-90f) && absmax <= (MOST < 0x1p20f ? MOST : 0x1p20f));
   const float near = absmax * SHARE;
-  return TOP == 1.0f ? absmax : fma(fma(-near, TOP, absmax), SHARE, near);
+  return TOP == 1.0f ? absmax : fma(fma(near, -TOP, absmax), SHARE, near);
 }
 LB_FN float quick_inverse(float scale) {
   Doubt none;

@@ -63,8 +63,8 @@ struct Doubt {
   }
 
   LB_FN bool any(const Doubt &doubt) {
-    return !(doubt.strange <= 3.4028234663852886e38f) || doubt.numerator < 2u * LEAST_NUMERATOR - 1u ||
-           doubt.denominator > MOST_DENOMINATOR || doubt.least < LEAST_POSITIVE || doubt.most > MOST_POSITIVE ||
+    return !(doubt.strange <= 3.4028234663852886e38f) | (doubt.numerator < 2u * LEAST_NUMERATOR - 1u) |
+           (doubt.denominator > MOST_DENOMINATOR) | (doubt.least < LEAST_POSITIVE) | (doubt.most > MOST_POSITIVE) |
            doubt.otherwise;
   }
 
