@@ -63,14 +63,11 @@ struct Fresh {
   As::New parameter;
   Stored<0> moments;
 };
-// For how many blocks of threads at once a multiprocessor's registers are to suffice: as many as was fastest on an H100,
-// and one less where they would spill, and on other architectures, where nothing was measured.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
-constexpr int MOST_TOGETHER = 6;
-#else
-constexpr int MOST_TOGETHER = 5;
-#endif
-constexpr int TOGETHER = !LINEAR || PARAM == LB_FLOAT32 || sizeof(Operands) > 112 ? 5 : MOST_TOGETHER;
+// For how many blocks of threads at once a multiprocessor's registers are to suffice: for fewer where they would spill.
+template <int K> constexpr bool IN_TABLES = FormatOf<K>::KIND == LB_KIND_CODEBOOK || IN_TABLES<K + 1>;
+template <> constexpr bool IN_TABLES<MOMENTS> = false;
+constexpr bool HEAVY = !LINEAR || VECTORS > 0 || STORED || PARAM == LB_FLOAT32 || sizeof(Operands) > 112;
+constexpr int TOGETHER = HEAVY ? 5 : IN_TABLES<0> ? 6 : 7;
 
 LB_FN void fetch_operands(const Job &job, const Dynamic &now, const Place &here, Operands &to) {
   if (here.count == 0) return;
