@@ -12,7 +12,7 @@
 #define LB_KEEP(pointer) asm("" : "+l"(pointer))  // as it is: what it was made of is not to be added up again at each use
 #define LB_KEEP_NUMBER(number) asm("" : "+r"(number))
 #define LB_GLOBAL(pointer) __builtin_assume(__isGlobal(pointer))  // else every access finds out what it accesses
-#define LB_SHARED(pointer) __builtin_assume(__isShared(pointer))
+#define LB_SHARED(pointer) __builtin_assume(__isShared(pointer))  // the same of shared memory
 // The bytes of shared memory that the launch asks for; the shim has its own.
 #define LB_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 #else

@@ -147,6 +147,7 @@ template <uint32_t WANTED> struct Fetched<MOMENTS, WANTED> {
 LB_FN GradientWords fetch_gradient(const Dynamic &now, const Place &place) {
   const void *at = (const uint8_t *)now.grad + place.at * SIZE<GRAD>;
   LB_GLOBAL(at);
+  // Where rows are whole blocks only the address is asked for: it is all that a turn needs to know.
   if (LINEAR && aligned<V * SIZE<GRAD>>(at)) return load_aligned<V * SIZE<GRAD>>(at);
   return load<V * SIZE<GRAD>, SIZE<GRAD>>(at, place.count);
 }
