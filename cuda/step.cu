@@ -92,7 +92,7 @@ LB_FN void store_fresh(const Job &job, const Place &place, const float (&x)[LOAD
 // numbers, if plain floats might give anything else.
 template <class F, class Between>
 LB_FN bool renew(const Job &job, const Operands &from, const Place &here, const Key *keys, const Tables<0> &tables,
-                 const float *scalars, float (&x)[LOADED][V], Fresh &to, Between between) {
+                 const float *constants, const float *scalars, float (&x)[LOADED][V], Fresh &to, Between between) {
   using Update = Sweep<MEASURES, F>;
   const auto own = Update::scalars(scalars);
   const As::Old old = from.parameter;
@@ -103,7 +103,7 @@ LB_FN bool renew(const Job &job, const Operands &from, const Place &here, const 
     F values[SLOTS];
     if (k > 0) each[k].strange = each[k - 1].strange;
     LB_UNROLL for (int slot = 0; slot < LOADED; ++slot) values[slot] = Number<F>::made(x[slot][k], each[k]);
-    Update::run(values, own);
+    Update::run(values, constants, own);
     LB_UNROLL for (int slot = 0; slot < 2 + MOMENTS; ++slot) x[slot][k] = Number<F>::value(values[slot]);
     Stored<0>::template take_sources<F>(k, x, each[k], to.moments);
   }
@@ -146,12 +146,12 @@ LB_FN Place place_on(const Told &told, uint32_t at) {
 LB_FN bool goes_on(const Place &here) { return ANEW ? here.count > 0 : any<32>(here.count > 0); }
 
 // Whether quick numbers are of any use: not if they doubt the weights of an average, which are the same for all values.
-LB_FN bool worth_trying(const float *scalars) {
+LB_FN bool worth_trying(const float *constants, const float *scalars) {
   using Update = Sweep<MEASURES, Quick>;
   Doubt doubt;
   Quick values[SLOTS];
   LB_UNROLL for (int slot = 0; slot < SLOTS; ++slot) values[slot] = {1.0f, &doubt};
-  Update::run(values, Update::scalars(scalars));
+  Update::run(values, constants, Update::scalars(scalars));
   return !doubt.otherwise;
 }
 
@@ -186,7 +186,8 @@ extern "C" __global__ void __launch_bounds__(lb::UPDATERS, lb::TOGETHER)
   const uint32_t first = threadIdx.x * V;
   Key keys[1 + MOMENTS];
   if (DRAWS) stream_keys(job, now, its->chunk, keys);
-  const bool quick = worth_trying(its->scalars);
+  const float *constants = job.constants;
+  const bool quick = worth_trying(constants, its->scalars);
   uint32_t lost = 0u, doubtful = quick ? 0u : ~0u;  // step blocks; turns, a bit each
   Place here = place_on(*its, first);
   Operands old = {};
@@ -197,7 +198,7 @@ extern "C" __global__ void __launch_bounds__(lb::UPDATERS, lb::TOGETHER)
     float x[LOADED][V];
     Fresh fresh;
     load_vectors<0, Sweep<MEASURES>::READS>(job, workspace, place, x);
-    const bool doubt = renew<Quick>(job, old, place, keys, tables, its->scalars, x, fresh,
+    const bool doubt = renew<Quick>(job, old, place, keys, tables, constants, its->scalars, x, fresh,
                                     [&] { fetch_operands(job, now, here, old); });
     __syncwarp();  // all lanes have loaded the scales, which one of them stores: a vote alone orders no memory
     if (any<32>(doubt && (ANEW || place.count > 0))) {
@@ -216,7 +217,7 @@ extern "C" __global__ void __launch_bounds__(lb::UPDATERS, lb::TOGETHER)
     float x[LOADED][V];
     Fresh fresh;
     load_vectors<0, Sweep<MEASURES>::READS>(job, workspace, place, x);
-    const bool bad = renew<float>(job, old, place, keys, tables, its->scalars, x, fresh, [] {});
+    const bool bad = renew<float>(job, old, place, keys, tables, constants, its->scalars, x, fresh, [] {});
     __syncwarp();
     if (GUARDED && any<LANES>(bad)) {
       lost += lane() % LANES == 0 && place.count > 0;
