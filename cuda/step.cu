@@ -174,7 +174,7 @@ extern "C" __global__ void __launch_bounds__(lb::UPDATERS, lb::TOGETHER)
   LB_UNROLL for (int k = 0; k < SCALARS; ++k) scalars[k] = run.scalars[k];
   const int64_t first = ((int64_t)blockIdx.x - job.first_chunk) * CHUNK + (int64_t)warp() * (32 * V * TURNS) + lane() * V;
   Key keys[1 + MOMENTS];
-  if (DRAWS) stream_keys(job, now, first, keys);
+  if (DRAWS) stream_keys(job, now, job.first + first, keys);
   const Way way = way_from(job, first);
   if (ANEW) begin_with(first, job, now);
   const bool quick = worth_trying(scalars);

@@ -22,9 +22,11 @@ from ..compiler import constant
 from ..formats import Format, nearest
 from ..formats import format as find_format
 from ..gpu import DriverError, NoCompiler, NoDriver
+from ..layout import row_stride
 from ..native.build import BuildError
 from ..rotation import Rotation
 from ..scales import Coded
+from ..shards import WHOLE
 from ..stages import Job, Program
 from . import cuda, native, reference
 
@@ -223,21 +225,36 @@ def _is_operator(fmt: Format, device: torch.device) -> bool:
         return False
 
 
+def _meets(job: Job) -> bool:
+    """Whether only the reference can step a sharded tensor: kernels do not wait for ranks in the midst of a step.
+
+    They also draw 16 random bits from halves of a hash, so a shard must begin with a whole one.
+    """
+    if job.shard is None:
+        return False
+    cut = job.noise and (job.first_value % 2 or job.all_rows * row_stride(job.cols) > WHOLE)
+    return bool(job.program.measures or cut)
+
+
 def share(jobs: list[Job]) -> list[tuple[ModuleType, list[Job]]]:
     """Which backend is to step which jobs, those of one kind in a row.
 
-    Each backend once (CUDA for each GPU), so what is measured over all tensors sees all of its tensors.
+    Each backend once (CUDA for each GPU), so what is measured over all tensors sees all of its tensors. Sharded tensors
+    are the reference's where ranks must meet on the way; with them go all tensors, if something is measured over all.
     """
-    kinds: dict[tuple[Program, torch.device], list[Job]] = {}
-    for kind, alike in groupby(jobs, attrgetter("kind")):
-        kinds.setdefault(kind, []).extend(alike)
+    kinds: dict[tuple[Program, torch.device, bool], list[Job]] = {}
+    for (program, device), alike in groupby(jobs, attrgetter("kind")):
+        for job in alike:
+            kinds.setdefault((program, device, _meets(job)), []).append(job)
+    over_all = any(stage.over == "all" for program, _, _ in kinds for stage in program.measures)
+    with_all = over_all and any(meets for _, _, meets in kinds)
     shares: dict[tuple[ModuleType, torch.device | None], list[Job]] = {}
-    for (program, device), alike in kinds.items():
-        backend = for_program(program, device)
+    for (program, device, meets), alike in kinds.items():
+        backend = reference if meets or with_all else for_program(program, device)
         # A launch is for one GPU.
         shares.setdefault((backend, device if backend is cuda else None), []).extend(alike)
     apart = [device for backend, device in shares if backend is cuda]
-    if len(apart) > 1 and any(stage.over == "all" for program, _ in kinds for stage in program.measures):
+    if len(apart) > 1 and over_all:
         where = ", ".join(map(str, apart))
         raise ValueError(
             f"what is measured over all tensors must be on one GPU, and these are on {where}: give each GPU's tensors "

@@ -23,6 +23,7 @@ from ..stages import Job
 from . import replay
 from .base import Rule, check_common
 from .matrices import Chain
+from .sharded import count_together
 from .slot import asked_of
 
 if TYPE_CHECKING:
@@ -138,6 +139,7 @@ class InBackward:
         self._begin()
         for p in [p for p in self.groups if p.grad is not None]:
             self._step(p)
+        count_together(self.rule)
         self.begun = False
         self.stepped.clear()
         self.groups.clear()

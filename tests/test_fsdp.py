@@ -1,0 +1,225 @@
+"""Under fully_shard an optimizer does what it does alone: the same bits of weights and states on 2 and on 3 ranks.
+
+One start of each number of ranks runs every row; the tests look at what they have left behind.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from lowbit import optim, shards
+from lowbit.optim import Rule
+
+STEPS = 4
+BF16 = torch.bfloat16
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch has no distributed")
+
+
+class Model(nn.Module):
+    """Rows that no number of ranks divides, one row for all of them, vectors, a head tied to its embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(67, 64)
+        self.up = nn.Linear(64, 130)
+        self.down = nn.Linear(130, 64)
+        self.wide = nn.Linear(64, 300, bias=False)
+        self.back = nn.Linear(300, 64, bias=False)
+        self.one = nn.Parameter(torch.randn(1, 4160))
+        self.norm = nn.LayerNorm(64)
+        self.head = nn.Linear(64, 67, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        x = x + self.down(self.up(x).tanh())
+        x = x + self.back(self.wide(x).tanh()) * self.one.view(65, 64)[:1]
+        return self.head(self.norm(x))
+
+
+def row(cls: Callable[..., Rule], dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    options = {"lr": 1e-2, **options}
+    return cls, dtype, options
+
+
+ROWS = {
+    "adamw-8bit": row(optim.AdamW),
+    "adamw-4bit-bf16": row(optim.AdamW, BF16, states="4bit", state_rounding="stochastic"),
+    "lion-kahan": row(optim.Lion, BF16, states="4bit", master="kahan", lr=1e-3),
+    "adams-split8": row(optim.AdamS, BF16, master="split8"),
+    "sgd-fp32-master": row(optim.SGD, BF16, states="bf16", master="fp32", momentum=0.9),
+    "spam-sparse": row(optim.SPAM, BF16, density=0.25, reset_interval=3, threshold=50.0),
+    "stablespam-4bit": row(optim.StableSPAM, BF16, states="4bit", reset_interval=3),
+    "adammini": row(optim.AdamMini, states="4bit"),
+    "adafactor": row(optim.Adafactor),
+    "global-clip": row(optim.AdamW, stabilize=(optim.GlobalClip(0.1), optim.AdaClip())),
+    "muon-4bit": row(optim.Muon, BF16, states="4bit"),
+    "galore": row(optim.GaLore, rank=8, update_interval=2),
+}
+SLOW = {
+    "adamw-amsgrad": row(optim.AdamW, amsgrad=True, states="fp32"),
+    "adamw-4bit-split16": row(optim.AdamW, BF16, states="4bit", master="split16"),
+    "scale": row(optim.SCALE, BF16),
+    "slimadam": row(optim.SlimAdam),
+    "adagn": row(optim.Lion, lr=1e-3, stabilize=(optim.AdaGN(), optim.SpikeClip())),
+    "stablespam-official": row(optim.StableSPAM, variant="official", reset_interval=3),
+    "spam-global-clip": row(optim.SPAM, density=0.25, stabilize=(optim.GlobalClip(0.1),)),
+    "adapm": row(optim.AdaPM, rank=4),
+    "apollo": row(optim.APOLLO, rank=4, update_interval=2, states="4bit"),
+    "fira": row(optim.Fira, rank=4, update_interval=2),
+    "swan": row(optim.SWAN),
+}
+SAVED = ["adamw-4bit-bf16", "spam-sparse", "stablespam-4bit", "adammini", "muon-4bit"]
+
+
+def made(name: str) -> tuple[nn.Module, Rule]:
+    """A model, sharded if there are ranks, and its optimizer."""
+    cls, dtype, options = {**ROWS, **SLOW}[name]
+    torch.manual_seed(0)
+    model = Model().to(dtype)
+    if dist.is_initialized():
+        for part in (model.up, model.down):
+            fully_shard(part)
+        fully_shard(model)
+        for part in model.modules():
+            if isinstance(part, FSDPModule):  # a mean over three would round
+                part.set_gradient_divide_factor(1.0)
+                part.set_force_sum_reduction_for_comms(True)
+    return model, cls(model.named_parameters(), **options)
+
+
+def gradients(model: nn.Module, t: int) -> None:
+    """Only the first rank has data; in the second step one gradient is infinite."""
+    tokens = torch.randint(0, 67, (4, 9), generator=torch.Generator().manual_seed(t))
+    loss = nn.functional.cross_entropy(model(tokens[:, :-1]).flatten(0, 1).float(), tokens[:, 1:].flatten())
+    (loss * (0.0 if dist.is_initialized() and dist.get_rank() else 1.0)).backward()
+    if t == 1:
+        grad = model.get_parameter("up.weight").grad
+        assert grad is not None
+        first = shards.shard_of(grad, "").first if dist.is_initialized() else 0
+        mine = shards.local(grad)
+        if first <= 101 < first + len(mine):
+            mine[101 - first, 3] = torch.inf
+
+
+def train(model: nn.Module, opt: Rule, first: int = 0) -> None:
+    for t in range(first, STEPS):
+        opt.zero_grad()
+        gradients(model, t)
+        opt.step()
+
+
+def everything(model: nn.Module, opt: Rule) -> dict[str, Any]:
+    """Whole tensors, as plain ones."""
+    found: dict[str, Any] = {}
+    for name, p in model.named_parameters():
+        found[name] = shards.whole(p.detach())
+        for key, value in opt.state[p].items():
+            found[f"{name}.{key}"] = shards.whole(value) if isinstance(value, Tensor) else value
+    return {**found, "steps": opt.param_groups[0]["steps"], **opt.counters()}
+
+
+def started(name: str) -> dict[str, Any]:
+    model, opt = made(name)
+    train(model, opt)
+    return everything(model, opt)
+
+
+def saved(name: str, folder: Path) -> None:
+    """Two steps, and a checkpoint."""
+    model, opt = made(name)
+    for t in range(2):
+        opt.zero_grad()
+        gradients(model, t)
+        opt.step()
+    of_model, of_opt = get_state_dict(model, opt)
+    dcp.save({"model": of_model, "optim": of_opt}, checkpoint_id=folder / name)
+
+
+def resumed(name: str, folder: Path) -> dict[str, Any]:
+    model, opt = made(name)
+    of_model, of_opt = get_state_dict(model, opt)
+    dcp.load({"model": of_model, "optim": of_opt}, checkpoint_id=folder / name)
+    set_state_dict(model, opt, model_state_dict=of_model, optim_state_dict=of_opt)
+    train(model, opt, 2)
+    return everything(model, opt)
+
+
+def ranks(rank: int, world: int, folder: Path, names: list[str]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/meet{world}",
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=120),
+    )
+    found = {name: started(name) for name in names}
+    for name in set_of(names):
+        if world == 2:
+            saved(name, folder)
+        else:
+            found[f"{name} resumed"] = resumed(name, folder)
+    torch.save(found, folder / f"{world}-{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def set_of(names: list[str]) -> list[str]:
+    return [name for name in SAVED if name in names]
+
+
+def spawn(function: Callable[..., None], world: int, *arguments: Any) -> None:
+    os.environ.setdefault("MASTER_ADDR", "localhost")
+    mp.spawn(function, args=(world, *arguments), nprocs=world)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    where = tmp_path_factory.mktemp("ranks")
+    for world in (2, 3):
+        spawn(ranks, world, where, list(ROWS))
+    return where
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> dict[str, dict[str, Any]]:
+    return {f.stem: torch.load(f) for f in folder.glob("*.pt")}
+
+
+def assert_equal(alone: dict[str, Any], other: dict[str, Any]) -> None:
+    assert alone.keys() == other.keys()
+    differ = [
+        k for k, v in alone.items() if not (torch.equal(v, other[k]) if isinstance(v, Tensor) else v == other[k])
+    ]
+    assert not differ
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_the_bits_of_a_single_process(name: str, found: dict[str, dict[str, Any]]):
+    """Weights, codes, scales, scalars, counters: on every rank of two and of three."""
+    alone = started(name)
+    for at in ("2-0", "2-1", "3-0", "3-1", "3-2"):
+        assert_equal(alone, found[at][name])
+    assert alone["skipped_blocks"] > 0  # the infinite gradient
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_a_checkpoint_of_two_ranks_goes_on_with_one_and_with_three(name: str, folder: Path, found: dict[str, Any]):
+    uninterrupted = found["2-0"][name]
+    assert_equal(uninterrupted, resumed(name, folder))
+    for at in ("3-0", "3-1", "3-2"):
+        assert_equal(uninterrupted, found[at][f"{name} resumed"])
