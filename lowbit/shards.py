@@ -86,7 +86,8 @@ def shard_of(p: Tensor, label: str) -> Shard | None:
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     mesh, placements = p.device_mesh, tuple(p.placements)  # type: ignore[attr-defined]
-    for placement in placements:
+    following = 1  # parts into which later dimensions of the mesh cut rows
+    for i, placement in reversed([*enumerate(placements)]):
         if placement.is_partial():
             raise ValueError(f"{label}: its placement {placement} is a sum that is not made yet; redistribute it first")
         if not placement.is_replicate() and getattr(placement, "dim", None) != 0:
@@ -95,6 +96,12 @@ def shard_of(p: Tensor, label: str) -> Shard | None:
                 "blocks along rows: shard dimension 0, as fully_shard and ColwiseParallel do, or keep this parameter "
                 "whole (Replicate), or give it to another optimizer"
             )
+        if getattr(placement, "split_factor", following) != following:
+            raise ValueError(
+                f"{label}: the rows that a rank has of it do not follow each other ({placements}); apply tensor "
+                "parallelism first and then fully_shard, on two dimensions of one mesh"
+            )
+        following *= 1 if placement.is_replicate() else mesh.size(i)
     cutting = [i for i, placement in enumerate(placements) if not placement.is_replicate()]
     shape, offset = compute_local_shape_and_global_offset(p.shape, mesh, placements)
     mine = local(p)

@@ -82,6 +82,7 @@ SLOW = {
     "fira": row(optim.Fira, rank=4, update_interval=2),
     "swan": row(optim.SWAN),
 }
+IN_BACKWARD = ["adamw-4bit-bf16", "stablespam-4bit", "muon-4bit"]
 SAVED = ["adamw-4bit-bf16", "spam-sparse", "stablespam-4bit", "adammini", "muon-4bit"]
 
 
@@ -112,7 +113,7 @@ def gradients(model: nn.Module, t: int) -> None:
         first = shards.shard_of(grad, "").first if dist.is_initialized() else 0
         mine = shards.local(grad)
         if first <= 101 < first + len(mine):
-            mine[101 - first, 3] = torch.inf
+            mine[101 - first] = torch.inf
 
 
 def train(model: nn.Module, opt: Rule, first: int = 0) -> None:
@@ -138,6 +139,28 @@ def started(name: str) -> dict[str, Any]:
     return everything(model, opt)
 
 
+def in_backward(name: str) -> dict[str, Any]:
+    """Steps in backward where there are ranks, ordinary ones where there are none."""
+    model, opt = made(name)
+    fused = optim.step_in_backward(opt) if dist.is_initialized() else None
+    for t in range(STEPS):
+        opt.zero_grad()
+        gradients(model, 2 * t)  # none of them infinite
+        if fused is not None:
+            assert all(p.grad is None for p in model.parameters())
+        opt.step()
+    return everything(model, opt)
+
+
+def clipped() -> Tensor:
+    """What torch says it has clipped by."""
+    model, opt = made("adamw-8bit")
+    gradients(model, 0)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+    opt.step()
+    return shards.whole(norm)
+
+
 def saved(name: str, folder: Path) -> None:
     """Two steps, and a checkpoint."""
     model, opt = made(name)
@@ -152,7 +175,8 @@ def saved(name: str, folder: Path) -> None:
 def resumed(name: str, folder: Path) -> dict[str, Any]:
     model, opt = made(name)
     of_model, of_opt = get_state_dict(model, opt)
-    dcp.load({"model": of_model, "optim": of_opt}, checkpoint_id=folder / name)
+    saved = {"model": of_model, "optim": of_opt}
+    dcp.load(saved, checkpoint_id=folder / name, no_dist=not dist.is_initialized())
     set_state_dict(model, opt, model_state_dict=of_model, optim_state_dict=of_opt)
     train(model, opt, 2)
     return everything(model, opt)
@@ -167,7 +191,9 @@ def ranks(rank: int, world: int, folder: Path, names: list[str]) -> None:
         world_size=world,
         timeout=timedelta(seconds=120),
     )
-    found = {name: started(name) for name in names}
+    found: dict[str, Any] = {name: started(name) for name in names}
+    found |= {f"{name} in backward": in_backward(name) for name in IN_BACKWARD if name in names}
+    found["norm"] = clipped()
     for name in set_of(names):
         if world == 2:
             saved(name, folder)
@@ -202,9 +228,7 @@ def found(folder: Path) -> dict[str, dict[str, Any]]:
 
 def assert_equal(alone: dict[str, Any], other: dict[str, Any]) -> None:
     assert alone.keys() == other.keys()
-    differ = [
-        k for k, v in alone.items() if not (torch.equal(v, other[k]) if isinstance(v, Tensor) else v == other[k])
-    ]
+    differ = [k for k, v in alone.items() if not (torch.equal(v, other[k]) if isinstance(v, Tensor) else v == other[k])]
     assert not differ
 
 
@@ -214,7 +238,20 @@ def test_the_bits_of_a_single_process(name: str, found: dict[str, dict[str, Any]
     alone = started(name)
     for at in ("2-0", "2-1", "3-0", "3-1", "3-2"):
         assert_equal(alone, found[at][name])
-    assert alone["skipped_blocks"] > 0  # the infinite gradient
+    assert alone["skipped_blocks"] + alone["skipped_tensors"] > 0  # the infinite gradient
+
+
+@pytest.mark.parametrize("name", IN_BACKWARD)
+def test_steps_in_backward(name: str, found: dict[str, dict[str, Any]]):
+    alone = in_backward(name)
+    for at in ("2-0", "2-1", "3-0", "3-1", "3-2"):
+        assert_equal(alone, found[at][f"{name} in backward"])
+
+
+def test_gradients_are_clipped_by_torch(found: dict[str, dict[str, Any]]):
+    alone = clipped()
+    for at in ("2-0", "3-2"):
+        torch.testing.assert_close(found[at]["norm"], alone)
 
 
 @pytest.mark.parametrize("name", SAVED)

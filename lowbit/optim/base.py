@@ -447,10 +447,10 @@ class Rule(torch.optim.Optimizer, Part):
                     turns[key] = Turns(group, slot.kind)
                     turns[key].then = count.new_tensor(turns[key].begin(self, key[0]))
                 turn = turns[key].turn
-                if slot.kept and (slot.rows_here or slot.meets):
+                if slot.kept:
                     slot.fit(state)
                     parts.append(partial(slot.part, group, state, turn))
-                elif (slot.rows_here and slot.numel) or slot.meets:
+                elif slot.numel:  # of all ranks: scalars are everywhere
                     jobs.append(slot.job(group, state, turn))
                 turns[key].counts.append(count)
             every += turns.values()

@@ -181,11 +181,6 @@ class Slot:
         """A state of zeros: tensors and ints only."""
         return self.spread(self.own())
 
-    @property
-    def meets(self) -> bool:
-        """Whether ranks that share this tensor meet in the midst of its step, also those that have no row of it."""
-        return self.shard is not None and bool(self.numel) and bool(self.program.measures or self.program.parts)
-
     def spread(self, own: dict[str, Any]) -> dict[str, Any]:
         """A state of which this rank has its `own` part: sharded like the parameter."""
         shard = self.shard
