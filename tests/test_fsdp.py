@@ -5,7 +5,6 @@ One start of each number of ranks runs every row; the tests look at what they ha
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from lowbit import optim, shards
@@ -83,18 +83,18 @@ SLOW = {
     "swan": row(optim.SWAN),
 }
 IN_BACKWARD = ["adamw-4bit-bf16", "stablespam-4bit", "muon-4bit"]
+REPLICATED = ["adamw-4bit-bf16", "stablespam-4bit", "adafactor", "muon-4bit"]
 SAVED = ["adamw-4bit-bf16", "spam-sparse", "stablespam-4bit", "adammini", "muon-4bit"]
 
 
-def made(name: str) -> tuple[nn.Module, Rule]:
-    """A model, sharded if there are ranks, and its optimizer."""
+def made(name: str, mesh: DeviceMesh | None = None) -> tuple[nn.Module, Rule]:
+    """A model, sharded if there is a mesh, and its optimizer."""
     cls, dtype, options = {**ROWS, **SLOW}[name]
     torch.manual_seed(0)
     model = Model().to(dtype)
-    if dist.is_initialized():
-        for part in (model.up, model.down):
-            fully_shard(part)
-        fully_shard(model)
+    if mesh is not None:
+        for part in (model.up, model.down, model):
+            fully_shard(part, mesh=mesh)
         for part in model.modules():
             if isinstance(part, FSDPModule):  # a mean over three would round
                 part.set_gradient_divide_factor(1.0)
@@ -106,12 +106,13 @@ def gradients(model: nn.Module, t: int) -> None:
     """Only the first rank has data; in the second step one gradient is infinite."""
     tokens = torch.randint(0, 67, (4, 9), generator=torch.Generator().manual_seed(t))
     loss = nn.functional.cross_entropy(model(tokens[:, :-1]).flatten(0, 1).float(), tokens[:, 1:].flatten())
-    (loss * (0.0 if dist.is_initialized() and dist.get_rank() else 1.0)).backward()
+    sharded = shards.is_sharded(next(model.parameters()))
+    (loss * (0.0 if sharded and dist.get_rank() else 1.0)).backward()
     if t == 1:
         grad = model.get_parameter("up.weight").grad
         assert grad is not None
-        first = shards.shard_of(grad, "").first if dist.is_initialized() else 0
-        mine = shards.local(grad)
+        mine, shard = shards.local(grad), shards.shard_of(grad, "")
+        first = 0 if shard is None else shard.first
         if first <= 101 < first + len(mine):
             mine[101 - first] = torch.inf
 
@@ -133,16 +134,16 @@ def everything(model: nn.Module, opt: Rule) -> dict[str, Any]:
     return {**found, "steps": opt.param_groups[0]["steps"], **opt.counters()}
 
 
-def started(name: str) -> dict[str, Any]:
-    model, opt = made(name)
+def started(name: str, mesh: DeviceMesh | None = None) -> dict[str, Any]:
+    model, opt = made(name, mesh)
     train(model, opt)
     return everything(model, opt)
 
 
-def in_backward(name: str) -> dict[str, Any]:
+def in_backward(name: str, mesh: DeviceMesh | None = None) -> dict[str, Any]:
     """Steps in backward where there are ranks, ordinary ones where there are none."""
-    model, opt = made(name)
-    fused = optim.step_in_backward(opt) if dist.is_initialized() else None
+    model, opt = made(name, mesh)
+    fused = None if mesh is None else optim.step_in_backward(opt)
     for t in range(STEPS):
         opt.zero_grad()
         gradients(model, 2 * t)  # none of them infinite
@@ -152,78 +153,93 @@ def in_backward(name: str) -> dict[str, Any]:
     return everything(model, opt)
 
 
-def clipped() -> Tensor:
+def clipped(mesh: DeviceMesh | None = None) -> Tensor:
     """What torch says it has clipped by."""
-    model, opt = made("adamw-8bit")
+    model, opt = made("adamw-8bit", mesh)
     gradients(model, 0)
     norm = nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
     opt.step()
     return shards.whole(norm)
 
 
-def saved(name: str, folder: Path) -> None:
+def saved(name: str, folder: Path, mesh: DeviceMesh) -> None:
     """Two steps, and a checkpoint."""
-    model, opt = made(name)
+    model, opt = made(name, mesh)
     for t in range(2):
         opt.zero_grad()
         gradients(model, t)
         opt.step()
     of_model, of_opt = get_state_dict(model, opt)
-    dcp.save({"model": of_model, "optim": of_opt}, checkpoint_id=folder / name)
+    dcp.save({"model": of_model, "optim": of_opt}, checkpoint_id=folder / name, process_group=mesh.get_group())
 
 
-def resumed(name: str, folder: Path) -> dict[str, Any]:
-    model, opt = made(name)
+def resumed(name: str, folder: Path, mesh: DeviceMesh | None = None) -> dict[str, Any]:
+    model, opt = made(name, mesh)
     of_model, of_opt = get_state_dict(model, opt)
-    saved = {"model": of_model, "optim": of_opt}
-    dcp.load(saved, checkpoint_id=folder / name, no_dist=not dist.is_initialized())
+    kept = {"model": of_model, "optim": of_opt}
+    dcp.load(kept, checkpoint_id=folder / name, no_dist=mesh is None)
     set_state_dict(model, opt, model_state_dict=of_model, optim_state_dict=of_opt)
     train(model, opt, 2)
     return everything(model, opt)
 
 
-def ranks(rank: int, world: int, folder: Path, names: list[str]) -> None:
+def ranks(rank: int, world: int, folder: Path) -> None:
+    """Three ranks: the first two of them, and all. Four: as two replicas of two shards."""
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
-        init_method=f"file://{folder}/meet{world}",
+        init_method=f"file://{folder}/meet",
         rank=rank,
         world_size=world,
-        timeout=timedelta(seconds=120),
+        timeout=timedelta(seconds=300),
     )
-    found: dict[str, Any] = {name: started(name) for name in names}
-    found |= {f"{name} in backward": in_backward(name) for name in IN_BACKWARD if name in names}
-    found["norm"] = clipped()
-    for name in set_of(names):
-        if world == 2:
-            saved(name, folder)
-        else:
-            found[f"{name} resumed"] = resumed(name, folder)
-    torch.save(found, folder / f"{world}-{rank}.pt")
+    found: dict[str, Any] = {}
+    if world == 4:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+        found["2x2"] = {name: started(name, mesh) for name in REPLICATED}
+        every = init_device_mesh("cpu", (4,))
+        found["4"] = {name: started(name, every) for name in SLOW}
+    else:
+        two, three = DeviceMesh("cpu", [0, 1]), DeviceMesh("cpu", [0, 1, 2])
+        for mesh in (two, three)[rank == 2 :]:
+            its = found[str(mesh.size())] = {name: started(name, mesh) for name in ROWS}
+            its |= {f"{name} in backward": in_backward(name, mesh) for name in IN_BACKWARD}
+            its["norm"] = clipped(mesh)
+            for name in SAVED if mesh is two else ():
+                saved(name, folder, mesh)
+        dist.barrier()
+        found["3"] |= {f"{name} resumed": resumed(name, folder, three) for name in SAVED}
+    torch.save(found, folder / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
 
-def set_of(names: list[str]) -> list[str]:
-    return [name for name in SAVED if name in names]
-
-
-def spawn(function: Callable[..., None], world: int, *arguments: Any) -> None:
-    os.environ.setdefault("MASTER_ADDR", "localhost")
-    mp.spawn(function, args=(world, *arguments), nprocs=world)
+def spawned(world: int, folder: Path) -> list[dict[str, Any]]:
+    """What each rank has found."""
+    mp.spawn(ranks, args=(world, folder), nprocs=world)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(world)]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    where = tmp_path_factory.mktemp("ranks")
-    for world in (2, 3):
-        spawn(ranks, world, where, list(ROWS))
-    return where
+    return tmp_path_factory.mktemp("ranks")
 
 
 @pytest.fixture(scope="module")
-def found(folder: Path) -> dict[str, dict[str, Any]]:
-    return {f.stem: torch.load(f) for f in folder.glob("*.pt")}
+def found(folder: Path) -> list[dict[str, Any]]:
+    return spawned(3, folder)
+
+
+@pytest.fixture(scope="module")
+def found_slowly(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return spawned(4, tmp_path_factory.mktemp("four"))
+
+
+def assert_everywhere(alone: dict[str, Any], found: list[dict[str, Any]], name: str, *meshes: str) -> None:
+    compared = [its[mesh][name] for its in found for mesh in meshes if mesh in its]
+    assert len(compared) >= 3
+    for other in compared:
+        assert_equal(alone, other)
 
 
 def assert_equal(alone: dict[str, Any], other: dict[str, Any]) -> None:
@@ -233,30 +249,41 @@ def assert_equal(alone: dict[str, Any], other: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_the_bits_of_a_single_process(name: str, found: dict[str, dict[str, Any]]):
+def test_the_bits_of_a_single_process(name: str, found: list[dict[str, Any]]):
     """Weights, codes, scales, scalars, counters: on every rank of two and of three."""
     alone = started(name)
-    for at in ("2-0", "2-1", "3-0", "3-1", "3-2"):
-        assert_equal(alone, found[at][name])
+    assert_everywhere(alone, found, name, "2", "3")
     assert alone["skipped_blocks"] + alone["skipped_tensors"] > 0  # the infinite gradient
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SLOW)
+def test_the_bits_of_a_single_process_on_four_ranks(name: str, found_slowly: list[dict[str, Any]]):
+    assert_everywhere(started(name), found_slowly, name, "4")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REPLICATED)
+def test_the_bits_of_a_single_process_on_two_replicas_of_two_shards(name: str, found_slowly: list[dict[str, Any]]):
+    assert_everywhere(started(name), found_slowly, name, "2x2")
+
+
 @pytest.mark.parametrize("name", IN_BACKWARD)
-def test_steps_in_backward(name: str, found: dict[str, dict[str, Any]]):
-    alone = in_backward(name)
-    for at in ("2-0", "2-1", "3-0", "3-1", "3-2"):
-        assert_equal(alone, found[at][f"{name} in backward"])
+def test_steps_in_backward(name: str, found: list[dict[str, Any]]):
+    assert_everywhere(in_backward(name), found, f"{name} in backward", "2", "3")
 
 
-def test_gradients_are_clipped_by_torch(found: dict[str, dict[str, Any]]):
-    alone = clipped()
-    for at in ("2-0", "3-2"):
-        torch.testing.assert_close(found[at]["norm"], alone)
+def test_gradients_are_clipped_by_torch(found: list[dict[str, Any]]):
+    for its in found:
+        torch.testing.assert_close(its["3"]["norm"], clipped())
 
 
 @pytest.mark.parametrize("name", SAVED)
-def test_a_checkpoint_of_two_ranks_goes_on_with_one_and_with_three(name: str, folder: Path, found: dict[str, Any]):
-    uninterrupted = found["2-0"][name]
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # so says a single process that loads, told or not
+def test_a_checkpoint_of_two_ranks_goes_on_with_one_and_with_three(
+    name: str, found: list[dict[str, Any]], folder: Path
+):
+    """By torch.distributed.checkpoint, into optimizers that have made no step."""
+    uninterrupted = found[0]["2"][name]
     assert_equal(uninterrupted, resumed(name, folder))
-    for at in ("3-0", "3-1", "3-2"):
-        assert_equal(uninterrupted, found[at][f"{name} resumed"])
+    assert_everywhere(uninterrupted, found, f"{name} resumed", "3")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from cases import CASES, SHAPES, Case, gradient, parameters
+from cases import CASES, SHAPES, Case, assert_same, dequantized, gradient, parameters
 from cases import one_thread as one_thread
 from cuda_cases import needs_compiler, stepping
 from torch import Tensor
@@ -18,7 +18,7 @@ from torch.nn import Parameter
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from lowbit import Policy, shards
-from lowbit.optim import AdamW, GlobalClip, Lion, Muon, Rule, StableSPAM
+from lowbit.optim import AdamMini, AdamW, GlobalClip, Lion, Muon, Rule, StableSPAM
 
 BF16 = torch.bfloat16
 NUMBER = itertools.count()
@@ -78,9 +78,9 @@ def assert_cut(build: Any, dtype: torch.dtype, world: int) -> None:
             elif isinstance(x, Tensor) and shards.is_sharded(x):
                 shard = shards.shard_of(x, key)
                 assert shard is not None and x.shape == whole[key].shape
-                assert torch.equal(shards.local(x), shard.take(whole[key])), (key, shard.first)
+                assert_same({key: shards.local(x)}, {key: shard.take(whole[key])})
             else:
-                assert torch.equal(x, whole[key]) if isinstance(x, Tensor) else x == whole[key], key
+                assert_same({key: x}, {key: whole[key]})
     for key, count in lost.items():
         assert torch.equal(count, whole[key]), key
 
@@ -103,10 +103,20 @@ def test_rows_are_stepped_where_they_lie(case: Case, way: str, world: int):
     assert_cut(lambda named: case.build(named, states="4bit" if world == 8 else "8bit", **options), dtype, world)
 
 
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("case", [case for case in CASES if case not in ELEMENTWISE and not case.mixes], ids=str)
+def test_what_is_measured_is_folded_as_by_one_process(case: Case, way: str):
+    """One rank, which takes the way of several: measurements in torch, updates in kernels. Ranks meet in test_fsdp."""
+    dtype, options = WAYS[way]
+    assert_cut(lambda named: case.build(named, states="4bit", **options), dtype, 1)
+
+
 @needs_compiler
 def test_cuda_kernels_draw_by_the_number_in_the_whole_tensor():
     with stepping() as device:
         assert_cut(lambda named: AdamW(named, lr=1e-2, states="4bit", state_rounding="stochastic"), BF16, 3)
+        assert_cut(lambda named: AdamMini(named, lr=1e-2, states="4bit"), BF16, 1)
+        assert_cut(lambda named: StableSPAM(named, lr=1e-2, states="4bit"), BF16, 1)
     assert device.launched["update"]
 
 
@@ -179,16 +189,9 @@ def test_a_single_process_checkpoint_is_loaded_by_rows_and_converted(mesh: Devic
     for p, mine in zip(params, opt.param_groups[0]["params"], strict=True):
         for key, x in whole.state[p].items():
             found = opt.state[mine][key]
-            if isinstance(x, Tensor):
-                assert torch.equal(
-                    shards.local(found),
-                    x[: len(x) // 8 + 1][: len(shards.local(found))] if x.dim() and shards.is_sharded(found) else x,
-                ), key
+            cut_here = isinstance(found, Tensor) and shards.is_sharded(found)
+            assert_same(
+                {key: shards.local(found) if cut_here else found}, {key: x[: -(-len(p) // 8)] if cut_here else x}
+            )
     mine = opt.param_groups[0]["params"][0]
-    assert torch.equal(shards.local(converted.state[mine]["exp_avg"]), _decoded(whole, params[0])[:8])
-
-
-def _decoded(opt: Rule, p: Parameter) -> Tensor:
-    from cases import dequantized
-
-    return dequantized(opt, p, "exp_avg")
+    assert torch.equal(shards.local(converted.state[mine]["exp_avg"]), dequantized(whole, params[0], "exp_avg")[:8])

@@ -22,13 +22,11 @@ from ..compiler import constant
 from ..formats import Format, nearest
 from ..formats import format as find_format
 from ..gpu import DriverError, NoCompiler, NoDriver
-from ..layout import row_stride
 from ..native.build import BuildError
 from ..rotation import Rotation
 from ..scales import Coded
-from ..shards import WHOLE
 from ..stages import Job, Program
-from . import cuda, native, reference
+from . import cuda, native, reference, sharded
 
 NAMES = ("reference", "native")
 
@@ -225,32 +223,22 @@ def _is_operator(fmt: Format, device: torch.device) -> bool:
         return False
 
 
-def _only_in_torch(job: Job) -> bool:
-    """Whether the reference must step a sharded tensor: kernels do not wait for other ranks in the midst of a step.
-
-    Nor do they step a tensor of no row (whose scalars go on as everywhere), or begin with the second half of a hash.
-    """
-    if job.shard is None:
-        return False
-    beyond = job.noise and (job.first_value % 2 or job.all_rows * row_stride(job.cols) > WHOLE)
-    return bool(job.program.measures or beyond or not job.rows)
-
-
 def share(jobs: list[Job]) -> list[tuple[ModuleType, list[Job]]]:
     """Which backend is to step which jobs, those of one kind in a row.
 
     Each backend once (CUDA for each GPU), so what is measured over all tensors sees all of its tensors. Sharded tensors
-    are the reference's where kernels cannot step them; with them go all tensors, if something is measured over all.
+    go by `sharded` where kernels cannot step them alone; with them go all tensors, if something is measured over all.
     """
     kinds: dict[tuple[Program, torch.device, bool], list[Job]] = {}
     for (program, device), alike in groupby(jobs, attrgetter("kind")):
         for job in alike:
-            kinds.setdefault((program, device, _only_in_torch(job)), []).append(job)
+            meets = job.shard is not None and bool(program.measures or not sharded.suits_kernels(job))
+            kinds.setdefault((program, device, meets), []).append(job)
     over_all = any(stage.over == "all" for program, _, _ in kinds for stage in program.measures)
-    with_all = over_all and any(apart for _, _, apart in kinds)
+    with_all = over_all and any(meets for _, _, meets in kinds)
     shares: dict[tuple[ModuleType, torch.device | None], list[Job]] = {}
-    for (program, device, apart), alike in kinds.items():
-        backend = reference if apart or with_all else for_program(program, device)
+    for (program, device, meets), alike in kinds.items():
+        backend = sharded if meets or with_all else for_program(program, device)
         # A launch is for one GPU.
         shares.setdefault((backend, device if backend is cuda else None), []).extend(alike)
     apart = [device for backend, device in shares if backend is cuda]

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,13 +60,13 @@ TILE = 512  # rows that a sum over a column adds one after the other
 
 
 @torch.no_grad()
-def step(jobs: list[Job]) -> None:
+def step(jobs: list[Job], update: Update | None = None) -> None:
     """Step every job: parameters, moments, scalars and skip counts are written in place.
 
     Programs run side by side, so that a measurement over all tensors sees the tensors of every program, and ranks that
-    share tensors meet as seldom as can be.
+    share tensors meet as seldom as can be. `update` may do the last sweep, and says of which jobs it has.
     """
-    runs = [_Step(same).run() for same in _grouped(jobs, lambda job: job.kind)]
+    runs = [Sweeps(same).run(update) for same in _grouped(jobs, lambda job: job.kind)]
     asked = {run: question for run in runs if (question := next(run, None)) is not None}
     while asked:
         ready = [run for run, question in asked.items() if isinstance(question, list)]
@@ -93,6 +93,7 @@ class _Total:
     reduce: str
 
 
+Update = Callable[["Sweeps", list[Stage]], set[int]]
 Run = Generator[_Total | list[Together], Tensor | None, None]
 
 
@@ -112,8 +113,8 @@ class _Piece:
     last: int
 
 
-class _Step:
-    """All jobs of one program on one device."""
+class Sweeps:
+    """All jobs of one program on one device. Scalars have a number for each job; vectors are a list for each letter."""
 
     def __init__(self, jobs: list[Job]):
         self.jobs = jobs
@@ -144,7 +145,7 @@ class _Step:
     def _stack(self, rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         return {name: torch.stack([row[name] for row in rows]) for name in self.program.scalars}
 
-    def run(self) -> Run:
+    def run(self, update: Update | None = None) -> Run:
         """One step. Yields where it needs a number over all tensors, or what other ranks have of its own."""
         done: list[Stage] = []  # the update stages that a later sweep must repeat
         measured: Any = None
@@ -176,7 +177,8 @@ class _Step:
             for vectors in self.vectors.values():
                 self.skip |= torch.stack([~torch.isfinite(vector).all() for vector in vectors])
             yield from self._agree()
-        for chunk in self._chunks():
+        updated = update(self, done) if update is not None else set[int]()
+        for chunk in self._chunks(updated):
             self._update(chunk, done)
         self._finish()
 
@@ -318,10 +320,12 @@ class _Step:
 
     # ---- pieces and chunks
 
-    def _chunks(self) -> Iterator[list[_Piece]]:
+    def _chunks(self, without: Collection[int] = ()) -> Iterator[list[_Piece]]:
         """Pieces of jobs that can share torch operations, about CHUNK values at a time."""
         kinds: dict[Any, list[int]] = defaultdict(list)
         for index, job in enumerate(self.jobs):
+            if index in without:
+                continue
             stochastic = tuple(sorted(job.noise))
             formats = tuple(job.formats.items())
             weight = job.stored and (job.stored[0], *job.stored[1])
@@ -346,7 +350,7 @@ class _Step:
 class _Blocks:
     """The operands of a chunk as step blocks, fp32 [blocks, width], zero beyond the end of a row."""
 
-    def __init__(self, step: _Step, chunk: list[_Piece], needed: set[str]):
+    def __init__(self, step: Sweeps, chunk: list[_Piece], needed: set[str]):
         self.step, self.chunk = step, chunk
         jobs = step.jobs
         self.job = jobs[chunk[0].index]  # formats and dtypes are the same for all
