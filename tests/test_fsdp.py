@@ -104,9 +104,9 @@ def made(name: str, mesh: DeviceMesh | None = None) -> tuple[nn.Module, Rule]:
 
 def gradients(model: nn.Module, t: int) -> None:
     """Only the first rank has data; in the second step one gradient is infinite."""
+    sharded = shards.is_sharded(next(model.parameters()))
     tokens = torch.randint(0, 67, (4, 9), generator=torch.Generator().manual_seed(t))
     loss = nn.functional.cross_entropy(model(tokens[:, :-1]).flatten(0, 1).float(), tokens[:, 1:].flatten())
-    sharded = shards.is_sharded(next(model.parameters()))
     (loss * (0.0 if sharded and dist.get_rank() else 1.0)).backward()
     if t == 1:
         grad = model.get_parameter("up.weight").grad

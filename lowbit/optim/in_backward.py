@@ -67,7 +67,8 @@ def step_in_backward(opt: Rule, *, averaged: bool = False) -> InBackward:
         ValueError: it measures something over all tensors (`GlobalClip`), so no tensor can be stepped alone; or it
             steps in backward already.
         RuntimeError: there are several ranks. DistributedDataParallel averages gradients only after the hooks of
-            single parameters have run, so ranks would diverge without a word. Also raised in `backward()` for a
+            single parameters have run, so ranks would diverge without a word. (With `fully_shard` they are averaged
+            before: it is taken where the optimizer was built after `fully_shard`.) Also raised in `backward()` for a
             parameter that gets a gradient a second time before `opt.step()`, and while a CUDA graph is captured.
     """
     if not isinstance(opt, Rule):
@@ -217,5 +218,5 @@ def _check_alone(rule: Rule, averaged: bool) -> None:
     raise RuntimeError(
         "step_in_backward: there are several ranks, and DistributedDataParallel averages gradients only after hooks "
         "have run, so each rank would step with its own. Step after backward(), or, if each rank has a model of its "
-        "own or a hook of yours averages first, say averaged=True"
+        "own or a hook of yours averages first, say averaged=True. With fully_shard, build the optimizer after it"
     )
