@@ -34,6 +34,9 @@ LB_FN float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 LB_FN float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 #endif
 
+// A number that nothing writes while a kernel runs: what is loaded once need not be loaded again.
+LB_FN float unchanging(const float *at) { return __ldg(at); }
+
 // The larger of a magnitude and that of a value; NaN if one is.
 LB_FN float larger_magnitude(float most, float x) {
 #if defined(__CUDACC__) && __CUDA_ARCH__ >= 800

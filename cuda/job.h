@@ -12,6 +12,7 @@ struct Job {
   float *vectors[LB_ARRAYS];  // persistent ones
   float *scalars[LB_SCALARS];  // persistent ones
   int64_t *skipped;  // blocks, tensors
+  const float *constants;  // by number; what a step changes, too
   int64_t rows, cols, group_rows;
   int64_t tensor;  // its number in random bits
   int64_t first;   // of its values in the whole tensor, for random bits; even
@@ -38,4 +39,14 @@ struct Run {
   double total;   // what was measured over the tensor
   uint32_t most;  // the largest magnitude so far, as bits
   uint32_t skip;  // whether the tensor is left as it is
+};
+
+// What constants.cu does to find a constant: lowbit/tape.py says which number means what.
+enum { LB_NODES = 64 };
+enum { LB_LITERAL, LB_FROM_FLOAT32, LB_FROM_FLOAT64, LB_ADD, LB_SUBTRACT, LB_MULTIPLY, LB_DIVIDE, LB_LEAST, LB_STORE };
+struct Node {
+  double number;     // a literal
+  const void *from;  // where a number lies
+  int32_t op;
+  int32_t first, second;  // numbers of nodes; of LB_STORE, the second is the constant's
 };

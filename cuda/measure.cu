@@ -64,7 +64,7 @@ extern "C" __global__ void __launch_bounds__(lb::THREADS) begin(LB_ARGUMENTS) {
   if (t == 0) run.total = 0.0, run.most = 0u, run.skip = 0u;
   each_vector(job, workspace, KEPT_VECTORS, [&](int k, int64_t i, float *working) { working[i] = job.vectors[k][i]; });
   __syncthreads();
-  if (t == 0) Folds<0>::on_tensor(run.scalars, 0.0f);
+  if (t == 0) Folds<0>::on_tensor(job.constants, run.scalars, 0.0f);
   __syncthreads();
   if (MEASURES == 0 && among<KEPT>(t)) *job.scalars[t] = run.scalars[t];
 }
@@ -152,7 +152,7 @@ extern "C" __global__ void __launch_bounds__(lb::THREADS) scalars(LB_ARGUMENTS) 
     if constexpr (Sweep<M>::OVER == LB_ALL) number = run.total;
     __syncthreads();
     if (threadIdx.x == 0) {
-      Folds<M + 1>::on_tensor(run.scalars, (float)number);
+      Folds<M + 1>::on_tensor(job.constants, run.scalars, (float)number);
       run.most = 0u;
     }
     __syncthreads();

@@ -13,7 +13,7 @@ LB_FN void fold_element(const Job &job, const Run &run, uint8_t *workspace, int6
     if (Fold::READS >> k & 1u) x[k] = ((const float *)(workspace + job.work_vectors[k]))[at];
   }
   LB_UNROLL for (int k = 0; k < SCALARS; ++k) s[k] = run.scalars[k];
-  Fold::on_element(x, s, (float)number);
+  Fold::on_element(x, job.constants, s, (float)number);
   LB_UNROLL for (int k = 0; k < VECTORS; ++k) {
     if (Fold::WRITES >> k & 1u) ((float *)(workspace + job.work_vectors[k]))[at] = x[k];
   }

@@ -106,7 +106,7 @@ LB_FN bool renew(const Job &job, const Operands &from, const Place &here, const 
     F values[SLOTS];
     if (k > 0) each[k].strange = each[k - 1].strange;
     LB_UNROLL for (int slot = 0; slot < LOADED; ++slot) values[slot] = Number<F>::made(x[slot][k], each[k]);
-    Update::run(values, own);
+    Update::run(values, job.constants, own);
     LB_UNROLL for (int slot = 0; slot < 2 + MOMENTS; ++slot) x[slot][k] = Number<F>::value(values[slot]);
     Stored<0>::template take_sources<F>(k, x, each[k], to.moments);
   }
@@ -148,12 +148,12 @@ LB_FN Place place_on(const Way &way, const Job &job, uint32_t turn) {
 LB_FN bool goes_on(const Place &here) { return ANEW ? here.count > 0 : any<32>(here.count > 0); }
 
 // Whether quick numbers are of any use: not if they doubt the weights of an average, which are the same for all values.
-LB_FN bool worth_trying(const float *scalars) {
+LB_FN bool worth_trying(const float *constants, const float *scalars) {
   using Update = Sweep<MEASURES, Quick>;
   Doubt doubt;
   Quick values[SLOTS];
   LB_UNROLL for (int slot = 0; slot < SLOTS; ++slot) values[slot] = {1.0f, &doubt};
-  Update::run(values, Update::scalars(scalars));
+  Update::run(values, constants, Update::scalars(scalars));
   return !doubt.otherwise;
 }
 
@@ -177,7 +177,7 @@ extern "C" __global__ void __launch_bounds__(lb::UPDATERS, lb::TOGETHER)
   if (DRAWS) stream_keys(job, now, job.first + first, keys);
   const Way way = way_from(job, first);
   if (ANEW) begin_with(first, job, now);
-  const bool quick = worth_trying(scalars);
+  const bool quick = worth_trying(job.constants, scalars);
   uint32_t lost = 0u, doubtful = quick ? 0u : ~0u;  // step blocks; turns, a bit each
   Place here = place_on(way, job, 0);
   Operands old = {};

@@ -58,7 +58,7 @@ LB_FN bool measured(const Job &job, const Dynamic &now, const uint8_t *workspace
     LB_UNROLL for (int slot = 0; slot < SLOTS; ++slot) {
       if (READS >> slot & 1u) values[slot] = x[slot][k];
     }
-    value[k] = Sweep<M>::run(values, scalars);
+    value[k] = Sweep<M>::run(values, job.constants, scalars);
   }
   keep_inside(here, value);
   return bad;

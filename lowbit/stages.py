@@ -47,6 +47,7 @@ from torch import Tensor
 from .formats import Format
 from .layout import row_stride
 from .shards import Shard, local
+from .tape import Traced
 
 Reduce = Literal["max", "sum", "mean"]
 Vector = Literal["row", "column", "group"]
@@ -317,11 +318,21 @@ def _cut(program: Program) -> tuple[Program | Stage, ...]:
 
 @dataclass(eq=False)
 class Turn:
-    """What tensors that are stepped alike share in a step: constants, and seed and step of their random bits."""
+    """What tensors that are stepped alike share in a step: constants, and seed and step of their random bits.
+
+    `traced` are constants that only a device knows.
+    """
 
     constants: dict[str, float] = field(default_factory=dict)
     seed: int = 0
     step: int = 0
+    traced: dict[str, Traced] = field(default_factory=dict)
+
+    def known(self) -> dict[str, float]:
+        """All constants as numbers. Waits for a device that knows one, once."""
+        for name in self.traced.keys() - self.constants.keys():
+            self.constants[name] = self.traced[name].value(Tensor.item)
+        return self.constants
 
 
 @dataclass(eq=False)
@@ -370,7 +381,7 @@ class Job:
     @property
     def constants(self) -> dict[str, float]:
         """What does not depend on the value, by name."""
-        return self.turn.constants
+        return self.turn.known() if self.turn.traced else self.turn.constants
 
     @property
     def stream(self) -> tuple[int, int, int]:

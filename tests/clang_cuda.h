@@ -31,6 +31,7 @@ template <class T> __device__ T __shfl_sync(unsigned, T, int, int width = 32);
 template <class T> __device__ T __shfl_xor_sync(unsigned, T, int, int width = 32);
 template <class T> __device__ T __shfl_down_sync(unsigned, T, unsigned, int width = 32);
 template <class T> __device__ T __shfl_up_sync(unsigned, T, unsigned, int width = 32);
+template <class T> __device__ T __ldg(const T *);
 template <class T> __device__ T atomicAdd(T *, T);
 template <class T> __device__ T atomicMax(T *, T);
 template <class T> __device__ T atomicOr(T *, T);

@@ -1,8 +1,8 @@
 """What the host keeps from step to step for CUDA steps: structs, buckets, tables; when they are made, and freed."""
 
 import gc
+import re
 import subprocess
-import threading
 import weakref
 from collections.abc import Iterator
 from ctypes import c_char_p, sizeof
@@ -19,7 +19,7 @@ from test_jobs import SEEN, UNSEEN, Named, lay, run
 from torch import Tensor
 from torch.nn import Parameter
 
-from lowbit import backends
+from lowbit import backends, tape
 from lowbit.backends import cuda, cuda_step
 from lowbit.gpu import CompileError, jobs, machine, sources, stages
 from lowbit.gpu.specialise import print_spec, special
@@ -31,7 +31,7 @@ pytestmark = needs_compiler
 
 # ---- what is stated twice
 
-STRUCTS = {"Job": jobs.Job, "Dynamic": jobs.Dynamic, "Run": jobs.Run}
+STRUCTS = {"Job": jobs.Job, "Dynamic": jobs.Dynamic, "Run": jobs.Run, "Node": jobs.Node}
 
 
 def python_layout() -> dict[str, int]:
@@ -78,6 +78,16 @@ NUMBERS = {
         ("lb::UPDATERS", cuda_step.UPDATERS),
     ],
     "measure.cu": [("lb::TILE", stages.TILE), ("lb::STRIPS", stages.STRIPS), ("lb::NARROW", stages.NARROW)],
+    "constants.cu": [
+        ("LB_NODES", tape.NODES),
+        ("LB_CONSTANTS", abi.CONSTANTS),
+        ("LB_FROM_FLOAT32", tape.FLOAT32),
+        ("LB_FROM_FLOAT64", tape.FLOAT64),
+        *(
+            (f"LB_{name}", getattr(tape, name))
+            for name in ["LITERAL", "ADD", "SUBTRACT", "MULTIPLY", "DIVIDE", "LEAST", "STORE"]
+        ),
+    ],
     "codec.cu": [("THREADS", cuda.THREADS), ("V", cuda.VALUES)],
 }
 
@@ -99,12 +109,10 @@ def test_numbers_of_host_and_kernels_agree(file: str):
             assert str(error.value).count("static assertion failed") == len(NUMBERS[file])
 
 
-def test_constants_have_their_room():
-    texts = sources()
-    for file, it in (("step.cu", special(a_job())), ("measure.cu", special(a_job()).folds)):
-        source, headers = cuda_step._text(file, it)
-        assert source == texts[file]
-        assert device().module(source, headers).symbol("constants")[1] == cuda_step.CONSTANTS == 4 * abi.CONSTANTS
+def test_no_kernel_has_variables_of_its_own():
+    """They would be one for all optimizers, and two captured graphs could not be replayed at the same time."""
+    for name, text in {**sources(), "spec.h": print_spec(special(a_job()))}.items():
+        assert "__constant__" not in text and not re.search(r"^__device__[^(]*;", text, re.MULTILINE), name
 
 
 # ---- when a plan is made
@@ -358,21 +366,6 @@ def test_plans_of_steps_that_alternate_are_kept_but_not_all(made: list[Any], emu
         opt.step()
     assert len(made) == 8  # the last of them is as one before, which is gone by now
     assert sum(ref() is not None for ref in made) == cuda_step.EAGER
-
-
-def test_one_thread_at_a_time_steps_a_device(emulated: Counting):
-    """Constants are written to a module and read by the launches after that: nobody else may write in between."""
-    named = parameters([(4, 64)], torch.float32)
-    opt = AdamW(named)
-    give(named, 1, torch.float32)
-    opt.step()
-    other = threading.Thread(target=opt.step)
-    with machine(torch.device("cpu")).held():
-        other.start()
-        other.join(0.3)
-        assert other.is_alive() and opt.param_groups[0]["steps"] == 2
-    other.join(60)
-    assert not other.is_alive() and opt.state[named[0][1]]["step"] == 2
 
 
 def test_a_step_that_fails_is_no_step(emulated: Counting, monkeypatch: pytest.MonkeyPatch):

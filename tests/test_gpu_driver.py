@@ -24,11 +24,9 @@ pytestmark = pytest.mark.skipif(emulator.compiler() is None, reason="no g++")
 SOURCE = """
 #include <stdint.h>
 struct Mixed { int8_t a; double b; uint16_t c[3]; };
-__constant__ float factor;
-__constant__ Mixed mixed[2];
-extern "C" __global__ void scale(float *x, int n) {
+extern "C" __global__ void scale(float *x, int n, const float *factor) {
   const int k = (int)(blockIdx.x * blockDim.x + threadIdx.x);
-  if (k < n) x[k] *= factor;
+  if (k < n) x[k] *= *factor;
 }
 extern "C" __global__ void store(double *to, int8_t a, float b, int64_t c, double d, Mixed e, Mixed *f, bool g) {
   to[0] = a, to[1] = b, to[2] = (double)c, to[3] = d, to[4] = e.a, to[5] = e.b, to[6] = e.c[2], to[7] = f->b, to[8] = g;
@@ -60,6 +58,9 @@ def at(x: torch.Tensor) -> c_void_p:
     return c_void_p(x.data_ptr())
 
 
+THREE = torch.tensor(3.0)
+
+
 def calls(gpu: Emulator, act: Callable[[], object]) -> list[str]:
     """What reaches the driver, in its order."""
     library = gpu.driver.library
@@ -82,9 +83,9 @@ def test_arguments_of_every_kind_arrive(gpu, module):
     assert to.tolist() == [-5, 0.25, -(2.0**40), 1e300, -1, 7, 65535, 2.5, 1]
 
 
-@pytest.mark.parametrize("arguments", [[c_void_p(0)], [c_void_p(0), c_int64(1)], [c_void_p(0), c_int(1), c_int(1)]])
+@pytest.mark.parametrize("arguments", [[c_void_p(0)], [c_void_p(0), c_int64(1), c_void_p(0)], [c_int(1)] * 3])
 def test_arguments_of_other_sizes_are_refused(gpu, module, arguments):
-    with pytest.raises(TypeError, match=r"scale takes arguments of \[8, 4\] bytes, not of"):
+    with pytest.raises(TypeError, match=r"scale takes arguments of \[8, 4, 8\] bytes, not of"):
         gpu.launch(module.function("scale"), 1, 1, arguments)
 
 
@@ -92,20 +93,18 @@ def test_a_driver_that_cannot_tell_sizes_is_believed(gpu, module, monkeypatch):
     monkeypatch.setattr(gpu.driver, "_parameter", None)
     monkeypatch.setattr(module, "_functions", {})
     x = torch.ones(3)
-    gpu.write(module.symbol("factor")[0], bytes(c_float(3.0)))
-    gpu.launch(module.function("scale"), 1, 32, [at(x), c_int(2)])
+    gpu.launch(module.function("scale"), 1, 32, [at(x), c_int(2), at(THREE)])
     assert x.tolist() == [3, 3, 1]
 
 
 def test_arguments_that_are_kept_are_read_in_every_launch(gpu, module):
-    gpu.write(module.symbol("factor")[0], bytes(c_float(3.0)))
     x, count = torch.ones(3), c_int(1)
-    arguments = Arguments([at(x), count])
+    arguments = Arguments([at(x), count, at(THREE)])
     for value in (1, 2, 3):
         count.value = value
         gpu.launch(module.function("scale"), 1, 32, arguments)
     assert x.tolist() == [27, 9, 3]
-    with pytest.raises(TypeError, match=r"scale takes arguments of \[8, 4\] bytes, not of \[8\]"):
+    with pytest.raises(TypeError, match=r"scale takes arguments of \[8, 4, 8\] bytes, not of \[8\]"):
         gpu.launch(module.function("scale"), 1, 32, Arguments([at(x)]))
 
 
@@ -114,7 +113,7 @@ def test_a_stream_is_held_by_the_thread_that_says_so(gpu, module):
     gpu.current = 5
 
     def launch() -> None:
-        gpu.launch(function, 1, 1, [at(x), c_int(1)])
+        gpu.launch(function, 1, 1, [at(x), c_int(1), at(THREE)])
 
     def act() -> None:
         with gpu.held():
@@ -170,8 +169,6 @@ def test_a_launch_that_cannot_be_is_described(gpu, module, grid, block, said):
 def test_what_a_module_lacks_is_named(module):
     with pytest.raises(DriverError, match=r"looking for the kernel missing: .*CUDA_ERROR_NOT_FOUND"):
         module.function("missing")
-    with pytest.raises(DriverError, match=r"looking for the variable missing: .*CUDA_ERROR_NOT_FOUND"):
-        module.symbol("missing")
 
 
 def test_a_kernel_tells_what_it_takes(module):
@@ -180,12 +177,11 @@ def test_a_kernel_tells_what_it_takes(module):
 
 
 def test_any_thread_may_launch(gpu, module):
-    gpu.write(module.symbol("factor")[0], bytes(c_float(2.0)))
-    x = [torch.ones(100) for _ in range(8)]
+    two, x = torch.tensor(2.0), [torch.ones(100) for _ in range(8)]
 
     def launch(one: torch.Tensor) -> None:
         for _ in range(5):
-            gpu.launch(module.function("scale"), 4, 32, [at(one), c_int(100)])
+            gpu.launch(module.function("scale"), 4, 32, [at(one), c_int(100), at(two)])
 
     threads = [threading.Thread(target=launch, args=(one,)) for one in x]
     for thread in threads:
@@ -201,25 +197,13 @@ def test_any_thread_may_launch(gpu, module):
 # ---- memory
 
 
-def test_variables_are_found_and_written(gpu, module):
-    pointer, size = module.symbol("factor")
-    assert size == 4 and module.symbol("mixed")[1] == 2 * ctypes.sizeof(Mixed)
-    for value in (2.0, 3.0):
-        data = bytearray(c_float(value))
-        gpu.write(pointer, bytes(data))
-        data[:] = b"\xff" * 4
-        x = torch.ones(40)
-        gpu.launch(module.function("scale"), 2, 32, [at(x), c_int(40)])
-        assert torch.equal(x, torch.full((40,), value))
-
-
 @pytest.mark.parametrize("size", [0, 1, 4095, 4096, 4097, 1 << 20])
-def test_writes_and_copies_of_any_size(gpu, size):
+def test_writes_of_any_size(gpu, size):
     data = torch.randint(0, 256, (size,), dtype=torch.uint8)
-    x, y = torch.zeros(size + 1, dtype=torch.uint8), torch.zeros(size + 1, dtype=torch.uint8)
-    gpu.write(x.data_ptr(), data.numpy().tobytes())
-    gpu.copy(y.data_ptr(), x.data_ptr(), size)
-    assert torch.equal(y[:size], data) and y[size] == 0
+    x, given = torch.zeros(size + 1, dtype=torch.uint8), bytearray(data.numpy().tobytes())
+    gpu.write(x.data_ptr(), bytes(given))
+    given[:] = b"\xff" * size
+    assert torch.equal(x[:size], data) and x[size] == 0
 
 
 def test_pinned_memory_is_used_again_once_its_copy_is_done(gpu, monkeypatch):
@@ -240,52 +224,36 @@ def test_pinned_memory_is_used_again_once_its_copy_is_done(gpu, monkeypatch):
 # ---- streams and graphs
 
 
-def test_a_stream_that_comes_new_to_a_module_waits(gpu, module):
-    pointer, x = module.symbol("factor")[0], torch.ones(1)
-    function, arguments = module.function("scale"), [at(x), c_int(1)]
-    one = bytes(c_float(1.0))
-    gpu.current = 11
-    assert calls(gpu, lambda: gpu.launch(function, 1, 1, arguments)) == ["launch scale on 11"]
-    assert calls(gpu, lambda: gpu.launch(function, 1, 1, arguments)) == ["launch scale on 11"]
-    gpu.current = 12
-    # The write must not come before the launches that read what was there.
-    follow = ["record on 11", "wait on 12"]
-    assert calls(gpu, lambda: gpu.write(pointer, one)) == [*follow, "write on 12", "record on 12"]
-    assert calls(gpu, lambda: gpu.launch(function, 1, 1, arguments)) == ["launch scale on 12"]
-    gpu.current = 11
-    assert calls(gpu, lambda: gpu.launch(function, 1, 1, arguments)) == [
-        "record on 12",
-        "wait on 11",
-        "launch scale on 11",
-    ]
-    gpu.current = 12
-    assert calls(gpu, lambda: gpu.copy(pointer, x.data_ptr(), 4)) == ["record on 11", "wait on 12", "copy on 12"]
-    # Memory that belongs to no module is ordered by streams alone.
-    gpu.current = 11
-    assert calls(gpu, lambda: gpu.copy(x.data_ptr(), x.data_ptr(), 4)) == ["copy on 11"]
+def test_streams_run_a_module_side_by_side(gpu, module):
+    """A kernel has no variables, so no stream waits for another, and writes are ordered by streams alone."""
+    x, function = torch.ones(1), module.function("scale")
+
+    def act() -> None:
+        for gpu.current in (11, 12, 11):
+            gpu.launch(function, 1, 1, [at(x), c_int(1), at(THREE)])
+            gpu.write(x.data_ptr(), bytes(4))
+
+    def on(stream: int) -> list[str]:
+        return [f"{what} on {stream}" for what in ("launch scale", "write", "record")]
+
+    assert calls(gpu, act) == [*on(11), *on(12), *on(11)]
 
 
-def test_two_machines_variables_are_two(module):
-    other = Emulator().module(SOURCE, sources())
-    assert other.symbol("factor")[0] != module.symbol("factor")[0]
-
-
-def test_a_graph_replays_launches_and_copies(gpu, module):
-    pointer, factors = module.symbol("factor")[0], torch.tensor([2.0])
+def test_a_graph_replays_launches(gpu, module):
+    factors = torch.tensor([2.0])
     x, function = torch.ones(70), module.function("scale")
     gpu.current = 5
-    gpu.launch(function, 3, 32, [at(x), c_int(0)])
+    gpu.launch(function, 3, 32, [at(x), c_int(0), at(factors)])
     library, graph = gpu.driver.library, c_void_p()
     assert not gpu.capturing()
     assert library.cuStreamBeginCapture_v2(c_void_p(5), 0) == 0
     assert gpu.capturing()
     with pytest.raises(RuntimeError, match="host values cannot be written while a CUDA graph is captured"):
-        gpu.write(pointer, bytes(4))
+        gpu.write(factors.data_ptr(), bytes(4))
     with pytest.raises(RuntimeError, match="do one step before the graph is captured"):
         gpu.module(SOURCE + "// another", sources())
-    gpu.copy(pointer, factors.data_ptr(), 4)
     count = c_int(70)
-    gpu.launch(function, 3, 32, [at(x), count])
+    gpu.launch(function, 3, 32, [at(x), count, at(factors)])
     count.value = 1  # what a graph launches with is what it was captured with
     assert library.cuStreamEndCapture(c_void_p(5), byref(graph)) == 0
     assert not gpu.capturing() and torch.equal(x, torch.ones(70))

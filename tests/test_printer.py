@@ -15,7 +15,8 @@ import torch
 
 from lowbit import optim, words
 from lowbit.native import printer
-from lowbit.native.printer import WORDS, Unprintable, collect, kernels_header, print_stage, rules_header
+from lowbit.native.printer import collect, kernels_header, print_stage, rules_header
+from lowbit.native.translate import WORDS, Unprintable
 from lowbit.stages import Namespace, Stage, fold, measure, update
 from lowbit.words import abs, binade, clip, lerp, maximum, minimum, reciprocal, sign, sqrt, where
 

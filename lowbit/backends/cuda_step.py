@@ -3,6 +3,7 @@
 Jobs that the same kernels can step (one program, the same formats and types: `gpu.specialise.Special`) and that share
 their constants are a bucket. A bucket's kernels are compiled for it and are launched once each for all of its tensors:
 
+    follow     the constants that only the device knows, of all buckets, where a learning rate is a tensor there
     begin      the working copies of scalars and vectors, and folds up to the first measurement
     measure    for each measurement a sweep over the gradient, then reductions, then folds
     judge      whether a tensor must be left as it is
@@ -27,16 +28,18 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from .. import tape
 from ..gpu import Arguments, Module, machine, sources
 from ..gpu import jobs as structs
 from ..gpu.specialise import Special, print_spec, special
 from ..gpu.stages import TILE, Launch, elements, launches, lines, print_program, room
 from ..layout import row_stride
 from ..native import abi
-from ..stages import Batch, Job, Kept, Program, Stage
+from ..stages import Batch, Job, Kept, Program, Stage, Turn
 
 THREADS, UNITS, UPDATERS = 256, 4, 128  # as in cuda/operands.h
-CONSTANTS = 4 * abi.CONSTANTS  # bytes of a bucket's
+CONSTANTS, NODES = 4 * abi.CONSTANTS, sizeof(structs.Node) * tape.NODES  # bytes of a bucket's
+FOLLOWING = ("stdint.h", "abi.h", "job.h")  # headers of constants.cu
 EAGER = 4  # plans that are kept for steps that begin with the same tensor
 ENOUGH = 2048  # blocks of threads that keep a GPU busy
 _LOW = 2**64 - 1
@@ -84,7 +87,10 @@ def unprepared(jobs: list[Job]) -> str:
         return ""
     if not any(known.captured for known in _plans.get(jobs[0], ())):
         return "none was captured since the optimizer was made, loaded or moved, of a step that began with this tensor"
-    return "which tensors have a gradient, its dtype, or which of them have made equally many steps is not as captured"
+    return (
+        "which tensors have a gradient, its dtype, which of them have made equally many steps, or whether lr is a "
+        "tensor on the device is not as captured"
+    )
 
 
 @torch.no_grad()
@@ -130,8 +136,9 @@ class _Plan:
         self.machine = machine(self.device)
         self.captured = False  # in a graph, which is to find all memory where it was
         self.jobs, self.pattern = [ref(job) for job in jobs], _pattern(jobs)
+        self.follows = any(traced for _, _, traced in self.pattern)  # constants that only the device knows
         kinds: dict[tuple[Special, int], list[int]] = {}
-        for number, (job, (_, turn)) in enumerate(zip(jobs, self.pattern, strict=True)):
+        for number, (job, (_, turn, _)) in enumerate(zip(jobs, self.pattern, strict=True)):
             kinds.setdefault((special(job), turn), []).append(number)
         # Jobs that the same folds are for follow each other in the tables: one launch begins them all.
         begun: dict[tuple[Special, int], int] = {}
@@ -155,14 +162,21 @@ class _Plan:
             self.room = _fill(target, jobs[number], self.copies.get(number), self.room)
         changing = sizeof(structs.Dynamic) * len(jobs)
         self.changing = array("Q", bytes(changing))
-        self.buffer = torch.empty(changing + CONSTANTS * len(kinds), dtype=torch.uint8, device=self.device)
-        self.constants = self.buffer.data_ptr() + changing
+        room = changing + CONSTANTS * len(kinds), NODES * self.follows * len(kinds)
+        self.buffer = torch.empty(sum(room), dtype=torch.uint8, device=self.device)
+        constants = self.buffer.data_ptr() + changing
         texts = [text for kind, _ in kinds for text in (_text("step.cu", kind), _text("measure.cu", kind.folds))]
+        texts += [(sources()["constants.cu"], {name: sources()[name] for name in FOLLOWING})] * self.follows
         modules = iter(self.machine.prefetch(texts))  # all at once: the first time, each takes seconds to compile
         self.buckets = []
         for index, ((kind, turn), numbers) in enumerate(kinds.items()):
             rows, begins = [table[self.places[k]] for k in numbers], begun.pop((kind.folds, turn), 0)
-            self.buckets.append(_Bucket(self, index, kind, numbers, rows, begins, next(modules), next(modules)))
+            self.buckets.append(_Bucket(self, kind, numbers, rows, begins, next(modules), next(modules)))
+            for row in rows:
+                row.constants = constants + index * CONSTANTS
+        if self.follows:
+            nodes = self.buffer.data_ptr() + room[0]
+            self.following = next(modules).function("follow"), Arguments([c_uint64(nodes), c_uint64(constants)])
         self.table = torch.frombuffer(bytearray(table), dtype=torch.uint8).to(self.device)
 
     def fits(self, jobs: list[Job]) -> bool:
@@ -193,8 +207,10 @@ class _Plan:
             rows = slice(_DYNAMIC * bucket.first, _DYNAMIC * (bucket.first + count))
             for field, number in ((1, turn.seed), (2, turn.step)):
                 changing[rows.start + field : rows.stop : _DYNAMIC] = array("Q", [number & _LOW]) * count
-            constants += bucket.packed(turn.constants)
+            constants += bucket.packed(turn)
         data = changing.tobytes() + array("f", constants).tobytes()  # infinite beyond fp32
+        if self.follows:
+            data += b"".join(bucket.nodes(jobs[bucket.numbers[0]].turn.traced) for bucket in self.buckets)
         self.machine.write(self.buffer.data_ptr(), data)
         return grads
 
@@ -202,6 +218,9 @@ class _Plan:
         """Launch a step, on what `refresh` has told."""
         for number, copy in self.copies.items():
             copy.copy_(jobs[number].param)
+        if self.follows:
+            follow, arguments = self.following
+            self.machine.launch(follow, len(self.buckets), tape.NODES, arguments)
         workspace = torch.empty(self.room, dtype=torch.uint8, device=self.device)
         running = [(bucket, bucket.run(workspace.data_ptr())) for bucket in self.buckets]
         while running:
@@ -214,7 +233,7 @@ class _Plan:
 
     def _total(self, workspace: Tensor, buckets: list[_Bucket], stage: Stage) -> None:
         """One number for all tensors of these buckets."""
-        key = tuple(bucket.index for bucket in buckets)
+        key = tuple(bucket.first for bucket in buckets)
         if key not in self.totals:
             theirs = {number for bucket in buckets for number in bucket.numbers}
             order = [self.places[number] for number in self.in_total if number in theirs]
@@ -231,7 +250,6 @@ class _Bucket:
     def __init__(
         self,
         plan: _Plan,
-        index: int,
         kind: Special,
         numbers: list[int],
         table: list[structs.Job],
@@ -240,7 +258,7 @@ class _Bucket:
         measuring: Module,
     ):
         # Not a cycle of references: a plan's memory on the device is free as soon as its jobs are.
-        self.plan, self.index, self.kind, self.numbers = proxy(plan), index, kind, numbers
+        self.plan, self.kind, self.numbers = proxy(plan), kind, numbers
         self.first = plan.places[numbers[0]]  # of its jobs in the tables
         self.names = print_program(kind.program).constants
         self.updating, self.measuring = updating, measuring
@@ -256,9 +274,16 @@ class _Bucket:
         self.launches = [(launch, _share(launch, kind.program, table)) for launch in asked]
         self.prepared: list[tuple[str, int, Arguments]] = []
 
-    def packed(self, constants: Mapping[str, float]) -> list[float]:
-        """The constants of its jobs, with room for more."""
+    def packed(self, turn: Turn) -> list[float]:
+        """The constants of its jobs, with room for more, and for those that only the device knows."""
+        constants = {**turn.constants, **dict.fromkeys(turn.traced, 0.0)} if turn.traced else turn.constants
         return [constants[name] for name in self.names] + [0.0] * (abi.CONSTANTS - len(self.names))
+
+    def nodes(self, traced: Mapping[str, tape.Traced]) -> bytes:
+        """How to find those of its constants that only the device knows."""
+        notes = tape.notes({k: traced[name] for k, name in enumerate(self.names) if name in traced})
+        rows = [(number, None if x is None else x.data_ptr(), op, a, b) for op, a, b, number, x in notes]
+        return bytes((structs.Node * tape.NODES)(*rows))
 
     def _prepare(self) -> None:
         """Make the arguments of all launches; `runs` and `room` are the step's."""
@@ -285,30 +310,24 @@ class _Bucket:
             self._prepare()
         self.runs.value, self.room.value = workspace + self.first * sizeof(structs.Run), workspace
         *measuring, (_, grid, arguments) = self.prepared
-        if measuring:
-            self._set_constants(self.measuring)
         for kernel, its_grid, its_arguments in measuring:
             if kernel == "total":
                 yield self.kind.program.measures[its_arguments[5].value]
-                self._set_constants(self.measuring)
             else:
                 self.plan.machine.launch(self.measuring.function(kernel), its_grid, THREADS, its_arguments)
-        self._set_constants(self.updating)
         self.plan.machine.launch(self.updating.function("update"), grid, UPDATERS, arguments)
-
-    def _set_constants(self, module: Module) -> None:
-        """Another bucket may have launched this module with other constants."""
-        self.plan.machine.copy(module.symbol("constants")[0], self.plan.constants + self.index * CONSTANTS, CONSTANTS)
 
 
 _plans: WeakKeyDictionary[Job, list[_Plan]] = WeakKeyDictionary()  # by the first job
 
 
-def _pattern(jobs: list[Job]) -> list[tuple[torch.dtype, int]]:
-    """What of the jobs decides on buckets and may differ from step to step: who shares a turn with whom."""
+def _pattern(jobs: list[Job]) -> list[tuple[torch.dtype, int, bool]]:
+    """What of the jobs decides on launches and may differ from step to step: who shares a turn with whom."""
     numbers: dict[int, int] = {}
-    grads = _gradients(jobs)
-    return [(g.dtype, numbers.setdefault(id(job.turn), len(numbers))) for job, g in zip(jobs, grads, strict=True)]
+    return [
+        (g.dtype, numbers.setdefault(id(job.turn), len(numbers)), bool(job.turn.traced))
+        for job, g in zip(jobs, _gradients(jobs), strict=True)
+    ]
 
 
 def _is_plain(x: Tensor) -> bool:

@@ -29,7 +29,8 @@ _STEPS = [
 
 def shipped() -> list[Specialisation]:
     """All of them. `values` are those that a thread handles in a turn of the main loop."""
-    return [*linear.shipped(), *_codecs(), *(found for row in _STEPS for found in _steps(*row))]
+    constants = Specialisation("constants", "constants.cu", "", {})  # that follow a learning rate on the device
+    return [*linear.shipped(), *_codecs(), *(found for row in _STEPS for found in _steps(*row)), constants]
 
 
 def _codecs() -> list[Specialisation]:

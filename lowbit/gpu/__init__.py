@@ -1,7 +1,7 @@
 """GPUs: kernels are compiled on the user's machine, kept on disk, and launched where torch launches its own."""
 
 from .driver import DriverError, NoDriver
-from .machine import Arguments, Function, Machine, Module, capturing, machine, machines
+from .machine import Arguments, Function, Machine, Module, capturing, machine, machines, runs
 from .nvrtc import CompileError, NoCompiler, sources
 
 __all__ = [
@@ -16,5 +16,6 @@ __all__ = [
     "capturing",
     "machine",
     "machines",
+    "runs",
     "sources",
 ]

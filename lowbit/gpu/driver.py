@@ -29,17 +29,14 @@ _FUNCTIONS: dict[str, list[Any]] = {
     "cuCtxPopCurrent_v2": [_OUT],
     "cuModuleLoadData": [_OUT, c_char_p],
     "cuModuleGetFunction": [_OUT, c_void_p, c_char_p],
-    "cuModuleGetGlobal_v2": [_OUT, _SIZE_OUT, c_void_p, c_char_p],
     "cuFuncGetAttribute": [_INT_OUT, c_int, c_void_p],
     "cuFuncSetAttribute": [c_void_p, c_int, c_int],
     "cuLaunchKernel": [c_void_p, *[c_uint] * 7, c_void_p, c_void_p, c_void_p],
     "cuMemcpyHtoDAsync_v2": [c_void_p, c_void_p, c_size_t, c_void_p],
-    "cuMemcpyDtoDAsync_v2": [c_void_p, c_void_p, c_size_t, c_void_p],
     "cuMemAllocHost_v2": [_OUT, c_size_t],
     "cuEventCreate": [_OUT, c_uint],
     "cuEventRecord": [c_void_p, c_void_p],
     "cuEventQuery": [c_void_p],
-    "cuStreamWaitEvent": [c_void_p, c_void_p, c_uint],
     "cuStreamIsCapturing": [c_void_p, _INT_OUT],
     "cuGetErrorName": [c_int, _TEXT_OUT],
     "cuGetErrorString": [c_int, _TEXT_OUT],
@@ -169,13 +166,6 @@ class Driver:
         self.call("cuModuleGetFunction", byref(function), module, name.encode(), doing=f"looking for the kernel {name}")
         return function.value or 0
 
-    def symbol(self, module: int, name: str) -> tuple[int, int]:
-        """Where a variable of a module is, and its size."""
-        pointer, size = c_void_p(), c_size_t()
-        doing = f"looking for the variable {name}"
-        self.call("cuModuleGetGlobal_v2", byref(pointer), byref(size), module, name.encode(), doing=doing)
-        return pointer.value or 0, size.value
-
     def attribute(self, function: int, which: int) -> int:
         """One of the numbers that a compiled kernel has, such as `REGISTERS`."""
         value = c_int()
@@ -202,10 +192,6 @@ class Driver:
         """Copy from the host; `source` is pinned memory, which must stay as it is until that is done."""
         self.call("cuMemcpyHtoDAsync_v2", target, source, size, stream, doing=f"copying {size} bytes to the device")
 
-    def copy(self, target: int, source: int, size: int, stream: int) -> None:
-        """Copy on the device."""
-        self.call("cuMemcpyDtoDAsync_v2", target, source, size, stream, doing=f"copying {size} bytes on the device")
-
     def pinned(self, size: int) -> int:
         """Host memory that copies can read by themselves."""
         pointer = c_void_p()
@@ -228,10 +214,6 @@ class Driver:
         if code not in (0, _NOT_READY):
             raise self.error(code, "asking whether a copy is done")
         return code == 0
-
-    def wait(self, stream: int, event: int) -> None:
-        """Have a stream wait for an event of another."""
-        self.call("cuStreamWaitEvent", stream, event, 0, doing="waiting for another stream")
 
     def capturing(self, stream: int) -> bool:
         """Whether a graph is being captured on the stream."""

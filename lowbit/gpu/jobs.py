@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ctypes import Structure, c_double, c_float, c_int64, c_uint32, c_void_p
+from ctypes import Structure, c_double, c_float, c_int32, c_int64, c_uint32, c_void_p
 
 from ..native.abi import ARRAYS, MOMENTS, SCALARS
 
@@ -19,6 +19,7 @@ class Job(Structure):
         ("vectors", c_void_p * ARRAYS),
         ("scalars", c_void_p * SCALARS),
         ("skipped", c_void_p),
+        ("constants", c_void_p),
         *((name, c_int64) for name in ("rows", "cols", "group_rows", "tensor", "first", "first_chunk", "first_tile")),
         ("work_vectors", c_int64 * ARRAYS),
         *((name, c_int64) for name in ("partial", "sums")),
@@ -40,4 +41,16 @@ class Run(Structure):
         ("total", c_double),
         ("most", c_uint32),
         ("skip", c_uint32),
+    )
+
+
+class Node(Structure):
+    """One of `tape.notes`."""
+
+    _fields_ = (
+        ("number", c_double),
+        ("from", c_void_p),
+        ("op", c_int32),
+        ("first", c_int32),
+        ("second", c_int32),
     )

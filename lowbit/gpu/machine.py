@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import ctypes
 import os
-from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from ctypes import addressof, c_void_p, sizeof
-from threading import Lock, RLock, local
+from threading import Lock, local
 from typing import Any, Protocol
 
 import torch
@@ -77,35 +76,18 @@ class Function:
 
 
 class Module:
-    """A compiled text on one device, with its kernels and its variables.
-
-    Variables are one for all streams: a launch that reads them and a later write to them may be on two streams, so a
-    stream that comes new to a module waits for the one before. `lock` is for who writes variables and then launches:
-    hold it over both, or another thread's values may come between.
-    """
+    """A compiled text on one device, with its kernels. It has no variables, so any streams may run it side by side."""
 
     def __init__(self, machine: Machine, handle: int):
-        self.machine, self.handle, self.lock = machine, handle, RLock()
-        self.stream: int | None = None  # where it was last in use
+        self.machine, self.handle = machine, handle
         self._functions: dict[str, Function] = {}
-        self._symbols: dict[str, tuple[int, int]] = {}
 
     def function(self, name: str) -> Function:
         """The kernel of this name."""
-        with self.lock:
-            if name not in self._functions:
-                with self.machine.driver.within(self.machine.context):
-                    self._functions[name] = Function(self, name)
-            return self._functions[name]
-
-    def symbol(self, name: str) -> tuple[int, int]:
-        """The address and the size of a `__constant__` or `__device__` variable."""
-        with self.lock:
-            if name not in self._symbols:
-                with self.machine.driver.within(self.machine.context):
-                    self._symbols[name] = self.machine.driver.symbol(self.handle, name)
-                self.machine.owns(self, *self._symbols[name])
-            return self._symbols[name]
+        if name not in self._functions:
+            with self.machine.driver.within(self.machine.context):
+                self._functions[name] = Function(self, name)
+        return self._functions[name]
 
 
 class _Held(local):
@@ -124,10 +106,8 @@ class Machine:
         self.driver, self.compiler, self.context, self.stream = driver, compiler, context, stream
         self.arch = compiler.arch
         self._modules: dict[object, Future[Module]] = {}
-        self._lock, self._turn = Lock(), RLock()
+        self._lock = Lock()
         self._staging = _Staging(driver)
-        self._owned: list[tuple[int, int, Module]] = []  # variables of modules: begin, end; by begin
-        self._event = 0
         self._held = _Held()
 
     # ---- kernels
@@ -186,13 +166,8 @@ class Machine:
         if shared > function.dynamic:
             self.driver.allow_dynamic(function.handle, shared)
             function.dynamic = shared
-        stream, module = self._stream(), function.module
-        with module.lock:
-            if module.stream != stream:
-                self._follow(module, stream)
-            code = self.driver.launch(
-                function.handle, grid, 1, 1, block, 1, 1, shared, stream, arguments.pointers, None
-            )
+        stream = self._stream()
+        code = self.driver.launch(function.handle, grid, 1, 1, block, 1, 1, shared, stream, arguments.pointers, None)
         if code:
             what = f"{grid} blocks of {block} threads with {shared} bytes of dynamic shared memory"
             raise self.driver.error(code, f"launching {function.name}, {what}")
@@ -207,19 +182,10 @@ class Machine:
         if self.driver.capturing(stream):
             raise RuntimeError(
                 "host values cannot be written while a CUDA graph is captured: every replay would write them again. "
-                "Write them before, and let the graph copy them on the device"
+                "Write them before"
             )
         with self._within():
-            self._order(pointer, stream)
             self._staging.write(pointer, data, stream)
-
-    def copy(self, target: int, source: int, size: int) -> None:
-        """Copy bytes on the device, after what the stream has been given so far."""
-        stream = self._stream()
-        with self._within():
-            self._order(target, stream)
-            self._order(source, stream)
-            self.driver.copy(target, source, size, stream)
 
     def capturing(self) -> bool:
         """Whether a CUDA graph is being captured on the current stream."""
@@ -229,12 +195,9 @@ class Machine:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """For what this thread does within, the stream and the context stay: torch and the driver are asked once.
-
-        One thread at a time: what it writes to a module's variables is what its launches find there.
-        """
+        """For what this thread does within, the stream and the context stay: torch and the driver are asked once."""
         before = self._held.stream
-        with self._turn, self.driver.within(self.context):
+        with self.driver.within(self.context):
             self._held.stream = self.stream()
             try:
                 yield
@@ -247,36 +210,6 @@ class Machine:
 
     def _within(self) -> AbstractContextManager[None]:
         return _NOTHING if self._held.stream is not None else self.driver.within(self.context)
-
-    # ---- the order of streams
-
-    def owns(self, module: Module, pointer: int, size: int) -> None:
-        """Note a variable of a module, so that copies from and to it are ordered like its launches."""
-        with self._lock:
-            self._owned = sorted([*self._owned, (pointer, pointer + size, module)], key=lambda owned: owned[0])
-
-    def _order(self, pointer: int, stream: int) -> None:
-        owned = self._owned
-        k = bisect_right(owned, pointer, key=lambda owned: owned[0]) - 1
-        if k >= 0 and pointer < owned[k][1]:
-            module = owned[k][2]
-            with module.lock:
-                if module.stream != stream:
-                    self._follow(module, stream)
-
-    def _follow(self, module: Module, stream: int) -> None:
-        """Have a stream wait for the one on which the module was last in use.
-
-        While a graph is captured nothing runs, and whoever captures has waited for all streams before.
-        """
-        if self.driver.capturing(stream):
-            return
-        if module.stream is not None:
-            with self._lock:
-                self._event = self._event or self.driver.event()
-                self.driver.record(self._event, module.stream)
-                self.driver.wait(stream, self._event)
-        module.stream = stream
 
 
 class _Staging:
@@ -326,6 +259,11 @@ def machine(device: torch.device) -> Machine:
         if device not in machines:
             machines[device] = _of(device)
         return machines[device]
+
+
+def runs(device: torch.device) -> bool:
+    """Whether kernels can run on a device, and read what lies there."""
+    return device.type == "cuda" or device in machines
 
 
 def capturing(device: torch.device) -> bool:

@@ -9,8 +9,7 @@ the kernels of cuda/ need of a program, all of it known when they are compiled:
                 tensor's scalars, or on one element of its vectors
 
 Operands have slots: 0 is p, 1 is g, then the moments, then the vectors, then what updates write for later stages only.
-Scalars are numbered as in `Program`, constants as stages name them; they lie in the module's constant memory, where an
-instruction takes them as operands.
+Scalars are numbered as in `Program`, constants as stages name them.
 """
 
 from __future__ import annotations
@@ -40,9 +39,6 @@ HEAD = """#ifdef __GNUC__  // a rule need not use all it has
 #pragma nv_diag_suppress 177
 #pragma nv_diag_suppress 550
 #endif
-extern "C" {
-__constant__ float constants[LB_CONSTANTS];
-}
 namespace spec {
 """
 END = """}  // namespace spec
@@ -263,18 +259,19 @@ class _Printer:
             lines.append(f"{made} {{ return {{{members}}}; }}")
             arguments.append("own")
         if "c" in stage.reads:
-            members = ", ".join(f"constants[{self.constants[name]}]" for name in text.constants)
-            made = f"{head}LB_FN {'typename ' * bool(head)}{own}::C constants{i}()"
+            members = ", ".join(f"lb::unchanging(c + {self.constants[name]})" for name in text.constants)
+            made = f"{head}LB_FN {'typename ' * bool(head)}{own}::C constants{i}([[maybe_unused]] const float *c)"
             lines.append(f"{made} {{ return {{{members}}}; }}")
-            arguments.append(f"constants{i}{'<F>' * bool(head)}()")
+            arguments.append(f"constants{i}{'<F>' * bool(head)}(c)")
         call = f"{own}::apply({', '.join(arguments)});"
         if stage.kind != "fold":
             kind, given = ("F", "return ") if stage.kind == "measure" else ("void", "")
             scalars = f", const typename {own}::S &own" if "s" in stage.reads else ""
-            name = f"{stage.kind}{i}"
-            return [*lines, f"{head}LB_FN {kind} {name}([[maybe_unused]] F (&x)[SLOTS]{scalars}) {{ {given}{call} }}"]
+            taken = f"[[maybe_unused]] F (&x)[SLOTS], [[maybe_unused]] const float *c{scalars}"
+            return [*lines, f"{head}LB_FN {kind} {stage.kind}{i}({taken}) {{ {given}{call} }}"]
         vectors = "float (&x)[VECTORS + 1], " if stage.writes else ""
-        lines.append(f"LB_FN void fold{i}({vectors}[[maybe_unused]] float *s, [[maybe_unused]] float measured) {{")
+        lines.append(f"LB_FN void fold{i}({vectors}[[maybe_unused]] const float *c, [[maybe_unused]] float *s,")
+        lines.append("  [[maybe_unused]] float measured) {")
         if "s" in stage.reads:
             lines.append(f"  {'' if text.assigns else 'const '}{own}::S own = scalars{i}(s);")
         lines.append(f"  {call}")
@@ -309,11 +306,11 @@ class _Printer:
             "  };",
             f"  LB_FN Scalars scalars([[maybe_unused]] const float *s) {{ return {{{made}}}; }}",
             f"  LB_FN {'F' if measure else 'void'} run([[maybe_unused]] F (&x)[SLOTS],",
-            "               [[maybe_unused]] const Scalars &scalars) {",
+            "               [[maybe_unused]] const float *c, [[maybe_unused]] const Scalars &scalars) {",
         ]
         for i in numbers:
             scalars = f", scalars.s{i}" if i in having else ""
-            lines.append(f"    {'return ' * (i == end)}{self.stages[i].kind}{i}(x{scalars});")
+            lines.append(f"    {'return ' * (i == end)}{self.stages[i].kind}{i}(x, c{scalars});")
         return [*lines, "  }", "};"]
 
     def _folds(self, k: int, numbers: list[int]) -> list[str]:
@@ -321,18 +318,19 @@ class _Printer:
         vector = [i for i in numbers if self.stages[i].writes]
         read = {name for i in vector for name in self.texts[i].reads}
         written = {name for i in vector for name in self.stages[i].writes}
-        calls = [f"    fold{i}({'x, ' * (i in vector)}s, measured);" for i in numbers]
+        calls = [f"    fold{i}({'x, ' * (i in vector)}c, s, measured);" for i in numbers]
         return [
             f"template <> struct Folds<{k}> {{",
             f"  static constexpr bool ON_TENSOR = {str(bool(tensor)).lower()};",
             f"  static constexpr uint32_t READS = {self._mask(read):#x}u, WRITES = {self._mask(written):#x}u;"
             "  // a bit per vector",
-            "  LB_FN void on_tensor([[maybe_unused]] float *s, [[maybe_unused]] float measured) {",
-            *(f"    fold{i}(s, measured);" for i in tensor),
+            "  LB_FN void on_tensor([[maybe_unused]] const float *c, [[maybe_unused]] float *s,",
+            "                       [[maybe_unused]] float measured) {",
+            *(f"    fold{i}(c, s, measured);" for i in tensor),
             "  }",
             "  // With a copy of the scalars: what folds over the tensor assign is seen by those over vectors.",
-            "  LB_FN void on_element([[maybe_unused]] float (&x)[VECTORS + 1], [[maybe_unused]] float *s,",
-            "                        [[maybe_unused]] float measured) {",
+            "  LB_FN void on_element([[maybe_unused]] float (&x)[VECTORS + 1], [[maybe_unused]] const float *c,",
+            "                        [[maybe_unused]] float *s, [[maybe_unused]] float measured) {",
             *(calls if vector else []),
             "  }",
             "};",

@@ -48,22 +48,35 @@ typedef void (*lb_kernel)(const lb_frame *);
 // How an operand of a fused update is stored: fp32; bf16; signed bytes; bytes of roots; codes of 4 bits; of 8, in the
 // order of their values, signed or not.
 enum lb_source_kind { LB_FLOATS, LB_BF16, LB_BYTES, LB_ROOT_BYTES, LB_NIBBLES, LB_CODES, LB_RISING_CODES };
-// An update on a block of 256 values which decodes what it reads, and stores the block before in the same loop. Its
-// frame's `in` points to operands as they are stored, `out` to the block's draft. For each half it reports the peak of
-// each write that is stored in fewer bits, 0 for others, and then 0 if all of those and the gradient are finite.
+enum { LB_FUSED_WRITES = 8 };
+// An update on blocks of 256 values that lie one after the other. It decodes what it reads, makes a draft of a block, and
+// stores the block before, which waits, in the same loop; the last one waits for the next call. A block that cannot be
+// stored, because something in it is not finite or might not be once it is rounded, ends the call and does not wait.
 typedef struct lb_fused {
-  lb_frame frame;
-  const void *table[LB_ARRAYS];  // of operands with codes: values, or their halves
-  float scale[2][LB_ARRAYS];      // of operands, in each half
-  // By write, of the block before:
-  const float *draft[LB_ARRAYS];
-  void *to[LB_ARRAYS];
-  float inverse[2][LB_ARRAYS];             // of its scales
-  const struct lb_format *format[LB_ARRAYS];
-  int32_t least[LB_ARRAYS];  // of codes: the smallest of what is above 0
-  const uint16_t *draws;     // for p in bf16; null: to nearest
+  lb_frame frame;  // its `in`: operands of the first block, as they are stored
+  int64_t blocks;  // to draft, at least one
+  // By read.
+  const void *table[LB_ARRAYS];   // of operands with codes: values, or their halves
+  const float *scale[LB_ARRAYS];  // of the first block
+  int32_t second[LB_ARRAYS];      // from the scale of a block's first half to that of its second: 0 or 1
+  // By write.
+  void *to[LB_FUSED_WRITES];  // where the first block is going to be stored
+  float *scale_to[LB_FUSED_WRITES];
+  int32_t second_to[LB_FUSED_WRITES];
+  const struct lb_format *format[LB_FUSED_WRITES];
+  int32_t least[LB_FUSED_WRITES];  // of codes: the smallest of what is above 0
+  float *draft[2][LB_FUSED_WRITES];
+  // By half of each write, one after the other.
+  float top[2 * LB_FUSED_WRITES], min_scale[2 * LB_FUSED_WRITES], max_scale[2 * LB_FUSED_WRITES];
+  uint32_t whole;             // bit by bit: both halves have one scale
+  const uint16_t *draws;      // for p in bf16, from the block that waits on; null: to nearest
+  // The block that waits, or a place for what nobody needs.
+  int32_t turn;               // its draft
+  void *waits[LB_FUSED_WRITES];
+  float inverse[2 * LB_FUSED_WRITES];  // of its scales
 } lb_fused;
-typedef void (*lb_fused_kernel)(const lb_fused *);
+// How many blocks have been drafted: fewer than asked for if the next one cannot be stored. Then nothing waits.
+typedef int64_t (*lb_fused_kernel)(lb_fused *);
 // The kernel for operands of these kinds, 4 bits each, in the order of the stage's arguments, and these roots, or null.
 typedef lb_fused_kernel (*lb_choose_fused)(uint64_t kinds, uint32_t roots);
 

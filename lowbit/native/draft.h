@@ -9,15 +9,6 @@
 
 namespace LB_SPACE {
 
-struct Draft {
-  alignas(64) float values[LB_ARRAYS][LB_BLOCK];  // by write of the last update
-  alignas(64) float scale[16], inverse[16];       // two for each write, one after the other
-  int64_t row, col;
-  char *at[LB_ARRAYS];         // by slot: where the block is stored
-  float *scale_at[LB_ARRAYS];  // its scales
-  bool waiting;                // to be stored
-};
-
 // Where the values of one slot are stored.
 struct Place {
   char *start;
@@ -38,12 +29,14 @@ struct Drafts {
   lb_fused_kernel fused;  // null: the tensor cannot be drafted
   int slots;              // p, g and the moments
   Place places[LB_ARRAYS];
-  alignas(64) float top[16], least[16], most[16];  // of scales, two for each write
-  bool whole[LB_ARRAYS];                           // by write: one scale for all 256
-  bool widen;             // the gradient, which the loop is to see in fp32
-  int weight;             // the write of a stored weight; -1: p is floats
-  Draft drafts[2];
-  alignas(64) float decoded[LB_BLOCK], zeros[LB_BLOCK], nowhere[LB_BLOCK];
+  bool straight;     // no gap between rows: the first block of one follows the last of the one before
+  bool singly;       // something has to be made ready for each block
+  bool widen;        // the gradient, which the loop is to see in fp32
+  int weight;        // the write of a stored weight; -1: p is floats
+  int64_t row, col;  // of the block that waits
+  bool waiting;
+  alignas(64) float values[2][LB_FUSED_WRITES][LB_BLOCK];
+  alignas(64) float decoded[LB_BLOCK], nowhere[LB_BLOCK];
 };
 
 // How an operand is stored, as fused loops know it; -1 if they do not.
@@ -81,16 +74,20 @@ static Place place_of(const lb_job &job, int slot) {
           f.block == LB_BLOCK ? 8 : 7};
 }
 
+static void nothing_waits(Drafts &drafts) {
+  drafts.waiting = false;
+  for (void *&to : drafts.call.waits) to = drafts.nowhere;
+}
+
 static void prepare_drafts(const Run &run, const uint32_t *roots, Drafts &drafts) {
   const lb_job &job = *run.job;
   const lb_program &program = *job.program;
   drafts.run = &run;
-  drafts.drafts[0].waiting = drafts.drafts[1].waiting = false;
+  drafts.waiting = false;
   drafts.before = 0;
   drafts.gauged = -1;
   drafts.last = nullptr;
   drafts.fused = nullptr;
-  memset(drafts.zeros, 0, sizeof drafts.zeros);
   if (run.cut.width != LB_BLOCK || run.gauge < 0 || job.master != LB_NONE) return;
   bool gradient = false;  // whether an update has written it
   for (int k = 0; k < program.count; ++k) {
@@ -120,7 +117,7 @@ static void prepare_drafts(const Run &run, const uint32_t *roots, Drafts &drafts
   int written = 0;
   for (int w = 0; w < last.writes; ++w) written |= 1 << last.write[w];
   if (written != (1 << (2 + program.moments)) - 1 - 2) return;  // p and every moment
-  if (last.writes > 8) return;
+  if (last.writes > LB_FUSED_WRITES) return;
   lb_fused &call = drafts.call;
   call = {};
   call.frame = drafts.frames[drafts.before];
@@ -137,42 +134,49 @@ static void prepare_drafts(const Run &run, const uint32_t *roots, Drafts &drafts
     }
   }
   drafts.slots = 2 + program.moments;
-  for (int slot = 0; slot < drafts.slots; ++slot) drafts.places[slot] = place_of(job, slot);
+  drafts.straight = job.cols % LB_BLOCK == 0 && run.cut.stride == job.cols;
+  for (int slot = 0; slot < drafts.slots; ++slot) {
+    const Place &p = drafts.places[slot] = place_of(job, slot);
+    drafts.straight &= p.row_bytes == job.cols * p.bits / 8 && (!p.scale || p.scales == job.cols >> p.shift);
+  }
+  drafts.singly = job.weight.format || drafts.widen || (gradient && job.grad_dtype != LB_FLOAT32);
+  for (int i = 0; i < last.reads; ++i) {
+    const int slot = last.read[i];
+    drafts.singly |= slot >= drafts.slots;
+    call.second[i] = slot < drafts.slots && drafts.places[slot].shift == 7;
+  }
   drafts.weight = -1;
-  for (int k = 0; k < 16; ++k) drafts.top[k] = drafts.least[k] = drafts.most[k] = 1.0f;
+  for (float &x : call.top) x = 1.0f;
+  memset(drafts.values, 0, last.writes * sizeof drafts.values[0][0]);
   for (int w = 0; w < last.writes; ++w) {
     const int slot = last.write[w];
-    drafts.whole[w] = true;
+    for (int turn = 0; turn < 2; ++turn) call.draft[turn][w] = drafts.values[turn][w];
+    call.second_to[w] = drafts.places[slot].shift == 7;
+    if (!call.second_to[w]) call.whole |= 3u << (2 * w);
     if (slot == 0 && job.weight.format) drafts.weight = w;
     if (slot < 2) continue;
     const lb_format &f = *job.moments[slot - 2].format;
     call.format[w] = &f;
     call.least[w] = !f.is_signed && f.has_zero ? f.least : 0;
     if (f.kind == LB_KIND_FLOAT) continue;
-    drafts.whole[w] = f.block == LB_BLOCK;
     for (int half = 0; half < 2; ++half) {
-      drafts.top[2 * w + half] = f.top;
-      drafts.least[2 * w + half] = f.min_scale;
-      drafts.most[2 * w + half] = f.max_scale;
+      call.top[2 * w + half] = f.top;
+      call.min_scale[2 * w + half] = f.min_scale;
+      call.max_scale[2 * w + half] = f.max_scale;
     }
   }
+  nothing_waits(drafts);
   drafts.fused = last.fused(kinds, call.frame.roots);
 }
 
-static Span span_of(const Drafts &drafts, const Draft &d) {
-  return one_block(*drafts.run->job, drafts.run->cut, d.row, d.col, 0);
-}
-
-// What the fused loop reads: operands as they are stored, but for the gradient, if plain updates come first.
-static void read_block(Drafts &drafts, Draft &d, uint32_t *peak_of_gradient, Room &room) {
+// The gradient of a block after plain updates, in room or, where it is as it came, in the tensor (null).
+static const float *read_gradient(Drafts &drafts, const Span &s, uint32_t *peak_of_gradient, Room &room) {
   const Run &run = *drafts.run;
   const lb_job &job = *run.job;
-  const lb_program &program = *job.program;
-  const Span s = span_of(drafts, d);
   const float *g = drafts.widen ? read_floats(job.grad, job.grad_dtype, s, room.array[1]) : nullptr;
   if (drafts.before) {  // loops ask for the next block of what they read, but this gradient they read from room
     const Place &p = drafts.places[1];
-    const char *next = p.start + d.row * p.row_bytes + (d.col + LB_BLOCK) * p.bits / 8;
+    const char *next = p.start + s.row * p.row_bytes + (s.col + LB_BLOCK) * p.bits / 8;
     for (int line = 0; line < LB_BLOCK * p.bits / 8; line += 64) __builtin_prefetch(next + line, 0, 3);
   }
   if (drafts.before && !g) g = read_floats(job.grad, job.grad_dtype, s, room.array[1]);
@@ -181,7 +185,7 @@ static void read_block(Drafts &drafts, Draft &d, uint32_t *peak_of_gradient, Roo
     lb_frame &f = drafts.frames[i];
     uint32_t peaks[2];
     if (raw && drafts.stages[i]->above >= 0) {
-      const float most = run.surveys[d.row * run.cut.per_row + d.col / LB_BLOCK].most;
+      const float most = run.surveys[s.row * run.cut.per_row + s.col / LB_BLOCK].most;
       if (i == drafts.gauged) *peak_of_gradient = bits_of(most);
       if (most <= run.scalars[drafts.stages[i]->above]) continue;  // it would change nothing
     }
@@ -193,105 +197,117 @@ static void read_block(Drafts &drafts, Draft &d, uint32_t *peak_of_gradient, Roo
     g = room.array[1];
     if (i == drafts.gauged) *peak_of_gradient = peaks[1];
   }
+  return g;
+}
+
+// How many of the next `most` blocks no plain update would change, as far as the first sweep has noted.
+static int64_t unchanged(const Drafts &drafts, int64_t number, int64_t most) {
+  const Run &run = *drafts.run;
+  if (!drafts.before) return most;
+  float limit = __FLT_MAX__;
+  for (int i = 0; i < drafts.before; ++i) {
+    if (run.foreseen < 0 || drafts.stages[i]->above < 0) return 0;
+    limit = lb::minimum(limit, run.scalars[drafts.stages[i]->above]);
+  }
+  int64_t count = 0;
+  while (count < most && run.surveys[number + count].most <= limit) ++count;
+  return count;
+}
+
+// What the loop is told of a block and those after it.
+static void begin_at(Drafts &drafts, int64_t row, int64_t col) {
+  lb_fused &call = drafts.call;
+  const lb_stage &last = *drafts.last;
+  char *at[LB_ARRAYS];
+  float *scale_at[LB_ARRAYS];
   for (int slot = 0; slot < drafts.slots; ++slot) {
     const Place &p = drafts.places[slot];
-    d.at[slot] = p.start + d.row * p.row_bytes + d.col * p.bits / 8;
-    d.scale_at[slot] = p.scale ? p.scale + d.row * p.scales + (d.col >> p.shift) : nullptr;
+    at[slot] = p.start + row * p.row_bytes + col * p.bits / 8;
+    scale_at[slot] = p.scale ? p.scale + row * p.scales + (col >> p.shift) : nullptr;
   }
-  if (drafts.weight >= 0) {
-    load_weight(run, s, drafts.decoded, room);
-    d.at[0] = (char *)drafts.decoded;
-  }
-  lb_fused &call = drafts.call;
-  const lb_stage &last = *drafts.last;
   for (int i = 0; i < last.reads; ++i) {
     const int slot = last.read[i];
-    if (slot >= drafts.slots) {
-      const int k = slot - drafts.slots;
-      load_vector(run, s, slot, program.over[k], run.vectors[k], room);
-      call.frame.in[i] = room.at[slot];
-      continue;
-    }
-    call.frame.in[i] = slot == 1 && g ? g : (const float *)d.at[slot];
-    if (!d.scale_at[slot]) continue;
-    call.scale[0][i] = d.scale_at[slot][0];
-    call.scale[1][i] = d.scale_at[slot][drafts.places[slot].shift < 8];
+    if (slot >= drafts.slots) continue;
+    call.frame.in[i] = slot == 0 && drafts.weight >= 0 ? drafts.decoded : (const float *)at[slot];
+    call.scale[i] = scale_at[slot];
   }
-}
-
-// What it stores of the block before.
-static void store_block(Drafts &drafts, const Draft &d, Room &room) {
-  const Run &run = *drafts.run;
-  lb_fused &call = drafts.call;
-  const lb_stage &last = *drafts.last;
-  call.draws = nullptr;
-  if (run.job->stochastic && drafts.weight < 0) call.draws = room.draws.fill(run.key[0], d.row * run.cut.stride + d.col, LB_BLOCK);
   for (int w = 0; w < last.writes; ++w) {
     const int slot = last.write[w];
-    call.draft[w] = d.values[w];
-    call.to[w] = d.at[slot];
-    call.inverse[0][w] = d.inverse[2 * w];
-    call.inverse[1][w] = d.inverse[2 * w + 1];
-    if (!d.scale_at[slot]) continue;
-    d.scale_at[slot][0] = d.scale[2 * w];
-    if (!drafts.whole[w]) d.scale_at[slot][1] = d.scale[2 * w + 1];
+    call.to[w] = w == drafts.weight ? (char *)drafts.nowhere : at[slot];
+    call.scale_to[w] = scale_at[slot];
   }
-  if (drafts.weight < 0) return;
+}
+
+// The bits to round with of the blocks that are stored while `count` are drafted, and how many can be drafted so.
+static int64_t draw(Drafts &drafts, int64_t row, int64_t col, int64_t count, Room &room) {
+  const Run &run = *drafts.run;
+  drafts.call.draws = nullptr;
+  if (!run.job->stochastic || drafts.weight >= 0) return count;
+  if (!drafts.waiting) return 1;
+  const int64_t number = drafts.row * run.cut.stride + drafts.col;
+  const int64_t most = number + LB_BLOCK == row * run.cut.stride + col ? SPAN / LB_BLOCK : 1;
+  count = count < most ? count : most;
+  drafts.call.draws = room.draws.fill(run.key[0], number, LB_BLOCK * (int)count);
+  return count;
+}
+
+// The stored weight of the block that waits, from its draft.
+static void store_waiting_weight(Drafts &drafts, Room &room) {
+  if (drafts.weight < 0 || !drafts.waiting) return;
+  const Run &run = *drafts.run;
   bool good = true;
-  const Span s = span_of(drafts, d);
-  call.to[drafts.weight] = drafts.nowhere;
-  room.at[0] = d.values[drafts.weight];
+  room.at[0] = drafts.call.draft[drafts.call.turn][drafts.weight];
   room.finite = true;
-  store_weight(run, s, &good, true, room);
+  store_weight(run, one_block(*run.job, run.cut, drafts.row, drafts.col, 0), &good, true, room);
 }
 
-// Whether the draft can be stored; its scales, from the peaks of both halves.
-static bool judge(const Drafts &drafts, const uint32_t *peaks, Draft &d) {
-  const int writes = drafts.last->writes;
-  const uint32_t *second = peaks + writes + 1;
-  alignas(64) uint32_t absmax[16] = {};
-  uint32_t worst = peaks[writes] > second[writes] ? peaks[writes] : second[writes];
-  for (int w = 0; w < writes; ++w) {
-    const uint32_t a = peaks[w], b = second[w], most = a > b ? a : b;
-    worst = most > worst ? most : worst;
-    absmax[2 * w] = drafts.whole[w] ? most : a;
-    absmax[2 * w + 1] = drafts.whole[w] ? most : b;
-  }
-#ifdef LB_AVX2
-  for (int k = 0; k < 16; k += Lanes::COUNT) {  // derive_scale and inverse, which the compiler would take one by one
-    const Lanes most = Lanes::load((const float *)absmax + k), held = most / Lanes::load(drafts.top + k);
-    Lanes scale = lb::clip(held, Lanes::load(drafts.least + k), Lanes::load(drafts.most + k));
-    scale = where(most < __builtin_inff(), scale, __builtin_nanf(""));
-    scale = where(most == 0.0f, 0.0f, scale);
-    scale.store(d.scale + k);
-    where(scale > 0.0f, 1.0f / scale, 0.0f).store(d.inverse + k);
-  }
-#endif
-  return worst < 0x7F7F0000u;  // so much fits whatever is stored, however it is rounded
-}
-
-// Makes a draft of `now`, if there is such a block, and stores the one before, if it waits. The loop does both always;
-// what it has no block for, once in a chunk, it does for nothing: it drafts the block before again, or stores away from
-// the tensor.
-static void draft_block(Drafts &drafts, Draft *now, Draft &before, Room &room) {
+// Stores the block that waits. The loop always makes a draft as well: here of what it has read before, for nothing.
+static void store_last(Drafts &drafts, Room &room) {
+  if (!drafts.waiting) return;
   lb_fused &call = drafts.call;
-  const int writes = drafts.last->writes;
-  uint32_t peaks[2 * (LB_ARRAYS + 1)], gradient = 0;
-  call.frame.peaks = peaks;
-  read_block(drafts, now ? *now : before, &gradient, room);
-  for (int w = 0; w < writes; ++w) call.frame.out[w] = now ? now->values[w] : drafts.nowhere;
-  if (before.waiting) {
-    store_block(drafts, before, room);
-  } else {
-    for (int w = 0; w < writes; ++w) {
-      call.draft[w] = drafts.zeros;
-      call.to[w] = drafts.nowhere;
-    }
-    call.draws = nullptr;
-  }
+  for (int w = 0; w < drafts.last->writes; ++w) call.scale_to[w] = drafts.nowhere;
+  draw(drafts, drafts.row, drafts.col, 1, room);
+  store_waiting_weight(drafts, room);
+  call.blocks = 1;
   drafts.fused(&call);
-  before.waiting = false;
-  if (now) now->waiting = judge(drafts, peaks, *now) && finite_bits(gradient);
+  nothing_waits(drafts);
+}
+
+// Makes drafts of blocks from one on, `most` at most; how many. The last then waits, unless the next cannot be drafted.
+static int64_t draft_blocks(Drafts &drafts, int64_t row, int64_t col, int64_t most, Room &room) {
+  const Run &run = *drafts.run;
+  const lb_program &program = *run.job->program;
+  const lb_stage &last = *drafts.last;
+  lb_fused &call = drafts.call;
+  begin_at(drafts, row, col);
+  int64_t count = drafts.singly ? 0 : unchanged(drafts, row * run.cut.per_row + col / LB_BLOCK, most);
+  if (!count) {
+    count = 1;
+    const Span s = one_block(*run.job, run.cut, row, col, 0);
+    uint32_t peak_of_gradient = 0;
+    const float *g = read_gradient(drafts, s, &peak_of_gradient, room);
+    if (!finite_bits(peak_of_gradient)) return 0;
+    if (drafts.weight >= 0) load_weight(run, s, drafts.decoded, room);
+    for (int i = 0; i < last.reads; ++i) {
+      const int slot = last.read[i];
+      if (slot >= drafts.slots) {
+        const int k = slot - drafts.slots;
+        load_vector(run, s, slot, program.over[k], run.vectors[k], room);
+        call.frame.in[i] = room.at[slot];
+      } else if (slot == 1 && g) {
+        call.frame.in[i] = g;
+      }
+    }
+  }
+  call.blocks = draw(drafts, row, col, count, room);
+  store_waiting_weight(drafts, room);
+  const int64_t made = drafts.fused(&call);
+  drafts.waiting = made == call.blocks;
+  if (!drafts.waiting) nothing_waits(drafts);
+  drafts.row = row;
+  drafts.col = col + (made - 1) * LB_BLOCK;
+  for (; drafts.col >= run.job->cols; drafts.col -= run.job->cols) ++drafts.row;
+  return made;
 }
 
 // Blocks `first` to `end` of a tensor; how many were left alone.
@@ -299,25 +315,20 @@ static int64_t update_blocks(Drafts &drafts, int64_t first, int64_t end, int pie
   const Run &run = *drafts.run;
   const lb_job &job = *run.job;
   room.feed.count = 0;
-  int64_t lost = 0, row = first / run.cut.per_row, col = first % run.cut.per_row * LB_BLOCK;
-  for (int64_t block = first; block < end; ++block) {
-    Draft &d = drafts.drafts[block & 1], &before = drafts.drafts[~block & 1];
-    d.row = row;
-    d.col = col;
-    if (job.cols - col >= LB_BLOCK) draft_block(drafts, &d, before, room);
-    if (!d.waiting) {
-      if (before.waiting) draft_block(drafts, nullptr, before, room);
-      const Span s = one_block(job, run.cut, row, col, block);
-      lost += update_span(run, s, s, piece, roots, room);
-    }
-    col += LB_BLOCK;
-    if (col >= job.cols) {
-      col = 0;
-      ++row;
-    }
+  int64_t lost = 0;
+  for (int64_t block = first; block < end;) {
+    const int64_t row = block / run.cut.per_row, col = block % run.cut.per_row * LB_BLOCK;
+    const int64_t whole = drafts.straight ? end - block : (job.cols - col) / LB_BLOCK;
+    const int64_t most = whole < end - block ? whole : end - block;
+    const int64_t made = most ? draft_blocks(drafts, row, col, most, room) : 0;
+    block += made;
+    if (made && drafts.waiting) continue;
+    store_last(drafts, room);
+    const Span s = one_block(job, run.cut, block / run.cut.per_row, block % run.cut.per_row * LB_BLOCK, block);
+    lost += update_span(run, s, s, piece, roots, room);
+    ++block;
   }
-  Draft &rest = drafts.drafts[~end & 1];
-  if (rest.waiting) draft_block(drafts, nullptr, rest, room);
+  store_last(drafts, room);
   return lost;
 }
 

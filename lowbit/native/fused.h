@@ -2,6 +2,8 @@
 // and stored. The encoding fills the time in which square roots and divisions are waited for, and memory is read and
 // written evenly, as the processor's look-ahead likes it.
 //
+// Pointers go from block to block and constants stay where they are: what is done once a block takes a tenth of the time.
+//
 // For each stage, kernels.h says what it is called with (`adamw_adamw_lanes`); this makes a loop for each way in which
 // the operands may be stored: p and g as fp32 or bf16, moments as fp32, bytes, codes of 4 bits or, with AVX-512, of 8.
 // Other ways go through fp32 in the first-level cache, where what is read is always LB_FLOATS.
@@ -42,22 +44,38 @@ template <class Stage> constexpr uint32_t roots_of(uint64_t kinds) {  // of whic
   return roots;
 }
 
+constexpr int bits_of(int kind) {
+  return kind == LB_FLOATS ? 32 : kind == LB_BF16 ? 16 : kind == LB_NIBBLES ? 4 : 8;
+}
+
 // Operand K of a loop, and those after it.
 template <class Stage, uint64_t KINDS, int K> struct Reader {
   static constexpr int KIND = kind_at(KINDS, K);
+  static constexpr int BITS = bits_of(KIND);
+  static constexpr bool SCALED = KIND != LB_FLOATS && KIND != LB_BF16;
   const void *from;
+  const float *scales;
+  int second;
   Lanes scale;
   Table table;
   const uint16_t *halves;
   mutable Lanes pair[2];
   Reader<Stage, KINDS, K + 1> rest;
-  LB_IN Reader(const lb_fused *call, int half)
-      : from(call->frame.in[K]), scale(call->scale[half][K]), rest(call, half) {
+  LB_IN Reader(const lb_fused *call)
+      : from(call->frame.in[K]), scales(call->scale[K]), second(call->second[K]), rest(call) {
     if (KIND == LB_NIBBLES) table = Table((const float *)call->table[K]);
     halves = (const uint16_t *)call->table[K];
   }
+  LB_IN void next() {  // block
+    from = (const char *)from + LB_BLOCK * BITS / 8;
+    if (SCALED) scales += 1 + second;
+    rest.next();
+  }
+  LB_IN void begin_half(int half) {
+    if (SCALED) scale = scales[half ? second : 0];
+    rest.begin_half(half);
+  }
   LB_IN void read(int i, Lanes *x) const {
-    constexpr int BITS = KIND == LB_FLOATS ? 32 : KIND == LB_BF16 ? 16 : KIND == LB_NIBBLES ? 4 : 8;
     __builtin_prefetch((const char *)from + (i + LB_BLOCK) * BITS / 8, 0, 3);  // the next block, most of the time
     x[K] = lanes(i);
     rest.read(i, x);
@@ -77,7 +95,9 @@ template <class Stage, uint64_t KINDS, int K> struct Reader {
   }
 };
 template <class Stage, uint64_t KINDS> struct Reader<Stage, KINDS, Stage::READS> {
-  LB_IN Reader(const lb_fused *, int) {}
+  LB_IN Reader(const lb_fused *) {}
+  LB_IN void next() {}
+  LB_IN void begin_half(int) {}
   LB_IN void begin(int) const {}
   LB_IN void read(int, Lanes *) const {}
 };
@@ -94,19 +114,42 @@ template <class Stage, uint64_t KINDS, int W> struct Writer {
   static constexpr int KIND = kind_written<Stage, KINDS>(W);
   static constexpr int GROUPS = 32 / Lanes::COUNT;
   static constexpr bool CODES = KIND == LB_CODES || KIND == LB_RISING_CODES;
+  static constexpr bool SCALED = KIND != LB_FLOATS && KIND != LB_BF16;
   const float *draft;
-  void *to;
+  void *to, *next_to;
+  float *scales;
+  int second;
   Lanes inverse;
   Ladder ladder;
   Slopes slopes;
   int least;
   const uint16_t *draws;
   Writer<Stage, KINDS, W + 1> rest;
-  LB_IN Writer(const lb_fused *call, int half)
-      : draft(call->draft[W]), to(call->to[W]), inverse(call->inverse[half][W]), least(call->least[W]),
-        draws(call->draws), rest(call, half) {
+  LB_IN Writer(const lb_fused *call)
+      : to(call->waits[W]), next_to(call->to[W]), scales(call->scale_to[W]), second(call->second_to[W]),
+        least(call->least[W]), draws(call->draws), rest(call) {
     if (KIND == LB_NIBBLES) ladder = Ladder(*call->format[W]);
     if constexpr (CODES) slopes = Slopes(*call->format[W]);
+  }
+  LB_IN void begin_half(const lb_fused *call, const float *inverses, int half) {
+    draft = call->draft[call->turn][W];
+    if (SCALED) inverse = inverses[2 * W + half];
+    rest.begin_half(call, inverses, half);
+  }
+  LB_IN void next(const float *scale) {  // block: the one that has just been drafted, of these scales
+    to = next_to;
+    next_to = (char *)next_to + LB_BLOCK * bits_of(KIND) / 8;
+    if (KIND == LB_BF16 && draws) draws += LB_BLOCK;
+    if (SCALED) {
+      scales[0] = scale[2 * W];
+      scales[second] = scale[2 * W + 1];
+      scales += 1 + second;
+    }
+    rest.next(scale);
+  }
+  LB_IN void leave(lb_fused *call) const {
+    call->waits[W] = to;
+    rest.leave(call);
   }
   LB_IN void write(int i, Lanes *nearest) const {
     Lanes x[GROUPS];
@@ -132,63 +175,102 @@ template <class Stage, uint64_t KINDS, int W> struct Writer {
     rest.write(i, nearest);
   }
   // Arithmetic is not sure of a code: all that went through its lane are looked up.
-  void look_again(const lb_fused *call, int half, const Lanes *nearest) const {
+  void look_again(const lb_fused *call, const float *inverses, int half, const Lanes *nearest) const {
     if constexpr (CODES) {
       for (uint32_t left = slopes.doubtful(nearest[W]); left; left &= left - 1) {
         for (int i = half * HALF + __builtin_ctz(left); i < (half + 1) * HALF; i += Lanes::COUNT) {
           const float x = draft[i];
-          const int rung = rung_of(*call->format[W], x * call->inverse[half][W]), live = x > 0.0f ? least : 0;
+          const int rung = rung_of(*call->format[W], x * inverses[2 * W + half]), live = x > 0.0f ? least : 0;
           ((uint8_t *)to)[i] = (uint8_t)(rung > live ? rung : live);
         }
       }
     }
-    rest.look_again(call, half, nearest);
+    rest.look_again(call, inverses, half, nearest);
   }
 };
 template <class Stage, uint64_t KINDS> struct Writer<Stage, KINDS, Stage::WRITES> {
-  LB_IN Writer(const lb_fused *, int) {}
+  LB_IN Writer(const lb_fused *) {}
+  LB_IN void begin_half(const lb_fused *, const float *, int) {}
+  LB_IN void next(const float *) {}
+  LB_IN void leave(lb_fused *) const {}
   LB_IN void write(int, Lanes *) const {}
-  void look_again(const lb_fused *, int, const Lanes *) const {}
+  void look_again(const lb_fused *, const float *, int, const Lanes *) const {}
 };
 
-template <class Stage, uint64_t KINDS> static void fused(const lb_fused *call) {
+// The scales of a draft and their inverses, from the peaks of both halves of each write. False, and no scales, if it
+// cannot be stored.
+LB_FN bool derive_scales(const lb_fused *call, const Lanes *peaks, float *scales, float *inverses) {
+  constexpr int PARTS = 2 * LB_FUSED_WRITES / Lanes::COUNT;
+  bool fits = true;  // so much fits whatever is stored, however it is rounded
+  for (int k = 0; k < PARTS; ++k) fits &= all_below(peaks[k], 0x7F7F0000u);
+  if (!fits) return false;
+  for (int k = 0; k < PARTS; ++k) {
+    const int at = k * Lanes::COUNT;
+    const Lanes either = most_bits(peaks[k], swap_lanes<1>(peaks[k])), most = chosen(call->whole >> at, either, peaks[k]);
+    const Lanes held = most / Lanes::load(call->top + at);
+    Lanes scale = lb::clip(held, Lanes::load(call->min_scale + at), Lanes::load(call->max_scale + at));
+    scale = where(most == 0.0f, 0.0f, scale);
+    scale.store(scales + at);
+    where(scale > 0.0f, 1.0f / scale, 0.0f).store(inverses + at);
+  }
+  return true;
+}
+
+template <class Stage, uint64_t KINDS> static int64_t fused(lb_fused *call) {
   constexpr int WRITES = Stage::WRITES;
   const Stage stage(&call->frame);
-  float *out[WRITES];
-  for (int w = 0; w < WRITES; ++w) out[w] = call->frame.out[w];
-  for (int half = 0; half < 2; ++half) {
-    const Reader<Stage, KINDS, 0> reader(call, half);
-    const Writer<Stage, KINDS, 0> writer(call, half);
+  Reader<Stage, KINDS, 0> reader(call);
+  Writer<Stage, KINDS, 0> writer(call);
+  alignas(64) float scales[2 * LB_FUSED_WRITES], inverses[2 * LB_FUSED_WRITES];
+  __builtin_memcpy(inverses, call->inverse, sizeof inverses);
+  for (int64_t block = 0; block < call->blocks; ++block) {
+    float *const *out = call->draft[!call->turn];
     Finite finite;
-    Peak peaks[WRITES];
-    Lanes nearest[WRITES];
-    for (int w = 0; w < WRITES; ++w) nearest[w] = 0.5f;
-    for (int j = half * HALF; j < (half + 1) * HALF; j += 32) {
-      reader.begin(j);
+    Lanes found[2 * LB_FUSED_WRITES / Lanes::COUNT];
+    for (Lanes &part : found) part = 0.0f;
+    for (int half = 0; half < 2; ++half) {
+      reader.begin_half(half);
+      writer.begin_half(call, inverses, half);
+      Peak peaks[WRITES];
+      Lanes nearest[WRITES];
+      for (int w = 0; w < WRITES; ++w) nearest[w] = 0.5f;
+      for (int j = half * HALF; j < (half + 1) * HALF; j += 32) {
+        reader.begin(j);
 #pragma GCC unroll 4
-      for (int i = j; i < j + 32; i += Lanes::COUNT) {
-        Lanes x[Stage::READS + WRITES];
-        reader.read(i, x);
-        if (Stage::GRADIENT >= 0) finite.see(x[Stage::GRADIENT]);
-        Stage::run(x, stage);
+        for (int i = j; i < j + 32; i += Lanes::COUNT) {
+          Lanes x[Stage::READS + WRITES];
+          reader.read(i, x);
+          if (Stage::GRADIENT >= 0) finite.see(x[Stage::GRADIENT]);
+          Stage::run(x, stage);
 #pragma GCC unroll 12
-        for (int w = 0; w < WRITES; ++w) {
-          const int kind = kind_written<Stage, KINDS>(w);
-          Lanes y = x[Stage::PLACES[w]];
-          if (kind == LB_ROOT_BYTES) y = sqrt(y);
-          y.store(out[w] + i);
-          if (kind == LB_FLOATS) finite.see(y);
-          else if (kind == LB_ROOT_BYTES) peaks[w].see_root(y);
-          else peaks[w].see(y);
+          for (int w = 0; w < WRITES; ++w) {
+            const int kind = kind_written<Stage, KINDS>(w);
+            Lanes y = x[Stage::PLACES[w]];
+            if (kind == LB_ROOT_BYTES) y = sqrt(y);
+            y.store(out[w] + i);
+            if (kind == LB_FLOATS) finite.see(y);
+            else if (kind == LB_ROOT_BYTES) peaks[w].see_root(y);
+            else peaks[w].see(y);
+          }
         }
+        writer.write(j, nearest);
       }
-      writer.write(j, nearest);
+      writer.look_again(call, inverses, half, nearest);
+#pragma GCC unroll 12
+      for (int w = 0; w < WRITES; ++w) {
+        if (kind_written<Stage, KINDS>(w) == LB_FLOATS) continue;
+        Lanes &part = found[2 * w / Lanes::COUNT];
+        part = chosen(1u << (2 * w + half) % Lanes::COUNT, lb::float_of(peaks[w].of_all()), part);
+      }
     }
-    writer.look_again(call, half, nearest);
-    uint32_t *found = call->frame.peaks + half * (WRITES + 1);
-    for (int w = 0; w < WRITES; ++w) found[w] = kind_written<Stage, KINDS>(w) == LB_FLOATS ? 0 : peaks[w].of_all();
-    found[WRITES] = finite.all() ? 0 : 0x7FC00000u;
+    if (!finite.all() || !derive_scales(call, found, scales, inverses)) return block;
+    call->turn = !call->turn;
+    writer.next(scales);
+    reader.next();
   }
+  writer.leave(call);
+  __builtin_memcpy(call->inverse, inverses, sizeof inverses);
+  return call->blocks;
 }
 
 template <class Stage, uint64_t KINDS> LB_FN bool offer(uint64_t kinds, uint32_t roots, lb_fused_kernel &found) {

@@ -114,6 +114,9 @@ LB_FN Lanes with_sign(Lanes a, Lanes sign) {  // of a number that has none
 LB_FN Lanes most_bits(Lanes a, Lanes b) {
   return _mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(a.v), _mm512_castps_si512(b.v)));
 }
+LB_FN bool all_below(Lanes a, uint32_t bits) {  // as integers without a sign
+  return _mm512_cmpge_epu32_mask(_mm512_castps_si512(a.v), _mm512_set1_epi32((int)bits)) == 0;
+}
 LB_FN Lanes smaller(Lanes a, Lanes b) { return _mm512_min_ps(a.v, b.v); }  // no NaN
 LB_FN Lanes larger(Lanes a, Lanes b) { return _mm512_max_ps(a.v, b.v); }
 
@@ -424,6 +427,10 @@ LB_FN Lanes with_sign(Lanes a, Lanes sign) {  // of a number that has none
 }
 LB_FN Lanes most_bits(Lanes a, Lanes b) {
   return _mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(a.v), _mm256_castps_si256(b.v)));
+}
+LB_FN bool all_below(Lanes a, uint32_t bits) {  // as integers without a sign
+  const __m256i least = _mm256_set1_epi32((int)bits), x = _mm256_castps_si256(a.v);
+  return _mm256_testz_si256(_mm256_cmpeq_epi32(_mm256_max_epu32(x, least), x), _mm256_set1_epi32(-1));
 }
 LB_FN Lanes smaller(Lanes a, Lanes b) { return _mm256_min_ps(a.v, b.v); }  // no NaN
 LB_FN Lanes larger(Lanes a, Lanes b) { return _mm256_max_ps(a.v, b.v); }

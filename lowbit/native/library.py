@@ -54,7 +54,7 @@ class Library:
 
         From the library where it is shipped, else printed, compiled and cached.
 
-        Raises `printer.Unprintable` for what cannot be printed and `build.BuildError` for what cannot be compiled.
+        Raises `translate.Unprintable` for what cannot be printed and `build.BuildError` for what cannot be compiled.
         """
         if (stage, letters) not in self._kernels:
             printed = print_stage(stage, letters)

@@ -82,21 +82,40 @@ static float sum_block(const Cut &c, float *values, int n) {
   return halve(values, c.width);
 }
 
+#ifdef LB_AVX2
+LB_FN Lanes widened(const float *x) { return Lanes::load(x); }
+LB_FN Lanes widened(const uint16_t *x) { return Lanes::widen(x); }
+
+template <class G> LB_FN Survey survey_block(const G *g) {
+  Peak most;
+  Least least;
+  Lanes squares[LB_BLOCK / Lanes::COUNT];
+  for (int k = 0; k < LB_BLOCK / Lanes::COUNT; ++k) {
+    const Lanes x = widened(g + k * Lanes::COUNT);
+    most.see(x);
+    least.see(x);
+    squares[k] = x * x;
+  }
+  const float sum = halve_lanes<LB_BLOCK / Lanes::COUNT>(squares);
+  return {sum, float_of(most.of_all()), float_of(least.of_all())};
+}
+
+// Blocks `first` to `end` of the first sweep.
+template <class G> static void survey_blocks(Run &run, const G *gradient, int64_t first, int64_t end) {
+  bool finite = true;
+  for (int64_t block = first; block < end; ++block) {
+    const Survey seen = survey_block(gradient + block * LB_BLOCK);
+    run.surveys[block] = seen;
+    run.partial[block] = seen.most;
+    finite &= seen.most < __builtin_inff();
+  }
+  if (run.job->program->guarded && !finite) __atomic_store_n(&run.skip, true, __ATOMIC_RELAXED);
+}
+#endif
+
 static Survey survey(const Cut &c, const float *g, int n) {
 #ifdef LB_AVX2
-  if (n == LB_BLOCK) {
-    Peak most;
-    Least least;
-    Lanes squares[LB_BLOCK / Lanes::COUNT];
-    for (int k = 0; k < LB_BLOCK / Lanes::COUNT; ++k) {
-      const Lanes x = Lanes::load(g + k * Lanes::COUNT);
-      most.see(x);
-      least.see(x);
-      squares[k] = x * x;
-    }
-    const float sum = halve_lanes<LB_BLOCK / Lanes::COUNT>(squares);
-    return {sum, float_of(most.of_all()), float_of(least.of_all())};
-  }
+  if (n == LB_BLOCK) return survey_block(g);
 #endif
   alignas(64) float squares[LB_BLOCK];
   uint32_t most = 0, least = 0x7F800000u;
@@ -109,6 +128,28 @@ static Survey survey(const Cut &c, const float *g, int n) {
   return {sum_block(c, squares, n), float_of(most), float_of(least)};
 }
 
+// Whether what it notes is all that the first sweep has to do.
+static bool only_surveys(const Run &run) {
+  const lb_program &program = *run.job->program;
+  for (int k = 0; k < run.next; ++k) {
+    if (program.stages[k].kind == LB_UPDATE) return false;
+  }
+  return program.stages[run.next].plain && program.stages[run.next].reduce == LB_MAX;
+}
+
+// Blocks `first` to `end` of the first sweep, if they are whole and lie one after the other.
+static bool survey_whole(Run &run, int64_t first, int64_t end) {
+#ifdef LB_AVX2
+  const lb_job &job = *run.job;
+  if (run.foreseen < 0 || run.next != run.first || job.cols % LB_BLOCK || !only_surveys(run)) return false;
+  if (job.grad_dtype == LB_FLOAT32) survey_blocks(run, (const float *)job.grad, first, end);
+  else if (job.grad_dtype == LB_BFLOAT16) survey_blocks(run, (const uint16_t *)job.grad, first, end);
+  return job.grad_dtype != LB_FLOAT16;
+#else
+  return false;
+#endif
+}
+
 // A span of the first sweep; true if that is all there is to do.
 static bool survey_span(Run &run, const Span &s, const Room &room) {
   bool finite = true;
@@ -118,12 +159,8 @@ static bool survey_span(Run &run, const Span &s, const Room &room) {
     run.partial[s.block + b] = seen.most;
     finite &= seen.most < __builtin_inff();
   }
-  const lb_program &program = *run.job->program;
-  for (int k = 0; k < run.next; ++k) {
-    if (program.stages[k].kind == LB_UPDATE) return false;
-  }
-  if (!program.stages[run.next].plain || program.stages[run.next].reduce != LB_MAX) return false;
-  if (program.guarded && !finite) __atomic_store_n(&run.skip, true, __ATOMIC_RELAXED);
+  if (!only_surveys(run)) return false;
+  if (run.job->program->guarded && !finite) __atomic_store_n(&run.skip, true, __ATOMIC_RELAXED);
   return true;
 }
 

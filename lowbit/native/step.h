@@ -192,10 +192,11 @@ static void sweep(Step &step, Room &room) {
       drafting = drafts.fused;
 #endif
     }
+    const Span last_span = span(*run.job, run.cut, last - 1);
+    const int64_t first = span(*run.job, run.cut, local * CHUNK).block, end = last_span.block + last_span.blocks;
+    if (!step.updating && survey_whole(run, first, end)) continue;
     int64_t lost = 0;
     if (step.updating && drafting) {
-      const Span last_span = span(*run.job, run.cut, last - 1);
-      const int64_t first = span(*run.job, run.cut, local * CHUNK).block, end = last_span.block + last_span.blocks;
       lost = update_blocks(drafts, first, end, piece, roots, room);
       if (lost) __atomic_fetch_add(&run.lost, lost, __ATOMIC_RELAXED);
       continue;

@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 from typing_extensions import Unpack
 
 from ..stages import Moment, Stage, fold, measure, update
+from ..tape import least
 from ..words import lerp, maximum, reciprocal, sqrt
 from .base import Options, Params, Rule
 
@@ -209,8 +210,8 @@ class Adafactor(Rule):
 
     def constants(self, group: Mapping[str, Any], t: int) -> dict[str, float]:
         """See `Part.constants`."""
-        lr = float(group["lr"])
-        lr = min(lr, t**-0.5) if group["relative_step"] else lr
+        lr = group["lr"]
+        lr = least(lr, t**-0.5) if group["relative_step"] else lr
         return {
             "lr": lr,
             "decay": lr * group["weight_decay"],

@@ -104,7 +104,7 @@ class AdamS(AnnealedBetas):
 
     def constants(self, group: Mapping[str, Any], t: int) -> dict[str, float]:
         """See `Part.constants`."""
-        lr, (beta1, beta2) = float(group["lr"]), self.betas(group)
+        lr, (beta1, beta2) = group["lr"], self.betas(group)
         return {
             "one": 1.0,
             "lr": lr,

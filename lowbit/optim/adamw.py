@@ -74,7 +74,7 @@ class AdamW(AnnealedBetas):
 
     Args:
         params: see `lowbit.optim.Rule`, as all keyword arguments not listed here.
-        lr: learning rate, a float or a 0-d tensor.
+        lr: learning rate, a float or a 0-d tensor; one on the parameters' device is read there, by no step on the host.
         betas: decay of the first and of the second moment.
         eps: added to the denominator.
         weight_decay: decoupled: p shrinks by lr * weight_decay each step, before the update.
@@ -125,4 +125,4 @@ class AdamW(AnnealedBetas):
 
     def constants(self, group: Mapping[str, Any], t: int) -> dict[str, float]:
         """See `Part.constants`."""
-        return constants(float(group["lr"]), self.betas(group), group["eps"], group["weight_decay"])
+        return constants(group["lr"], self.betas(group), group["eps"], group["weight_decay"])

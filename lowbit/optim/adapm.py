@@ -270,7 +270,7 @@ class AdaPM(AnnealedBetas):
         scale, last = group["residual_scale"], {**group, "steps": group["steps"] - 1}
         cold = [part.resets(group) == "before" or part.resets(last) == "after" for part in self.stabilize]
         return {
-            **adamw.constants(float(group["lr"]), (beta1, beta2), group["eps"], group["weight_decay"]),
+            **adamw.constants(group["lr"], (beta1, beta2), group["eps"], group["weight_decay"]),
             "beta1": beta1,
             "residual_scale": 1 / (1 - beta1) if scale is None else scale,
             "update_clip": group["update_clip"] or torch.finfo(torch.float32).max,

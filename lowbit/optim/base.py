@@ -31,7 +31,7 @@ from ..shards import local
 from ..stages import Job, Moment, Program, Stage
 from . import checkpoint, replay, sparse
 from .explain import Explanation, explain
-from .hyper import check, check_common, check_names, of_python
+from .hyper import check, check_common, check_names, of_floats, of_python, on_device
 from .matrices import Chain, carried
 from .parts import Part, Stabilizer, stabilizers
 from .roster import Roster, Turns
@@ -75,7 +75,10 @@ class Rule(torch.optim.Optimizer, Part):
         params: parameters, (name, parameter) pairs, or groups, as in `torch.optim`. Names make policies, roles and
             rounding seeds independent of the order. A group may also carry what `hyper.EXTRAS` lists (labels, what
             schedulers write) and keys of your own that begin with an underscore.
-        defaults: hyper-parameters and their default values; every one can be set per group.
+        defaults: hyper-parameters and their default values; every one can be set per group. `lr` may be a tensor of one
+            number in float32 or float64 on the parameters' GPU, as schedulers and captured graphs fill it: kernels read
+            it there, and no step waits (it does where the reference or a CPU needs the number). It is looked at once,
+            when the group is added; a step with a rate that is not finite leaves parameters as they are.
         states: "fp32", "bf16", "8bit", "4bit", a format name, a Format, or a dict from moment names to those. Also per
             group.
         seed: of stochastic rounding.
@@ -344,11 +347,11 @@ class Rule(torch.optim.Optimizer, Part):
                 graph.replay()
 
         Call it before every replay, on the stream of the replay. It does what the host does in a step: counts, reads
-        the learning rate as it is now, draws the step's random bits, resets moments if they are due; and tells the
-        device by one copy, for which nothing waits. So replays and eager steps may be mixed, and a checkpoint between
-        them is that of as many eager steps. A replay without it repeats a step with the same random bits, uncounted.
-        Hooks of `step` are not called. Graphs of optimizers that share kernels share the place of their constants too:
-        replay them on one stream, or one after the other.
+        the learning rate as it is now (one that is a tensor on the device is read by the replay itself), draws the
+        step's random bits, resets moments if they are due; and tells the device by one copy, for which nothing waits.
+        So replays and eager steps may be mixed, and a checkpoint between them is that of as many eager steps. A replay
+        without it repeats a step with the same random bits, uncounted.
+        Hooks of `step` are not called.
 
         The graph goes on using the memory it was captured with: a state or parameter that was loaded or moved needs a
         new graph. Raises `RuntimeError` before anything has changed where no captured step can be this one (a tensor
@@ -457,6 +460,7 @@ class Rule(torch.optim.Optimizer, Part):
         return jobs, parts, every
 
     def _constants(self, group: Mapping[str, Any], t: int, kind: str) -> dict[str, float]:
+        group = of_floats(group, type(self).__name__)
         parts = [part.constants(group, t) for part in self.stabilize]
         return {k: v for constants in (*parts, self.kind_constants(group, t, kind)) for k, v in constants.items()}
 
@@ -484,7 +488,7 @@ class Rule(torch.optim.Optimizer, Part):
         for group, tensors in work:
             first = group["steps"] == 0
             rounds = group["master"] == "none" and group["rounding"] == "nearest"
-            if self._warned or not rounds or (group["steps"] % 100 and not first):
+            if self._warned or not rounds or (group["steps"] % 100 and not first) or on_device(group["lr"]):
                 continue
             lr = max(float(group["lr"]), float(group.get("initial_lr", 0.0)) if first else 0.0)
             for slot, _ in tensors:

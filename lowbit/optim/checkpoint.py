@@ -78,8 +78,9 @@ def _prepare(rule: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
         known = {k: v for k, v in group.items() if k not in saved and k != "steps"}
         theirs = {k: v for k, v in saved.items() if k not in (*TORCHS_KEYS, OPTIMIZER)}
         new = {**known, **theirs, **{k: group[k] for k in OWN_KEYS}, "params": incoming}
-        if isinstance(group["lr"], Tensor) and not isinstance(new["lr"], Tensor):
-            new["lr"] = torch.full_like(group["lr"], new["lr"])  # schedulers compute in the tensor's precision
+        if isinstance(group["lr"], Tensor):  # schedulers compute in the tensor's precision, where it is
+            there = isinstance(new["lr"], Tensor)
+            new["lr"] = new["lr"].to(group["lr"].device) if there else torch.full_like(group["lr"], new["lr"])
         if "param_names" in group:
             new["param_names"] = group["param_names"]
         if "steps" not in new:  # torch counts for each parameter only

@@ -224,7 +224,7 @@ class GaLore(AnnealedBetas):
 
     def constants(self, group: Mapping[str, Any], t: int) -> dict[str, float]:
         """See `Part.constants`."""
-        lr, (beta1, beta2) = float(group["lr"]), self.betas(group)
+        lr, (beta1, beta2) = group["lr"], self.betas(group)
         threshold = group.get("cos_threshold")
         return {
             "lr": lr,

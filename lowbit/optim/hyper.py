@@ -11,11 +11,13 @@ from collections.abc import Iterable, Mapping
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
-from .. import masters
+from .. import gpu, masters
 from ..formats import nearest
 from ..policy import check_storage
+from ..tape import SOURCES, Traced
 
 if TYPE_CHECKING:
     from .base import Rule
@@ -36,7 +38,7 @@ EXTRAS = (
 
 
 def is_number(value: Any) -> bool:
-    """Whether something is one real number: of Python, of numpy, or in a tensor on the CPU."""
+    """Whether something is one real number: of Python, of numpy, or in a tensor."""
     if isinstance(value, Tensor):
         return value.numel() == 1 and value.is_floating_point()
     return isinstance(value, Real) and not isinstance(value, bool)
@@ -47,6 +49,18 @@ def of_python(value: Any) -> Any:
     if isinstance(value, tuple):
         return tuple(map(of_python, value))
     return value.item() if type(value).__module__ == "numpy" and value.ndim == 0 else value
+
+
+def on_device(value: Any) -> bool:
+    """Whether a hyper-parameter is in a tensor that a step must not wait for: on a device that kernels run on."""
+    return isinstance(value, Tensor) and (value.device.type != "cpu" or gpu.runs(value.device))
+
+
+def of_floats(group: Mapping[str, Any], owner: str) -> Mapping[str, Any]:
+    """A group in which numbers in tensors are floats, exactly; a learning rate that only a device knows is traced."""
+    known = {k: x.item() for k, x in group.items() if isinstance(x, Tensor) and k not in EXTRAS and not on_device(x)}
+    rate = {"lr": Traced.of(group["lr"], owner)} if on_device(group["lr"]) else {}
+    return {**group, **known, **rate} if known or rate else group
 
 
 def strange(keys: Iterable[str], known: Iterable[str]) -> list[str]:
@@ -98,11 +112,8 @@ def check_types(owner: type, group: Mapping[str, Any]) -> None:
 def check_common(group: Mapping[str, Any]) -> None:
     """Types and ranges of the hyper-parameters that carry the field's usual names; asked in each step."""
     for name, value in group.items():
-        if isinstance(value, Tensor) and value.device.type != "cpu":
-            raise TypeError(
-                f"{name} is a tensor on {value.device}, and every step would wait for it: pass a float, or a tensor on "
-                "the CPU. In a CUDA graph, opt.prepare_replay() tells the device what it is in each step"
-            )
+        if isinstance(value, Tensor) and name not in EXTRAS and on_device(value):
+            _check_on_device(name, value, group)
     betas = group.get("betas", ())
     if not isinstance(betas, (tuple, list)) or not all(is_number(beta) and 0 <= float(beta) < 1 for beta in betas):
         raise ValueError(f"betas must be numbers in [0, 1), not {betas!r}")
@@ -110,8 +121,29 @@ def check_common(group: Mapping[str, Any]) -> None:
         value = group.get(name, 0.0)
         if not is_number(value):
             raise TypeError(f"{name} must be a number, not {value!r}")
-        if not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"{name} must be a finite number >= 0, not {float(value)}")
+        if not on_device(value):
+            _check_rate(name, value)
+
+
+def _check_rate(name: str, value: Any) -> None:
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name} must be a finite number >= 0, not {float(value)}")
+
+
+def _check_on_device(name: str, value: Tensor, group: Mapping[str, Any]) -> None:
+    """Raise for a hyper-parameter on a device that is no learning rate, or one that not all kernels can read."""
+    what = f"{name} is a tensor on {value.device}"
+    if name != "lr" or not gpu.runs(value.device):
+        raise TypeError(f"{what}, and every step would wait for it: pass a float, or a tensor on the CPU")
+    if value.dtype not in SOURCES or value.numel() != 1:
+        raise TypeError(
+            f"{what}, of {value.numel()} values in {value.dtype}: kernels read one in float32 or float64, as "
+            f"torch.tensor(1e-3, device={str(value.device)!r}) is"
+        )
+    params = [entry[1] if isinstance(entry, tuple) else entry for entry in group["params"]]
+    devices = {p.device for p in params if isinstance(p, Tensor)}  # a checkpoint has their numbers
+    for device in devices - {value.device, torch.device("cpu")}:
+        raise ValueError(f"{what}, and there are parameters on {device}: give each device's a group with its own lr")
 
 
 def check_finite(group: Mapping[str, Any], like: Mapping[str, Any]) -> None:
@@ -130,6 +162,8 @@ def check(rule: Rule, group: Mapping[str, Any]) -> None:
     for part in rule.stabilize:
         check_types(type(part), group)
     check_common(group)
+    if on_device(group["lr"]):  # once: later steps do not wait to read it
+        _check_rate("lr", group["lr"])
     rule.check_group(group)
     plans = [rule.plan(group, kind) for kind in rule.kinds]
     signed = {m.name: m.signed for moments, _ in plans for m in moments.values()}

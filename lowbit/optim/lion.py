@@ -68,5 +68,5 @@ class Lion(AnnealedBetas):
 
     def constants(self, group: Mapping[str, Any], t: int) -> dict[str, float]:
         """See `Part.constants`."""
-        lr, (beta1, beta2) = float(group["lr"]), self.betas(group)
+        lr, (beta1, beta2) = group["lr"], self.betas(group)
         return {"lr": lr, "keep": 1 - lr * group["weight_decay"], "rate1": 1 - beta1, "rate2": 1 - beta2}

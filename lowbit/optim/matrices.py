@@ -21,6 +21,7 @@ from .. import backends, layout
 from ..formats import format as find_format
 from ..rounding import key
 from ..stages import CARRIED, Job, Namespace, Program, Stage, Turn, update
+from ..tape import Traced
 
 if TYPE_CHECKING:
     from .slot import Slot
@@ -157,7 +158,8 @@ class Chain:
             rows=rows,
             cols=cols,
             program=segment,
-            turn=Turn(turn.constants, turn.seed, turn.step + (index << 32)),  # a moment's number is its segment's only
+            # A moment's number is its segment's only.
+            turn=Turn(turn.constants, turn.seed, turn.step + (index << 32), turn.traced),
             tensor=slot.id,
             master=slot.master if own_p and "master" in self.state else "none",
             companion=self.state.get("master") if own_p else None,
@@ -175,7 +177,7 @@ class Chain:
         before = dict(host)
         first, second = self._key(index, 254)
         operands: dict[str, Any] = {
-            "c": Namespace(self.turn.constants),
+            "c": _Constants(self.turn, self.slot.param.device),
             "host": host,
             "key": first << 32 | second,
             "shape": self.slot.made_for[2],
@@ -225,6 +227,18 @@ class Chain:
         coded = backends.encode(fmt, x, stochastic, live=not moment.signed)
         for part, kept in self.slot.parts(letter, self.state).items():
             kept.copy_(torch.where(self.ok, coded[part].view(kept.shape), kept))
+
+
+class _Constants(Namespace):
+    """Constants of a matrix stage; one that only the stage's device knows is a tensor of one float64 number there."""
+
+    def __init__(self, turn: Turn, device: torch.device):
+        super().__init__({**turn.constants, **turn.traced})
+        self.__dict__["read"] = lambda x: x.double() if x.device == device else x.item()
+
+    def __getitem__(self, name: str) -> Any:
+        x = super().__getitem__(name)
+        return x.value(self.__dict__["read"]) if isinstance(x, Traced) else x
 
 
 def _reads(part: Program | Stage) -> Iterable[str]:

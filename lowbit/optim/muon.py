@@ -179,7 +179,7 @@ class Muon(Rule):
 
     def kind_constants(self, group: Mapping[str, Any], t: int, kind: str) -> dict[str, float]:
         """See `Rule.kind_constants`."""
-        lr = float(group["lr"])
+        lr = group["lr"]
         if kind in MATRICES:
             return {
                 "lr": lr,

@@ -16,7 +16,11 @@ class Part:
     stages: tuple[Stage, ...] = ()
 
     def constants(self, group: Mapping[str, Any], t: int) -> dict[str, float]:
-        """What does not depend on the value: float64, rounded once to fp32. `t` counts this tensor's steps from 1."""
+        """What does not depend on the value: float64, rounded once to fp32. `t` counts this tensor's steps from 1.
+
+        `group["lr"]` is a number, but not always one that is known by now: add, subtract, multiply and divide with it,
+        and take `lowbit.tape.least` (see there).
+        """
         return {}
 
     def resets(self, group: Mapping[str, Any]) -> Literal["", "before", "after"]:

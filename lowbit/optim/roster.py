@@ -20,6 +20,8 @@ from torch import Tensor
 
 from .. import backends
 from ..stages import Batch, Job, Kept, Turn
+from ..tape import traced
+from .hyper import on_device
 from .slot import Slot, asked_of, format_of, tensors_of
 
 if TYPE_CHECKING:
@@ -69,7 +71,10 @@ class Turns:
     def begin(self, rule: Rule, count: float) -> float:
         """Fill in what is this step's; returns what the tensors' own counts are after it."""
         group, turn, t = self.group, self.turn, int(count) + 1
-        turn.constants = rule._constants(group, t, self.kind)
+        turn.constants, turn.traced = rule._constants(group, t, self.kind), {}
+        if on_device(group["lr"]):
+            turn.traced = traced(turn.constants, type(rule).__name__)
+            turn.constants = {k: x for k, x in turn.constants.items() if k not in turn.traced}
         turn.seed, turn.step = group["seed"], group["steps"]
         return rule.step_after(group, t)
 
@@ -177,7 +182,10 @@ def _same(these: list[Any], those: list[Any]) -> bool:
 
 def _settings(rule: Rule) -> list[Any]:
     """What of the groups decides on jobs."""
-    return [(asked_of(rule, group), group["rounding"], group["state_rounding"]) for group in rule.param_groups]
+    names = "rounding", "state_rounding"
+    return [
+        (asked_of(rule, group), on_device(group["lr"]), *(group[name] for name in names)) for group in rule.param_groups
+    ]
 
 
 def _is_count(x: Tensor) -> bool:

@@ -180,7 +180,7 @@ class SCALE(Rule):
 
     def constants(self, group: Mapping[str, Any], t: int) -> dict[str, float]:
         """See `Part.constants`."""
-        lr, (beta1, beta2) = float(group["lr"]), group["betas"]
+        lr, (beta1, beta2) = group["lr"], group["betas"]
         scalar_lr = lr * group["scalar_lr"] / group["scalar_lr_at"] if group["scalar_lr"] is not None else lr
         return {
             "lr": lr,

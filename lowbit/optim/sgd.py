@@ -49,7 +49,7 @@ class SGD(Rule):
 
     Args:
         params: see `lowbit.optim.Rule`, as all keyword arguments not listed here.
-        lr: learning rate, a float or a 0-d tensor.
+        lr: learning rate, a float or a 0-d tensor; one on the parameters' device is read there, by no step on the host.
         momentum: share of the buffer that stays; 0 needs no buffer.
         dampening: 1 - dampening is the share of a gradient that enters the buffer, of all but the first.
         weight_decay: coupled (L2): weight_decay * p is added to the gradient.
@@ -103,7 +103,7 @@ class SGD(Rule):
         """See `Part.constants`."""
         share = 1.0 if t == 1 else 1 - group["dampening"]
         own = {"momentum": group["momentum"], "weight_decay": group["weight_decay"], "share": share}
-        return {"lr": float(group["lr"]), **own}
+        return {"lr": group["lr"], **own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """See `Rule.load_state_dict`. torch's SGD counts no steps: where it has a buffer, one at least was made."""

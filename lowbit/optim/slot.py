@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .base import Rule
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+SAMPLE = 1 << 20  # values of a parameter that show how large they are
 
 
 class Slot:
@@ -314,6 +315,8 @@ class Slot:
         if self.stored is not None:
             return resolution(*self.stored) / 2, f"{self.stored[0].name}, half a code", 'store="split"'
         p = local(self.param.detach())
+        for d in range(p.dim()):  # a corner of it: a large tensor is not copied to fp32
+            p = p.narrow(d, 0, max(1, min(p.shape[d], SAMPLE * p.shape[d] // p.numel())))
         half = float(p.float().square().mean().sqrt()) * torch.finfo(p.dtype).eps / 2
         return half, f"{p.dtype}, half an ulp", "a master"
 

@@ -109,5 +109,5 @@ class SWAN(Rule):
 
     def kind_constants(self, group: Mapping[str, Any], t: int, kind: str) -> dict[str, float]:
         """See `Rule.kind_constants`."""
-        adam = adamw.constants(float(group["lr"]), group["betas"], group["eps"], group["weight_decay"])
+        adam = adamw.constants(group["lr"], group["betas"], group["eps"], group["weight_decay"])
         return {**adam, "ns_steps": group["ns_steps"], **{k: kind == k for k in ("experts", "transposed")}}
