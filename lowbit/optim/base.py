@@ -30,6 +30,7 @@ from ..compiler import constant
 from ..formats import nearest
 from ..policy import PRESETS_VERSION, Policy, Storage
 from ..roles import Roles, check_used, clean_name, role_map
+from ..shards import local
 from ..stages import Job, Moment, Program, Stage
 from . import checkpoint, replay, sparse
 from .explain import Explanation, explain
@@ -37,6 +38,7 @@ from .hyper import check, check_common, check_names, of_floats, of_python, on_de
 from .matrices import Chain, carried
 from .parts import Part, Stabilizer, stabilizers
 from .roster import Roster, Turns
+from .sharded import count_together
 from .slot import FLOATS, Slot, asked_of
 
 if TYPE_CHECKING:
@@ -234,8 +236,6 @@ class Rule(torch.optim.Optimizer, Part):
                 raise TypeError(f"{label}: an optimizer takes tensors, not {type(p).__name__}")
             if p.dtype not in FLOATS:
                 raise TypeError(f"{label}: parameters must be float32, bfloat16 or float16, not {p.dtype}")
-            if hasattr(p, "device_mesh"):
-                raise TypeError(f"{label}: sharded parameters (DTensor) are not supported in this version")
             if not p.is_leaf:
                 raise ValueError(f"{label}: not a leaf tensor; pass the parameters themselves, not results computed")
             if id(p) in seen or id(p) in taken:
@@ -335,6 +335,7 @@ class Rule(torch.optim.Optimizer, Part):
                 for chain in chains:
                     chain.run()
                 self._reset("after")
+                count_together(self)
                 advance()
             except BaseException:  # such as kernels that cannot be compiled, or no memory: this was no step
                 for group, count in zip(self.param_groups, counts, strict=True):
@@ -480,7 +481,7 @@ class Rule(torch.optim.Optimizer, Part):
                 if slot.kept:
                     slot.fit(state)
                     parts.append(partial(slot.part, group, state, turn))
-                elif slot.numel:
+                elif slot.numel:  # of all ranks: scalars are everywhere
                     jobs.append(slot.job(group, state, turn))
                 turns[key].counts.append(count)
             every += turns.values()
@@ -520,7 +521,7 @@ class Rule(torch.optim.Optimizer, Part):
             lr = max(float(group["lr"]), float(group.get("initial_lr", 0.0)) if first else 0.0)
             for slot, _ in tensors:
                 p = slot.param
-                if (p.dtype == torch.float32 and slot.stored is None) or not slot.numel or self._warned:
+                if (p.dtype == torch.float32 and slot.stored is None) or not local(p).numel() or self._warned:
                     continue
                 half, what, way_out = slot.resolution()
                 if 0 < lr < half:
@@ -559,8 +560,8 @@ class Rule(torch.optim.Optimizer, Part):
         return explain(self)
 
     def state_bytes(self) -> int:
-        """Bytes of all tensors in `state`, codes, scales, scalars and counters included."""
-        return sum(v.nbytes for state in self.state.values() for v in state.values() if isinstance(v, Tensor))
+        """Bytes of all tensors in `state`, codes, scales, scalars and counters included; of shards, this rank's."""
+        return sum(local(v).nbytes for state in self.state.values() for v in state.values() if isinstance(v, Tensor))
 
     def counters(self) -> dict[str, int]:
         """How often a step left a block, or a whole tensor, as it was: values not finite, or too large to be stored."""
