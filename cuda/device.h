@@ -10,13 +10,17 @@
 #define LB_ONE_AT_A_TIME _Pragma("unroll 1")
 #define LB_RARELY asm volatile("pmevent 0;")  // a profiler can count it, and what reads machine code leaves its block out
 #define LB_KEEP(pointer) asm("" : "+l"(pointer))  // as it is: what it was made of is not to be added up again at each use
+#define LB_KEEP_NUMBER(number) asm("" : "+r"(number))
 #define LB_GLOBAL(pointer) __builtin_assume(__isGlobal(pointer))  // else every access finds out what it accesses
+#define LB_SHARED(pointer) __builtin_assume(__isShared(pointer))  // the same of shared memory
 // The bytes of shared memory that the launch asks for; the shim has its own.
 #define LB_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 #else
 #define LB_KEEP(pointer)
+#define LB_KEEP_NUMBER(number)
 #define LB_RARELY
 #define LB_GLOBAL(pointer)
+#define LB_SHARED(pointer)
 #define LB_UNROLL
 #define LB_ONE_AT_A_TIME
 #endif

@@ -13,7 +13,7 @@
 // format, else x once more; `inverse` is inverse(scale); draws are 16 random bits for each value, unread without
 // STOCHASTIC. LIVE: no value above 0 becomes 0 (an unsigned format is always so). BOUNDED: the scale was derived from
 // these values and is finite, so that none is NaN, infinite or far beyond the top: what a step stores. POSITIVE: if the
-// format is LIVE or unsigned, all values are above 2**-100, and `inverse` is above 2**-20.
+// format is LIVE or unsigned, all values are 0 or above 2**-100, and `inverse` is above 2**-20.
 //
 // scale_of<Fmt>(absmax) and log_base<Fmt, V, LANES>(x, scale) say what a block of values is stored with.
 //
@@ -32,6 +32,7 @@ LB_FN float add_down(float a, float b) { return __fadd_rd(a, b); }
 LB_FN float larger(float a, float b) { return fmaxf(a, b); }
 LB_FN float smaller(float a, float b) { return fminf(a, b); }
 LB_FN float size(float a) { return fabsf(a); }  // free where it is an operand
+LB_FN float saturated(float a) { return __saturatef(a); }
 #else
 LB_FN uint32_t permute(uint32_t low, uint32_t high, uint32_t order) {  // of eight bytes, four by number
   const uint64_t both = (uint64_t)high << 32 | low;
@@ -45,6 +46,7 @@ LB_FN float add_down(float a, float b) {  // a + b, rounded down, where b's ulp 
 LB_FN float larger(float a, float b) { return maximum(a, b); }
 LB_FN float smaller(float a, float b) { return minimum(a, b); }
 LB_FN float size(float a) { return abs(a); }
+LB_FN float saturated(float a) { return a > 1.0f ? 1.0f : a > 0.0f ? a : 0.0f; }
 #endif
 
 constexpr float INTEGER = 12582912.0f;           // 1.5 * 2**23: what is added to it is rounded to an integer
@@ -120,7 +122,7 @@ template <class Fmt> LB_FN float scale_of(float absmax) {
   constexpr float TOP = Fmt::TOP, SHARE = 1.0f / TOP;
   if (!(absmax >= 0x1p-90f)) return derive_scale(absmax, TOP, Fmt::MIN_SCALE, Fmt::MAX_SCALE);
   const float near = absmax * SHARE;
-  float scale = fma(fma(-near, TOP, absmax), SHARE, near);
+  float scale = fma(fma(near, -TOP, absmax), SHARE, near);
   scale = scale > Fmt::MAX_SCALE ? Fmt::MAX_SCALE : scale;
   scale = scale < Fmt::MIN_SCALE ? Fmt::MIN_SCALE : scale;
   return finite_bits(magnitude_bits(absmax)) ? scale : float_of(0x7FC00000u);
@@ -129,13 +131,14 @@ template <class Fmt> LB_FN float scale_of(float absmax) {
 // The same without a choice, between bounds that leave nothing to hold; and its reciprocal.
 template <class Fmt> LB_FN float quick_scale(float absmax, Doubt &doubt) {
   constexpr float TOP = Fmt::TOP, SHARE = 1.0f / TOP, LEAST = 2.0f * TOP * Fmt::MIN_SCALE, MOST = 0.5f * TOP * Fmt::MAX_SCALE;
-  doubt.otherwise |= !(absmax >= (LEAST > 0x1p-90f ? LEAST : 0x1p-90f) && absmax <= (MOST < 0x1p20f ? MOST : 0x1p20f));
+  const bool between = absmax >= (LEAST > 0x1p-90f ? LEAST : 0x1p-90f) && absmax <= (MOST < 0x1p20f ? MOST : 0x1p20f);
+  doubt.otherwise |= !between && absmax != 0.0f;
   const float near = absmax * SHARE;
-  return TOP == 1.0f ? absmax : fma(fma(-near, TOP, absmax), SHARE, near);
+  return TOP == 1.0f ? absmax : fma(fma(near, -TOP, absmax), SHARE, near);
 }
-LB_FN float quick_inverse(float scale) {
+LB_FN float quick_inverse(float scale) {  // of 0 any number: all values are 0, and others are not changed by what is added
   Doubt none;
-  return divided(1.0f, scale, &none).x;
+  return divided(1.0f, scale + 0x1p-126f, &none).x;
 }
 
 // ---- rounding
@@ -189,7 +192,7 @@ template <class Fmt> struct Integers {
     // A value a little beyond the top is rounded to it, but may not be rounded up from there.
     if (STOCHASTIC || !BOUNDED) u = smaller(larger(u, LEAST), LIMIT);
     if constexpr (!STOCHASTIC) {
-      if (RAISED) u = larger(u, POSITIVE || x > 0.0f ? 1.0f : LEAST);
+      if (RAISED) u = larger(u, POSITIVE ? saturated(source * 0x1p100f) : x > 0.0f ? 1.0f : LEAST);
       return bits_of(u + (INTEGER + BIAS));
     } else {
       const float sum = add_down(u, INTEGER + BIAS), low = sum - (INTEGER + BIAS);
@@ -197,7 +200,7 @@ template <class Fmt> struct Integers {
       const uint32_t made = bits_of(sum) + (above >= share_of(draw) * gap ? 1u : 0u);
       if (!RAISED) return made;
       const uint32_t one = INTEGER_BITS + BIAS + 1u;
-      return (POSITIVE || x > 0.0f) && made < one ? one : made;
+      return x > 0.0f && made < one ? one : made;
     }
   }
 
@@ -298,7 +301,7 @@ template <class Fmt> struct Codebook {
   LB_FN uint32_t rung_of(float u, uint32_t draw, const Shared &shared) {
     constexpr bool HELD = !BOUNDED || STOCHASTIC;
     if (HELD) u = smaller(u, Fmt::TOP);
-    if (!Fmt::SIGN_MAGNITUDE && (HELD || (!Fmt::SIGNED && !POSITIVE))) u = larger(u, Fmt::BOTTOM);
+    if (!Fmt::SIGN_MAGNITUDE && (HELD || (!Fmt::SIGNED && (!POSITIVE || Fmt::BOTTOM > 0.0f)))) u = larger(u, Fmt::BOTTOM);
     const uint32_t rung = To::rung(u, shared.ways);
     if (!STOCHASTIC) return rung;
     // From the nearest rung to the one at or below, and up again by chance.

@@ -283,9 +283,35 @@ def test_a_captured_training_step_can_be_replayed(rule: str, backend: str):
     assert all(map(torch.equal, *found))
 
 
-def test_a_learning_rate_on_the_device_is_refused():
-    with pytest.raises(TypeError, match=r"lr is a tensor on cuda:0, and every step would wait.*prepare_replay\(\)"):
-        AdamW(two_matrices(), lr=torch.tensor(1e-3, device=CUDA))
+@every_rule
+def test_a_learning_rate_on_the_device_is_read_there(rule: str, backend: str, no_waiting):
+    """By steps and by the replays of a graph, whose schedule writes into it."""
+    if backend == "reference":
+        pytest.skip("this backend takes the value, and waits for it")
+    found = []
+    for on_device in (False, True):
+        named = two_matrices()
+        opt = RULES[rule](named)
+        rates = [torch.tensor(0.5**t).item() for t in range(1, 9)]
+        lr = torch.tensor(rates[0], device=CUDA)
+        graph = torch.cuda.CUDAGraph()
+        for t, rate in enumerate(rates, 1):
+            lr.fill_(rate)
+            for group in opt.param_groups:
+                group["lr"] = lr if on_device else rate
+            give(named, t)
+            if on_device and t == 4:
+                with torch.cuda.graph(graph):
+                    opt.step()
+            torch.cuda.set_sync_debug_mode("error" if t > 1 else "default")
+            if on_device and t >= 4:
+                opt.prepare_replay()
+                graph.replay()
+            else:
+                opt.step()
+            torch.cuda.set_sync_debug_mode("default")
+        found.append([p.detach().cpu() for _, p in named])
+    assert all(map(torch.equal, *found))
 
 
 # ---- checkpoints

@@ -20,6 +20,7 @@ _STEPS = [
     (optim.AdamW, "4bit", "weight"),
     (optim.AdamW, "fp32", "weight"),
     (optim.StableSPAM, "4bit", "weight"),
+    (optim.SPAM, "4bit", "weight"),
     (optim.Lion, "8bit", "weight"),
     (optim.AdamMini, "8bit", "weight"),
     (optim.SCALE, "8bit", "lm_head.weight"),  # its last layer has a momentum
