@@ -61,9 +61,29 @@ template <class Fmt, int V> using Codes = Words<(V * Fmt::BITS + 7) / 8>;
 template <int BITS, int COUNT>
 constexpr uint32_t ONES = (uint32_t)(((1ull << BITS * COUNT) - 1u) / ((1u << BITS) - 1u));
 
+// Whether codes lie across words: those of 6 bits.
+template <class Fmt> constexpr bool ACROSS = Fmt::BITS < 32 && 32 % Fmt::BITS != 0;
+
 template <class Fmt, int V> LB_FN uint32_t code_at(const Codes<Fmt, V> &codes, int i) {
-  constexpr int EACH = 32 / Fmt::BITS;
-  return codes.word[i / EACH] >> i % EACH * Fmt::BITS & ((1u << Fmt::BITS) - 1u);
+  const int word = i * Fmt::BITS / 32, from = i * Fmt::BITS % 32;
+  uint32_t bits = codes.word[word] >> from;
+  if (ACROSS<Fmt> && from + Fmt::BITS > 32) bits |= codes.word[word + 1] << (32 - from);
+  return bits & 0xFFFFFFFFu >> (32 - Fmt::BITS);
+}
+
+// Where there were zeros.
+template <class Fmt, int V> LB_FN void put_code(Codes<Fmt, V> &codes, int i, uint32_t code) {
+  const int word = i * Fmt::BITS / 32, from = i * Fmt::BITS % 32;
+  codes.word[word] |= code << from;
+  if (ACROSS<Fmt> && from + Fmt::BITS > 32) codes.word[word + 1] |= code >> (32 - from);
+}
+
+// The codes from the count-th on become 0.
+template <class Fmt, int V> LB_FN void keep_codes(Codes<Fmt, V> &codes, int count) {
+  LB_UNROLL for (int w = 0; w < Codes<Fmt, V>::COUNT; ++w) {
+    const int left = count * Fmt::BITS - 32 * w;
+    codes.word[w] &= left >= 32 ? ~0u : left <= 0 ? 0u : (1u << left) - 1u;
+  }
 }
 
 // Codes that stand in the low bits of c. With bytes, what stands above them does not count; else it is the same in all
@@ -71,21 +91,27 @@ template <class Fmt, int V> LB_FN uint32_t code_at(const Codes<Fmt, V> &codes, i
 template <class Fmt, int V> LB_FN Codes<Fmt, V> pack(const uint32_t (&c)[V], uint32_t above = 0) {
   constexpr int EACH = 32 / Fmt::BITS, BITS = Fmt::BITS;
   Codes<Fmt, V> packed;
-  LB_UNROLL for (int w = 0; w * EACH < V; ++w) {
-    const int first = w * EACH;
-    if constexpr (BITS == 8 && V >= 4) {
-      const uint32_t low = permute(c[first], c[first + 1], 0x40), high = permute(c[first + 2], c[first + 3], 0x40);
-      packed.word[w] = permute(low, high, 0x5410);
-    } else if constexpr (BITS == 8) {
-      packed.word[w] = V == 2 ? permute(c[0], c[V - 1], 0x40) & 0xFFFFu : c[0] & 0xFFu;
-    } else {
-      constexpr int COUNT = V < EACH ? V : EACH;
-      uint32_t word = c[first + COUNT - 1];
-      LB_UNROLL for (int k = COUNT - 2; k >= 0; --k) word = (word << BITS) + c[first + k];
-      packed.word[w] = word - ONES<BITS, COUNT> * above;
+  if constexpr (ACROSS<Fmt>) {
+    LB_UNROLL for (int w = 0; w < Codes<Fmt, V>::COUNT; ++w) packed.word[w] = 0u;
+    LB_UNROLL for (int k = 0; k < V; ++k) put_code<Fmt, V>(packed, k, c[k] - above);
+    return packed;
+  } else {
+    LB_UNROLL for (int w = 0; w * EACH < V; ++w) {
+      const int first = w * EACH;
+      if constexpr (BITS == 8 && V >= 4) {
+        const uint32_t low = permute(c[first], c[first + 1], 0x40), high = permute(c[first + 2], c[first + 3], 0x40);
+        packed.word[w] = permute(low, high, 0x5410);
+      } else if constexpr (BITS == 8) {
+        packed.word[w] = V == 2 ? permute(c[0], c[V - 1], 0x40) & 0xFFFFu : c[0] & 0xFFu;
+      } else {
+        constexpr int COUNT = V < EACH ? V : EACH;
+        uint32_t word = c[first + COUNT - 1];
+        LB_UNROLL for (int k = COUNT - 2; k >= 0; --k) word = (word << BITS) + c[first + k];
+        packed.word[w] = word - ONES<BITS, COUNT> * above;
+      }
     }
+    return packed;
   }
-  return packed;
 }
 
 // ---- scales
@@ -255,8 +281,8 @@ template <class Fmt> struct Codebook {
     constexpr int EACH = 32 / Fmt::BITS;
     constexpr uint32_t MASK = ((1u << Fmt::BITS) - 1u) * 4u;
     LB_UNROLL for (int i = 0; i < V; ++i) {
-      const uint32_t word = codes.word[i / EACH];
-      const int at = i % EACH * Fmt::BITS - 2;
+      const uint32_t word = ACROSS<Fmt> ? code_at<Fmt, V>(codes, i) : codes.word[i / EACH];
+      const int at = ACROSS<Fmt> ? -2 : i % EACH * Fmt::BITS - 2;
       const float value = float_in<MASK>(shared.values, at < 0 ? word << 2 : word >> (at < 0 ? 0 : at)) * scale;
       x[i] = Fmt::SQUARE ? value * value : value;
     }

@@ -15,6 +15,7 @@ struct Job {
   const float *constants;  // by number; what a step changes, too
   int64_t rows, cols, group_rows;
   int64_t tensor;  // its number in random bits
+  int64_t first;   // of its values in the whole tensor, for random bits; even
   int64_t first_chunk;  // the first of its chunks in the launch
   int64_t first_tile;   // the first of its tiles of columns in a launch over those
   int64_t work_vectors[LB_ARRAYS];  // offsets of this step's copies of vectors, persistent ones first

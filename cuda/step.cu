@@ -185,7 +185,7 @@ extern "C" __global__ void __launch_bounds__(lb::UPDATERS, lb::TOGETHER)
   const Dynamic &now = its->now;
   const uint32_t first = threadIdx.x * V;
   Key keys[1 + MOMENTS];
-  if (DRAWS) stream_keys(job, now, its->chunk, keys);
+  if (DRAWS) stream_keys(job, now, job.first + its->chunk, keys);
   const float *constants = job.constants;
   const bool quick = worth_trying(constants, its->scalars);
   uint32_t lost = 0u, doubtful = quick ? 0u : ~0u;  // step blocks; turns, a bit each

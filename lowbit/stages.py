@@ -45,6 +45,8 @@ import torch
 from torch import Tensor
 
 from .formats import Format
+from .layout import row_stride
+from .shards import Shard, local
 from .tape import Traced
 
 Reduce = Literal["max", "sum", "mean"]
@@ -87,6 +89,11 @@ class Stage:
     unit: str = ""
     above: str = ""
     chain: tuple[Stage, ...] = ()  # the updates that this one is made of
+
+    @property
+    def reduce_over(self) -> Literal["sum", "max"]:
+        """How what parts of a tensor have measured is brought together."""
+        return "max" if self.reduce == "max" else "sum"
 
     def __call__(self, operands: Mapping[str, Any]) -> Any:
         return self.function(*(operands[name] for name in self.reads))
@@ -339,6 +346,9 @@ class Job:
     A parameter that is `stored` is a format and parts as in `lowbit.stored`: these are what is read and written, and
     `param` says no more than its gradient, shape and device. It has no master.
 
+    Of a tensor that is sharded (`shard`), all of these are what this rank has, but for vectors over columns or groups,
+    which every rank has whole; `whole` is the DTensor, whose gradient is looked up.
+
     A job lasts: only the gradient and the turn's numbers are those of one step. Whoever replaces or moves a tensor
     makes a new job, so a backend may keep in `prepared` what it made of all else. Jobs of one `kind` are stepped alike.
     """
@@ -360,6 +370,8 @@ class Job:
     group_rows: int = 1
     gathered: Tensor | None = None  # the gradient, where it is not the parameter's own
     stored: tuple[Format, dict[str, Tensor]] | None = None
+    shard: Shard | None = None
+    whole: Tensor | None = None
     prepared: Any = None  # a backend's own
     kind: tuple[Program, torch.device] = field(init=False)
 
@@ -384,9 +396,26 @@ class Job:
     @property
     def grad(self) -> Tensor:
         """The gradient: the parameter's, unless another is given."""
-        grad = self.param.grad if self.gathered is None else self.gathered
+        if self.gathered is not None:
+            return self.gathered
+        grad = (self.param if self.whole is None else self.whole).grad
         assert grad is not None
-        return grad
+        return local(grad)
+
+    @property
+    def first(self) -> int:
+        """The number of its first row in the whole tensor."""
+        return 0 if self.shard is None else self.shard.first
+
+    @property
+    def first_value(self) -> int:
+        """The number, for random bits, of its first value in the whole tensor."""
+        return self.first * row_stride(self.cols)
+
+    @property
+    def all_rows(self) -> int:
+        """How many rows the whole tensor has."""
+        return self.rows if self.shard is None else self.shard.total
 
 
 class Batch(list[Job]):

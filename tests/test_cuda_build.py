@@ -113,7 +113,9 @@ def matrix() -> Iterator:
         for j, arch in enumerate(ARCHITECTURES):
             for i, by in enumerate(COMPILERS):
                 chosen = arch == "sm_90a" or (i + j + k) % len(COMPILERS) == 0
-                if name.startswith("codec"):  # there are many: one compiler each, on one of the architectures
+                if name.startswith(
+                    ("codec", "statistic")
+                ):  # there are many: one compiler each, on one of the architectures
                     chosen = (j, i) == (k % len(ARCHITECTURES), k % len(COMPILERS))
                 yield pytest.param(by, arch, name, marks=[] if chosen else [pytest.mark.slow])
 

@@ -26,7 +26,7 @@ from ..native.build import BuildError
 from ..rotation import Rotation
 from ..scales import Coded
 from ..stages import Job, Program
-from . import cuda, native, reference
+from . import cuda, native, reference, sharded
 
 NAMES = ("reference", "native")
 
@@ -142,7 +142,7 @@ def fake(
     """
     x = _plain(x)
     if torch.compiler.is_compiling() and rotation is None and _is_operator(fmt, x.device):
-        return torch.ops.lowbit.fake(x, fmt.name, [] if noise is None else list(noise)).to(dtype)
+        return torch.ops.lowbit.fake(x, fmt.name, [] if noise is None else list(noise), _made_in(dtype)).to(dtype)
     return _for_layers(x, fmt).fake(fmt, x, noise, rotation=rotation, dtype=_made_in(dtype)).to(dtype)
 
 
@@ -226,18 +226,23 @@ def _is_operator(fmt: Format, device: torch.device) -> bool:
 def share(jobs: list[Job]) -> list[tuple[ModuleType, list[Job]]]:
     """Which backend is to step which jobs, those of one kind in a row.
 
-    Each backend once (CUDA for each GPU), so what is measured over all tensors sees all of its tensors.
+    Each backend once (CUDA for each GPU), so what is measured over all tensors sees all of its tensors. Sharded tensors
+    go by `sharded` where kernels cannot step them alone; with them go all tensors, if something is measured over all.
     """
-    kinds: dict[tuple[Program, torch.device], list[Job]] = {}
-    for kind, alike in groupby(jobs, attrgetter("kind")):
-        kinds.setdefault(kind, []).extend(alike)
+    kinds: dict[tuple[Program, torch.device, bool], list[Job]] = {}
+    for (program, device), alike in groupby(jobs, attrgetter("kind")):
+        for job in alike:
+            meets = job.shard is not None and bool(program.measures or not sharded.suits_kernels(job))
+            kinds.setdefault((program, device, meets), []).append(job)
+    over_all = any(stage.over == "all" for program, _, _ in kinds for stage in program.measures)
+    with_all = over_all and any(meets for _, _, meets in kinds)
     shares: dict[tuple[ModuleType, torch.device | None], list[Job]] = {}
-    for (program, device), alike in kinds.items():
-        backend = for_program(program, device)
+    for (program, device, meets), alike in kinds.items():
+        backend = sharded if meets or with_all else for_program(program, device)
         # A launch is for one GPU.
         shares.setdefault((backend, device if backend is cuda else None), []).extend(alike)
     apart = [device for backend, device in shares if backend is cuda]
-    if len(apart) > 1 and any(stage.over == "all" for program, _ in kinds for stage in program.measures):
+    if len(apart) > 1 and over_all:
         where = ", ".join(map(str, apart))
         raise ValueError(
             f"what is measured over all tensors must be on one GPU, and these are on {where}: give each GPU's tensors "

@@ -385,7 +385,7 @@ def _fill(target: structs.Job, job: Job, copy: Tensor | None, at: int) -> int:
     for k, name in enumerate(job.program.scalars):
         target.scalars[k] = job.scalars[name].data_ptr()
     target.rows, target.cols, target.group_rows = job.rows, job.cols, job.group_rows
-    target.tensor = job.stream[2] & 0xFFFFFFFF
+    target.tensor, target.first = job.stream[2] & 0xFFFFFFFF, job.first_value
     for k, letter in enumerate(print_program(job.program).vectors):
         if letter in job.vectors:
             target.vectors[k] = job.vectors[letter].data_ptr()

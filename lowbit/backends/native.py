@@ -203,6 +203,7 @@ class _Struct:
             kept.append(grad)
         target.grad, target.grad_dtype = grad.data_ptr(), DTYPES[grad.dtype]
         target.seed, target.step, target.tensor = job.stream  # ctypes takes the low 64 bits
+        target.first = job.first_value
         self.constants[:] = constants
 
 

@@ -15,6 +15,9 @@ x[i] + x[i + n/2] until one is left. What a `measure` function returns is fp32, 
     column  values converted to float64; inside each tile of TILE = 512 rows (the last may be short) one row after the
             other, starting from the tile's first; then the tiles by the tree in float64
 
+Of a tensor whose rows lie on several ranks, the sums of all rows are brought together first and folded as those of one
+that has them all, so they are the same bits. Sums over columns are made so of each rank's rows, and then added.
+
 The float64 sum is rounded to fp32 once: a sum as it is, a mean after one float64 division by the number of values. A
 maximum is that of magnitudes, and NaN if any is. Scaling before a square, by a power of two, is the business of the
 `measure` function (`s.unit` of AdaClip and AdaGN).
@@ -24,7 +27,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +42,7 @@ from ..formats import Format
 from ..layout import row_stride, step_width
 from ..rounding import bits16, key, uniform
 from ..rows import pack, unpack
+from ..shards import Together, bring_together
 from ..stages import VECTORS, Job, Namespace, Program, Stage
 from ..stored import WHOLE
 from ..stored import decode as decode_weight
@@ -56,24 +60,41 @@ TILE = 512  # rows that a sum over a column adds one after the other
 
 
 @torch.no_grad()
-def step(jobs: list[Job]) -> None:
+def step(jobs: list[Job], update: Update | None = None) -> None:
     """Step every job: parameters, moments, scalars and skip counts are written in place.
 
-    Programs run side by side, so that a measurement over all tensors sees the tensors of every program.
+    Programs run side by side, so that a measurement over all tensors sees the tensors of every program, and ranks that
+    share tensors meet as seldom as can be. `update` may do the last sweep, and says of which jobs it has.
     """
-    runs = [_Step(same).run() for same in _grouped(jobs, lambda job: job.kind)]
-    totals: list[Tensor | None] = [None] * len(runs)
-    while runs:
-        asked = []
-        for run, total in zip(runs, totals, strict=True):
+    runs = [Sweeps(same).run(update) for same in _grouped(jobs, lambda job: job.kind)]
+    asked = {run: question for run in runs if (question := next(run, None)) is not None}
+    while asked:
+        ready = [run for run, question in asked.items() if isinstance(question, list)]
+        bring_together(one for run in ready for one in asked[run])
+        answer = None
+        if not ready:  # what is left waits for a number over all tensors
+            ready, questions = list(asked), [question for question in asked.values() if not isinstance(question, list)]
+            device = questions[0].each.device  # with one device, as usual, nothing is moved and nobody waits
+            each = torch.cat([question.each.to(device, torch.float64) for question in questions])
+            answer = each.amax() if questions[0].reduce == "max" else halve(each)
+        for run in ready:
+            del asked[run]
+        for run in ready:
             with contextlib.suppress(StopIteration):
-                asked.append((run, *run.send(total)))
-        runs = [run for run, _, _ in asked]
-        if asked:
-            device = asked[0][1].device  # with one device, as usual, nothing is moved and nobody waits
-            each = torch.cat([values.to(device, torch.float64) for _, values, _ in asked])
-            total = each.amax() if asked[0][2] == "max" else halve(each)
-            totals = [total] * len(runs)
+                asked[run] = run.send(answer)
+        asked = {run: asked[run] for run in runs if run in asked}
+
+
+@dataclass(frozen=True, eq=False)
+class _Total:
+    """A question for one number over all tensors: one of each job, and how to reduce them."""
+
+    each: Tensor
+    reduce: str
+
+
+Update = Callable[["Sweeps", list[Stage]], set[int]]
+Run = Generator[_Total | list[Together], Tensor | None, None]
 
 
 def _grouped(jobs: list[Job], key: Any) -> list[list[Job]]:
@@ -92,8 +113,8 @@ class _Piece:
     last: int
 
 
-class _Step:
-    """All jobs of one program on one device."""
+class Sweeps:
+    """All jobs of one program on one device. Scalars have a number for each job; vectors are a list for each letter."""
 
     def __init__(self, jobs: list[Job]):
         self.jobs = jobs
@@ -124,8 +145,8 @@ class _Step:
     def _stack(self, rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         return {name: torch.stack([row[name] for row in rows]) for name in self.program.scalars}
 
-    def run(self) -> Generator[tuple[Tensor, str], Tensor | None, None]:
-        """One step. Yields (a number per job, how to reduce them) where a number over all tensors is needed."""
+    def run(self, update: Update | None = None) -> Run:
+        """One step. Yields where it needs a number over all tensors, or what other ranks have of its own."""
         done: list[Stage] = []  # the update stages that a later sweep must repeat
         measured: Any = None
         for stage in self.program.stages:
@@ -136,11 +157,18 @@ class _Step:
             elif stage.kind == "fold":
                 stage({"s": self.scalars, "c": self.constants, "x": measured})
             else:
-                measured = self._measure(stage, done)
+                partial = self._measure(stage, done)
+                asked = self._spread_out(stage, partial)
+                if asked:
+                    yield asked
+                    partial = self._brought_together(stage, partial, asked)
+                each = [_measured(stage, numbers, job) for numbers, job in zip(partial, self.jobs, strict=True)]
+                measured = each if stage.over in VECTORS else torch.cat(each)
                 if stage.over == "all":  # a tensor that will be left alone does not count
                     if self.program.guarded:
                         self.skip |= ~torch.isfinite(measured.float())
-                    total = yield torch.where(self.skip, 0.0, measured), stage.reduce
+                        yield from self._agree()
+                    total = yield _Total(torch.where(self.skip, 0.0, measured), stage.reduce)
                     assert total is not None
                     measured = total.to(self.device).float().expand(len(self.jobs)).clone()
         if self.program.guarded and self.program.measures:
@@ -148,14 +176,16 @@ class _Step:
                 self.skip |= ~torch.isfinite(value)
             for vectors in self.vectors.values():
                 self.skip |= torch.stack([~torch.isfinite(vector).all() for vector in vectors])
-        for chunk in self._chunks():
+            yield from self._agree()
+        updated = update(self, done) if update is not None else set[int]()
+        for chunk in self._chunks(updated):
             self._update(chunk, done)
         self._finish()
 
     # ---- sweeps
 
-    def _measure(self, stage: Stage, before: list[Stage]) -> Tensor | list[Tensor]:
-        """One number per job, fp32 (float64 for a sum over all tensors), or one fp32 vector per job."""
+    def _measure(self, stage: Stage, before: list[Stage]) -> list[Tensor]:
+        """Of each job the numbers of its rows, or of its columns' tiles."""
         partial: dict[int, list[Tensor]] = defaultdict(list)
         needed = {name for s in (*before, stage) for name in s.reads}
         for chunk in self._chunks():
@@ -174,8 +204,47 @@ class _Step:
                     self._add_columns(stage, partial[piece.index], rows, piece)
                 else:
                     partial[piece.index].append(_reduced(stage, rows if stage.reduce == "max" else rows.double()))
-        each = [_measured(stage, partial[index], job) for index, job in enumerate(self.jobs)]
-        return each if stage.over in VECTORS else torch.cat(each)
+        nothing = torch.float32 if stage.reduce == "max" else torch.float64  # what a rank has that has no row
+        for index, job in enumerate(self.jobs):
+            if not partial[index]:
+                shape = (1, job.cols) if stage.over == "column" else (0,)
+                partial[index] = [torch.zeros(shape, dtype=nothing, device=self.device)]
+        return [torch.cat(partial[index]) for index in range(len(self.jobs))]
+
+    # ---- what lies on several ranks
+
+    def _spread_out(self, stage: Stage, partial: list[Tensor]) -> list[Together]:
+        """What other ranks must be asked for, of each job that is sharded: the numbers of rows or columns."""
+        asked: list[Together] = []
+        for job, numbers in zip(self.jobs, partial, strict=True):
+            if job.shard is None or stage.over == "row":
+                continue
+            if stage.over == "column":
+                line = _reduced(stage, numbers.t())
+                asked.append((job.shard, line.view(torch.int32) if stage.reduce == "max" else line, stage.reduce_over))
+            else:
+                asked.append((job.shard, job.shard.placed(numbers), stage.reduce_over))
+        return asked
+
+    def _brought_together(self, stage: Stage, partial: list[Tensor], asked: list[Together]) -> list[Tensor]:
+        """The numbers of all rows or columns."""
+        answers = iter(asked)
+        made = []
+        for job, numbers in zip(self.jobs, partial, strict=True):
+            if job.shard is not None:
+                numbers = next(answers)[1].view(numbers.dtype)
+                numbers = numbers.unsqueeze(0) if stage.over == "column" else numbers
+            made.append(numbers)
+        return made
+
+    def _agree(self) -> Generator[list[Together], None, None]:
+        """A tensor that is to be left alone is so on every rank."""
+        flags = {index: self.skip[index].int() for index, job in enumerate(self.jobs) if job.shard is not None}
+        asked: list[Together] = [(shard, flag, "max") for i, flag in flags.items() if (shard := self.jobs[i].shard)]
+        if asked:
+            yield asked
+            for index, flag in flags.items():
+                self.skip[index] = flag > 0
 
     def _add_columns(self, stage: Stage, tiles: list[Tensor], rows: Tensor, piece: _Piece) -> None:
         """Take rows of a tensor into its `tiles`: one matrix, of the sums of each tile, or of the largest so far."""
@@ -251,10 +320,12 @@ class _Step:
 
     # ---- pieces and chunks
 
-    def _chunks(self) -> Iterator[list[_Piece]]:
+    def _chunks(self, without: Collection[int] = ()) -> Iterator[list[_Piece]]:
         """Pieces of jobs that can share torch operations, about CHUNK values at a time."""
         kinds: dict[Any, list[int]] = defaultdict(list)
         for index, job in enumerate(self.jobs):
+            if index in without:
+                continue
             stochastic = tuple(sorted(job.noise))
             formats = tuple(job.formats.items())
             weight = job.stored and (job.stored[0], *job.stored[1])
@@ -279,7 +350,7 @@ class _Step:
 class _Blocks:
     """The operands of a chunk as step blocks, fp32 [blocks, width], zero beyond the end of a row."""
 
-    def __init__(self, step: _Step, chunk: list[_Piece], needed: set[str]):
+    def __init__(self, step: Sweeps, chunk: list[_Piece], needed: set[str]):
         self.step, self.chunk = step, chunk
         jobs = step.jobs
         self.job = jobs[chunk[0].index]  # formats and dtypes are the same for all
@@ -350,7 +421,7 @@ class _Blocks:
         if over == "column":
             return self._in_blocks(vector.expand(piece.last - piece.first, -1), piece)
         rows = torch.arange(piece.first, piece.last, device=self.step.device)
-        each = vector[rows // job.group_rows if over == "group" else rows]
+        each = vector[(job.first + rows) // job.group_rows if over == "group" else rows]
         return each.repeat_interleave(row_stride(job.cols) // self.width).unsqueeze(1)
 
     def _companion(self) -> Tensor | None:
@@ -397,7 +468,8 @@ class _Blocks:
             job = self.step.jobs[piece.index]
             stride = row_stride(job.cols)
             count = (piece.last - piece.first) * stride
-            drawn.append(bits16(key(*job.stream, number), piece.first * stride, count, self.step.device))
+            start = (job.first + piece.first) * stride
+            drawn.append(bits16(key(*job.stream, number), start, count, self.step.device))
         return torch.cat(drawn).view(-1, self.width)
 
     def encode(self, letter: str) -> dict[str, Tensor]:
@@ -471,20 +543,20 @@ def _reduced(stage: Stage, values: Tensor) -> Tensor:
     return values.abs().amax(-1) if stage.reduce == "max" else halve(values)
 
 
-def _measured(stage: Stage, parts: list[Tensor], job: Job) -> Tensor:
+def _measured(stage: Stage, each: Tensor, job: Job) -> Tensor:
     """What was measured of one tensor, a vector, from the numbers of its rows, or of its columns' tiles."""
-    each = torch.cat(parts)
+    rows = job.all_rows
     if stage.over == "row":
         lines = [each.unsqueeze(1)]
     elif stage.over == "column":
         lines = [each.t()]
     elif stage.over == "group":
-        whole, short = each.split([job.rows - job.rows % job.group_rows, job.rows % job.group_rows])
+        whole, short = each.split([rows - rows % job.group_rows, rows % job.group_rows])
         lines = [whole.view(-1, job.group_rows), *([short.unsqueeze(0)] if len(short) else [])]
     else:
         lines = [each.unsqueeze(0)]
     numbers = torch.cat([_reduced(stage, line) for line in lines])
     if stage.reduce == "mean":
-        sizes = [job.rows if stage.over == "column" else line.shape[1] * job.cols for line in lines]
+        sizes = [rows if stage.over == "column" else line.shape[1] * job.cols for line in lines]
         numbers = numbers / torch.cat([numbers.new_full((len(line),), n) for line, n in zip(lines, sizes, strict=True)])
     return numbers if stage.over == "all" else numbers.float()

@@ -20,7 +20,7 @@ class Job(Structure):
         ("scalars", c_void_p * SCALARS),
         ("skipped", c_void_p),
         ("constants", c_void_p),
-        *((name, c_int64) for name in ("rows", "cols", "group_rows", "tensor", "first_chunk", "first_tile")),
+        *((name, c_int64) for name in ("rows", "cols", "group_rows", "tensor", "first", "first_chunk", "first_tile")),
         ("work_vectors", c_int64 * ARRAYS),
         *((name, c_int64) for name in ("partial", "sums")),
         *((name, c_void_p) for name in ("param_scale", "rest", "tensor_scale")),

@@ -185,6 +185,7 @@ typedef struct lb_job {
   int32_t param_dtype, grad_dtype, master;
   int32_t stochastic;  // how the parameter is rounded
   int64_t seed, step, tensor;
+  int64_t first;  // of its values in the whole tensor, for random bits; even
   lb_operand moments[LB_MOMENTS];
   float *vectors[LB_ARRAYS];
   float *scalars[LB_SCALARS];

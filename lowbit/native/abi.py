@@ -103,7 +103,7 @@ class Job(Structure):
         *((name, c_void_p) for name in ("program", "param", "grad", "companion", "skipped")),
         *((name, c_int64) for name in ("rows", "cols", "group_rows")),
         *((name, c_int32) for name in ("param_dtype", "grad_dtype", "master", "stochastic")),
-        *((name, c_int64) for name in ("seed", "step", "tensor")),
+        *((name, c_int64) for name in ("seed", "step", "tensor", "first")),
         ("moments", Operand * MOMENTS),
         ("vectors", c_void_p * ARRAYS),
         ("scalars", c_void_p * SCALARS),

@@ -282,7 +282,10 @@ static bool prepare(Run &run, const lb_job &job, int64_t *longest) {
   for (int k = 0; k < program.scalars; ++k) {
     run.scalars[k] = k < program.kept ? *job.scalars[k] : program.initial[k];
   }
-  for (int k = 0; k <= program.moments; ++k) stream_key(job.seed, job.step, job.tensor, k, run.key[k]);
+  for (int k = 0; k <= program.moments; ++k) {
+    stream_key(job.seed, job.step, job.tensor, k, run.key[k]);
+    run.key[k][0] += (uint32_t)(job.first / 2);  // values are numbered from there; below 2**33 nothing is carried
+  }
   uint32_t roots[LB_STAGES];
   run.rooted = root_masks(run, roots);
   run.gauge = gauge(program, program.count);

@@ -16,17 +16,21 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from itertools import count
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from .. import backends
+from ..compiler import constant
 from ..formats import nearest
 from ..policy import PRESETS_VERSION, Policy, Storage
 from ..roles import Roles, check_used, clean_name, role_map
+from ..shards import local
 from ..stages import Job, Moment, Program, Stage
 from . import checkpoint, replay, sparse
 from .explain import Explanation, explain
@@ -34,6 +38,7 @@ from .hyper import check, check_common, check_names, of_floats, of_python, on_de
 from .matrices import Chain, carried
 from .parts import Part, Stabilizer, stabilizers
 from .roster import Roster, Turns
+from .sharded import count_together
 from .slot import FLOATS, Slot, asked_of
 
 if TYPE_CHECKING:
@@ -136,6 +141,7 @@ class Rule(torch.optim.Optimizer, Part):
             hint = nearest(given, known)
             raise TypeError(f"{type(self).__name__} has no argument {given!r}{hint}; it has: {', '.join(known)}")
         self.stabilize = stabilizers(stabilize)
+        self._number = _numbered(self)
         if not isinstance(policy, Policy | None):
             raise TypeError(f"policy must be a lowbit.Policy([(match, storage), …]), not {policy!r}")
         self.policy = Policy() if policy is None else policy
@@ -230,8 +236,6 @@ class Rule(torch.optim.Optimizer, Part):
                 raise TypeError(f"{label}: an optimizer takes tensors, not {type(p).__name__}")
             if p.dtype not in FLOATS:
                 raise TypeError(f"{label}: parameters must be float32, bfloat16 or float16, not {p.dtype}")
-            if hasattr(p, "device_mesh"):
-                raise TypeError(f"{label}: sharded parameters (DTensor) are not supported in this version")
             if not p.is_leaf:
                 raise ValueError(f"{label}: not a leaf tensor; pass the parameters themselves, not results computed")
             if id(p) in seen or id(p) in taken:
@@ -282,7 +286,6 @@ class Rule(torch.optim.Optimizer, Part):
 
     # ---- the step
 
-    @_disable_dynamo  # as torch's own: tracing would take minutes, and there is nothing to fuse
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One step for every parameter that has a gradient.
 
@@ -291,19 +294,37 @@ class Rule(torch.optim.Optimizer, Part):
         sparse or integer gradient, or when a parameter's dtype, device or shape is no longer what the state was made
         for.
 
-        While a CUDA graph is captured it counts and changes nothing: see `prepare_replay`.
+        While a CUDA graph is captured it counts and changes nothing: see `prepare_replay`. To a compiler it is one
+        operator (`compiled`), where parameters are plain tensors; else it runs outside of what is compiled.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if torch.compiler.is_compiling() and self.in_backward is None:
+            every = [p for group in self.param_groups for p in group["params"]]
+            which = [k for k, p in enumerate(every) if p.grad is not None]
+            if which and all(type(p) in (Tensor, torch.nn.Parameter) for p in every) and _registered():
+                with torch.no_grad():
+                    params, grads = [every[k] for k in which], [every[k].grad for k in which]
+                    torch.ops.lowbit.step(params, grads, which, self._number)
+                return loss
+        self._step()
+        return loss
+
+    # A scheduler would put a function of its own around `step`, which no compiler traces, to learn that it was called.
+    step._wrapped_by_lr_sched = True  # pyright: ignore[reportFunctionMemberAccess]
+
+    @_disable_dynamo
+    def _step(self) -> None:
+        self._opt_called = True
         if self.in_backward is not None:
             self.in_backward.end()
-            return loss
+            return
         with torch.no_grad():
             if replay.capturing(self):
                 self._capture()
-                return loss
+                return
             counts = [group["steps"] for group in self.param_groups]
             try:
                 work = self._work()
@@ -314,13 +335,22 @@ class Rule(torch.optim.Optimizer, Part):
                 for chain in chains:
                     chain.run()
                 self._reset("after")
+                count_together(self)
                 advance()
             except BaseException:  # such as kernels that cannot be compiled, or no memory: this was no step
                 for group, count in zip(self.param_groups, counts, strict=True):
                     group["steps"] = count
                 self._roster = None
                 raise
-        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's, which no compiler traces."""
+        if not (set_to_none and torch.compiler.is_compiling()):
+            super().zero_grad(set_to_none)
+            return
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad = None
 
     def _capture(self) -> None:
         """Put the launches of a step into the CUDA graph that is being captured."""
@@ -452,7 +482,7 @@ class Rule(torch.optim.Optimizer, Part):
                 if slot.kept:
                     slot.fit(state)
                     parts.append(partial(slot.part, group, state, turn))
-                elif slot.numel:
+                elif slot.numel:  # of all ranks: scalars are everywhere
                     jobs.append(slot.job(group, state, turn))
                 turns[key].counts.append(count)
             every += turns.values()
@@ -492,7 +522,7 @@ class Rule(torch.optim.Optimizer, Part):
             lr = max(float(group["lr"]), float(group.get("initial_lr", 0.0)) if first else 0.0)
             for slot, _ in tensors:
                 p = slot.param
-                if (p.dtype == torch.float32 and slot.stored is None) or not slot.numel or self._warned:
+                if (p.dtype == torch.float32 and slot.stored is None) or not local(p).numel() or self._warned:
                     continue
                 half, what, way_out = slot.resolution()
                 if 0 < lr < half:
@@ -500,7 +530,7 @@ class Rule(torch.optim.Optimizer, Part):
                     warnings.warn(
                         f"lr={lr:.2g} is below the resolution of {slot.label} ({what} is about {half:.2g}): "
                         f'most updates will round away. Use rounding="stochastic" or {way_out}.',
-                        stacklevel=6,
+                        stacklevel=7,
                     )
 
     def program(self, group: Mapping[str, Any], kind: str = "") -> Program:
@@ -531,8 +561,8 @@ class Rule(torch.optim.Optimizer, Part):
         return explain(self)
 
     def state_bytes(self) -> int:
-        """Bytes of all tensors in `state`, codes, scales, scalars and counters included."""
-        return sum(v.nbytes for state in self.state.values() for v in state.values() if isinstance(v, Tensor))
+        """Bytes of all tensors in `state`, codes, scales, scalars and counters included; of shards, this rank's."""
+        return sum(local(v).nbytes for state in self.state.values() for v in state.values() if isinstance(v, Tensor))
 
     def counters(self) -> dict[str, int]:
         """How often a step left a block, or a whole tensor, as it was: values not finite, or too large to be stored."""
@@ -544,7 +574,7 @@ class Rule(torch.optim.Optimizer, Part):
 
     def __getstate__(self) -> dict[str, Any]:
         # Also what a subclass keeps; not hooks (as in torch), and not what is built again.
-        built = ("_programs", "_slots", "_roster", "devices", "step", "in_backward")
+        built = ("_programs", "_slots", "_roster", "_number", "devices", "step", "in_backward")
         own = {k: v for k, v in vars(self).items() if k not in built and not k.startswith("_optimizer_")}
         return {**own, **super().__getstate__()}
 
@@ -552,6 +582,7 @@ class Rule(torch.optim.Optimizer, Part):
         checkpoint.unwrap(state)
         super().__setstate__(state)
         self._programs, self._slots, self._roster, self.devices = {}, {}, None, set()
+        self._number = _numbered(self)
         for group in self.param_groups:
             for name, value in {**self.defaults, "steps": 0, "states_version": PRESETS_VERSION}.items():
                 if name != "differentiable":  # torch adds it to the defaults: a group would differ from before
@@ -579,6 +610,25 @@ class Rule(torch.optim.Optimizer, Part):
         """
         with checkpoint.checked_and_kept(self):
             super().load_state_dict(state_dict)
+
+
+# By a number, which is what an operator of torch can be given.
+rules: WeakValueDictionary[int, Rule] = WeakValueDictionary()
+_numbers = count()
+
+
+def _numbered(rule: Rule) -> int:
+    number = next(_numbers)
+    rules[number] = rule
+    return number
+
+
+@constant
+def _registered() -> bool:
+    """Make the operator known; a compiler calls this once, and takes what it says for granted."""
+    from . import compiled  # noqa: F401  # not before it is needed: importing the library registers nothing
+
+    return True
 
 
 def _advance(counts: list[Tensor], after: list[Tensor]) -> None:

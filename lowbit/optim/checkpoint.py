@@ -23,6 +23,7 @@ from .. import backends, layout, masters, rows
 from ..formats import Format, catalogue
 from ..policy import PRESETS_VERSION
 from ..roles import clean_name
+from ..shards import local, whole
 from .hyper import TORCHS_KEYS, check, check_finite, strange
 from .slot import Slot, state_key
 
@@ -195,16 +196,18 @@ def _by_tag() -> dict[int, Format]:
 
 
 class _Conversion:
-    """One parameter's saved state to the state this optimizer keeps."""
+    """One parameter's saved state to the state this optimizer keeps; of a sharded one, rank by rank the own rows."""
 
     def __init__(self, slot: Any, group: Mapping[str, Any], saved_group: Mapping[str, Any]):
         self.slot, self.group, self.saved_group = slot, group, saved_group
-        self.shape: tuple[int, ...] = slot.shape
         self.device = slot.param.device
         self.read: set[str] = {"master"}  # which of the saved tensors mean something here
 
     def run(self, saved: Mapping[str, Any]) -> dict[str, Any]:
-        state = self.slot.fresh()
+        return self.slot.spread(self._own(saved))
+
+    def _own(self, saved: Mapping[str, Any]) -> dict[str, Any]:
+        state = self.slot.own()
         if "step" not in saved:
             raise ValueError(f"{self.slot.label}: the checkpoint has no 'step'; it has {sorted(map(str, saved))}")
         state["step"] = _count(saved["step"], self.slot.label)
@@ -213,14 +216,14 @@ class _Conversion:
             if moment.over == "value":
                 state.update(self._moment(letter, name, moment.signed, saved))
             else:
-                state[name] = self._tensor(saved, name, tuple(state[name].shape), torch.float32)
+                state[name] = self._own_tensor(saved, name)
             if moment.weight and moment.weight not in saved:
                 state[moment.weight].fill_(self._weight(letter, int(state["step"])))
         if self.slot.kept:
-            state["mask"] = self._tensor(saved, "mask", tuple(state["mask"].shape), torch.uint8)
+            state["mask"] = self._own_tensor(saved, "mask")
         for name in (*self.slot.program.scalars, "skipped"):
             if name in saved:
-                state[name] = self._tensor(saved, name, tuple(state[name].shape), state[name].dtype)
+                state[name] = self._own_tensor(saved, name)
         for name in self.slot.host:
             if name in saved:
                 state[name] = self._tensor(saved, name, (), torch.float32).cpu()
@@ -236,11 +239,11 @@ class _Conversion:
 
     def _companion(self, saved: Mapping[str, Any], fresh: Tensor) -> Tensor:
         """The low bits of the parameter, which must be loaded already, as this optimizer keeps them."""
-        p, theirs, own = self.slot.param.detach(), self.saved_group["master"], self.group["master"]
+        p, theirs, own = local(self.slot.param).detach(), self.saved_group["master"], self.group["master"]
         dtype = masters.companion_dtype(theirs, p.dtype)
         if dtype is None:
             return fresh
-        kept = self._tensor(saved, "master", tuple(p.shape), dtype)
+        kept = self._tensor(saved, "master", tuple(self.slot.param.shape), dtype, "master" in self.slot.cut)
         if theirs == own:
             return kept
         rounded, converted = masters.store(own, masters.load(theirs, p, kept), p.dtype, None)
@@ -255,9 +258,10 @@ class _Conversion:
             raise ValueError(f"{self.slot.label}: the checkpoint has no {name!r}; it has {sorted(map(str, saved))}")
         tag = saved.get(f"{name}_format")
         stored = self._stored_format(name, tag, saved[name])
-        parts = {}
+        parts, cut = {}, name in self.slot.cut
         for part, (shape, dtype) in rows.part_shapes(stored, own_shape).items():
-            parts[part] = self._tensor(saved, state_key(name, part), shape, dtype)
+            parts[part] = self._tensor(saved, state_key(name, part), shape, dtype, cut)
+        own_shape = self.slot.here(own_shape, cut)
         if stored != fmt:
             height, cols = layout.rows_of(own_shape)
             values = backends.decode(stored, parts, cols) if height * cols else torch.zeros(height, cols)
@@ -282,7 +286,12 @@ class _Conversion:
             raise ValueError(f"{self.slot.label}: {name!r} is neither a floating-point tensor nor codes with a format")
         return next((f for f in catalogue().values() if f.dtype == value.dtype), catalogue()["fp32"])
 
-    def _tensor(self, saved: Mapping[str, Any], name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    def _own_tensor(self, saved: Mapping[str, Any], name: str) -> Tensor:
+        return self._tensor(saved, name, *self.slot.tensors[name], name in self.slot.cut)
+
+    def _tensor(
+        self, saved: Mapping[str, Any], name: str, shape: tuple[int, ...], dtype: torch.dtype, cut: bool = False
+    ) -> Tensor:
         value = saved.get(name)
         self.read.add(name)
         if not isinstance(value, Tensor):
@@ -292,10 +301,20 @@ class _Conversion:
             raise ValueError(f"{self.slot.label}: the checkpoint's {name!r} {got}; it must have shape {shape}")
         if value.dtype != dtype and not (value.is_floating_point() and dtype.is_floating_point):
             raise ValueError(f"{self.slot.label}: the checkpoint's {name!r} is {value.dtype}; it must be {dtype}")
+        value = self._here(value.detach(), cut)
         # A guarded step stores nothing that is not finite; released code does.
         if name != "master" and self.slot.program.guarded and value.is_floating_point() and not value.isfinite().all():
             raise ValueError(f"{self.slot.label}: the checkpoint's {name!r} is not finite: it is damaged")
-        return value.detach().to(device=self.device, dtype=dtype, copy=True).contiguous()
+        return value.to(device=self.device, dtype=dtype, copy=True).contiguous()
+
+    def _here(self, value: Tensor, cut: bool) -> Tensor:
+        """What this rank needs of a saved tensor, be that whole or sharded."""
+        shard = self.slot.shard if cut else None
+        if shard is None:
+            return whole(value)
+        if (getattr(value, "placements", None), getattr(value, "device_mesh", None)) == (shard.placements, shard.mesh):
+            return local(value)
+        return shard.take(whole(value))
 
     def _weight(self, letter: str, t: int) -> float:
         """The accumulated weight that t steps of torch's own Adam stand for."""
@@ -307,7 +326,8 @@ class _Conversion:
 def save_optimizer(opt: Rule, path: str | Path) -> None:
     """Write an optimizer's state dict as one safetensors file (no pickle): tensors as they are, the rest as metadata.
 
-    The file is written under a temporary name and moved into place, so a crash leaves the old one.
+    The file is written under a temporary name and moved into place, so a crash leaves the old one. Of sharded
+    parameters every rank must call this: states are gathered one after the other, and the first rank writes them.
     """
     from safetensors.torch import save_file
 
@@ -316,14 +336,18 @@ def save_optimizer(opt: Rule, path: str | Path) -> None:
     for number, state in state_dict["state"].items():
         for name, value in state.items():
             if isinstance(value, Tensor):
-                tensors[f"{number}.{name}"] = value.detach().cpu().contiguous()
+                tensors[f"{number}.{name}"] = whole(value.detach()).cpu().contiguous()
             else:
                 numbers[f"{number}.{name}"] = value
+    ranks = [slot.shard for slot in opt._slots.values() if slot.shard is not None]
     groups = [{k: plain(v) for k, v in group.items()} for group in state_dict["param_groups"]]
     target = Path(path)
     draft = target.with_name(target.name + ".part")
-    save_file(tensors, str(draft), {"lowbit": json.dumps({"groups": groups, "numbers": numbers})})
-    draft.replace(target)
+    if not ranks or ranks[0].mesh.get_rank() == ranks[0].mesh.mesh.flatten()[0]:
+        save_file(tensors, str(draft), {"lowbit": json.dumps({"groups": groups, "numbers": numbers})})
+        draft.replace(target)
+    if ranks:
+        torch.distributed.barrier()
 
 
 def load_optimizer(opt: Rule, path: str | Path) -> None:

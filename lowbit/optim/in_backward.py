@@ -23,6 +23,7 @@ from ..stages import Job
 from . import replay
 from .base import Rule, check_common
 from .matrices import Chain
+from .sharded import count_together
 from .slot import asked_of
 
 if TYPE_CHECKING:
@@ -66,7 +67,8 @@ def step_in_backward(opt: Rule, *, averaged: bool = False) -> InBackward:
         ValueError: it measures something over all tensors (`GlobalClip`), so no tensor can be stepped alone; or it
             steps in backward already.
         RuntimeError: there are several ranks. DistributedDataParallel averages gradients only after the hooks of
-            single parameters have run, so ranks would diverge without a word. Also raised in `backward()` for a
+            single parameters have run, so ranks would diverge without a word. (With `fully_shard` they are averaged
+            before: it is taken where the optimizer was built after `fully_shard`.) Also raised in `backward()` for a
             parameter that gets a gradient a second time before `opt.step()`, and while a CUDA graph is captured.
     """
     if not isinstance(opt, Rule):
@@ -138,6 +140,7 @@ class InBackward:
         self._begin()
         for p in [p for p in self.groups if p.grad is not None]:
             self._step(p)
+        count_together(self.rule)
         self.begun = False
         self.stepped.clear()
         self.groups.clear()
@@ -215,5 +218,5 @@ def _check_alone(rule: Rule, averaged: bool) -> None:
     raise RuntimeError(
         "step_in_backward: there are several ranks, and DistributedDataParallel averages gradients only after hooks "
         "have run, so each rank would step with its own. Step after backward(), or, if each rank has a model of its "
-        "own or a hook of yours averages first, say averaged=True"
+        "own or a hook of yours averages first, say averaged=True. With fully_shard, build the optimizer after it"
     )

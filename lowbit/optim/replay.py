@@ -60,6 +60,8 @@ def check_replay(rule: Rule, slots: list[Slot], shares: Shares, copied: bool) ->
 def _check(rule: Rule, slots: list[Slot], shares: Shares, copied: bool, doing: str) -> None:
     for slot in slots:
         what = f"{doing}: {slot.label}"
+        if slot.shard is not None:
+            raise RuntimeError(f"{what} is sharded, and ranks meet in a step; {EAGERLY}")
         if slot.program.parts:
             raise RuntimeError(f"{what} has matrix stages, where the host decides what comes next; {EAGERLY}")
         for name, x in (("it", slot.param), ("its gradient", slot.param.grad)):

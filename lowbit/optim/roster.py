@@ -110,7 +110,7 @@ class Roster:
     def can_be(work: Work) -> bool:
         """Whether these tensors have plain jobs, and counts that are where they are made."""
         return all(
-            not slot.kept and not slot.program.parts and _is_count(state["step"])
+            not slot.kept and not slot.program.parts and slot.shard is None and _is_count(state["step"])
             for _, tensors in work
             for slot, state in tensors
         )

@@ -14,10 +14,12 @@ from ..formats import Format
 from ..formats import format as find_format
 from ..policy import Decision
 from ..roles import role_of
+from ..shards import local, shard_of
 from ..stages import Job, Program, Turn
 from ..stored import Store, frozen, name_of, resolution
 from . import sparse
-from .matrices import Chain, over
+from .matrices import Chain, over, together
+from .sharded import WholeChain
 
 if TYPE_CHECKING:
     from .base import Rule
@@ -35,6 +37,8 @@ class Slot:
         self.rows, self.cols = layout.rows_of(p.shape)
         self.shape = tuple(p.shape)  # of a moment that has one number per value
         self.made_for = (p.dtype, p.device, p.shape, format_of(p))
+        self.shard = shard_of(p, label)
+        self.rows_here = self.rows if self.shard is None else self.shard.rows  # of the rows: those this rank has
         self.numel = p.numel()
         self.id = number
         self.fixed, self.asked = tuple(rule.fixed(group)), asked_of(rule, group)
@@ -63,9 +67,20 @@ class Slot:
         for part in self.program.parts:
             if isinstance(part, Program):
                 over(self, part)  # raises for matrices that do not fit together
+        if self.shard is not None and together(self.program):
+            raise ValueError(
+                f"{label}: it is sharded, and {type(rule).__name__} gathers one whole matrix after the other, so "
+                "nothing can be measured over all of them before: leave GlobalClip out and use "
+                "torch.nn.utils.clip_grad_norm_"
+            )
         self.master = group["master"]
         self.store = self._store()
         self.tensors = self._tensors()
+        # Those of a state that are cut as the parameter is; any other tensor every rank has whole.
+        whole = {m.name for m in self.program.moments.values() if m.over in ("column", "group")} | {"skipped"}
+        by_row = {name for name, (shape, _) in self.tensors.items() if shape[:1] == (self.rows,)} - whole
+        self.cut = frozenset(by_row if self.shard is not None else ())
+        self.lost = torch.zeros(2, dtype=torch.int64, device=p.device)  # of a sharded tensor, not added up yet
         self.of_state = itemgetter("step", *self.tensors)  # two at least, so always a tuple
         self._passed: Any = None  # what the last check saw
         self._job: Job | Chain | None = None
@@ -85,6 +100,8 @@ class Slot:
         """Raise before a step changes anything; `asked` is `asked_of` the group. What passed once passes again."""
         p = self.param
         now = (p.dtype, p.device, p.shape, format_of(p), grad.layout, grad.dtype, grad.device, grad.shape, asked)
+        if self.shard is not None:
+            now = (*now, getattr(grad, "placements", None), getattr(grad, "device_mesh", None))
         if now != self._passed:
             self._check(asked, grad)
             self._passed = now
@@ -117,6 +134,12 @@ class Slot:
             raise ValueError(
                 f"{self.label}: the gradient is {tuple(grad.shape)} on {grad.device}, "
                 f"the parameter {tuple(p.shape)} on {p.device}"
+            )
+        placed, due = ((getattr(x, "placements", None), getattr(x, "device_mesh", None)) for x in (grad, p))
+        if placed != due:
+            raise ValueError(
+                f"{self.label}: the gradient is placed {placed[0]} and the parameter {due[0]}, on meshes {placed[1]} "
+                f"and {due[1]}; redistribute the gradient"
             )
 
     def _store(self) -> Store | None:
@@ -156,11 +179,25 @@ class Slot:
         return tensors
 
     def fresh(self) -> dict[str, Any]:
-        """A state of zeros: plain tensors and ints only."""
-        p = self.param
+        """A state of zeros: tensors and ints only."""
+        return self.spread(self.own())
+
+    def spread(self, own: dict[str, Any]) -> dict[str, Any]:
+        """A state of which this rank has its `own` part: sharded like the parameter."""
+        shard = self.shard
+        return own if shard is None else {k: shard.spread(v) if k in self.cut else v for k, v in own.items()}
+
+    def here(self, shape: tuple[int, ...], cut: bool) -> tuple[int, ...]:
+        """What this rank has of a tensor of a state."""
+        return (self.rows_here, *shape[1:]) if cut else shape
+
+    def own(self) -> dict[str, Any]:
+        """What this rank has of a state of zeros: plain tensors and ints only."""
+        p = local(self.param)
         state: dict[str, Any] = {"step": torch.zeros((), dtype=torch.float32, device="cpu")}
         state.update({k: torch.tensor(v, dtype=torch.float32, device="cpu") for k, v in self.host.items()})
-        state.update({name: torch.zeros(s, dtype=d, device=p.device) for name, (s, d) in self.tensors.items()})
+        for name, (shape, dtype) in self.tensors.items():
+            state[name] = torch.zeros(self.here(shape, name in self.cut), dtype=dtype, device=p.device)
         for name, value in self.program.scalars.items():
             state[name].fill_(value)
         if self.kept:
@@ -178,7 +215,9 @@ class Slot:
 
     def draw(self, state: dict[str, Any], seed: int, steps: int) -> None:
         """Choose anew which values of each row have moments, in the step of that number."""
-        state["mask"].copy_(sparse.draw(seed, steps, self.id, self.rows, self.cols, self.kept, self.param.device))
+        first = 0 if self.shard is None else self.shard.first
+        mask = local(state["mask"])
+        mask.copy_(sparse.draw(seed, steps, self.id, self.rows_here, self.cols, self.kept, mask.device, first))
 
     def shape_of(self, letter: str) -> tuple[int, ...]:
         """Of a moment, or of a whole matrix between two stages; the parameter's, unless the rule says otherwise."""
@@ -193,12 +232,14 @@ class Slot:
 
         The last one, unless a tensor was replaced or moved or the rounding changed since.
         """
-        p = self.param
-        addresses = [*map(Tensor.data_ptr, (*tensors_of(p), *self.of_state(state)))]
+        p = local(self.param)
+        kept = self.of_state(state)
+        addresses = [*map(Tensor.data_ptr, (*tensors_of(p), *(kept if self.shard is None else map(local, kept))))]
         job, made_of = self._job, (addresses, p.is_contiguous(), group["rounding"], group["state_rounding"])
         if job is None or made_of != self._job_of:
             self.fit(state)
-            job = self._job = Chain(self, group, state) if self.program.parts else self._made(group, state)
+            chain = Chain if self.shard is None else WholeChain
+            job = self._job = chain(self, group, state) if self.program.parts else self._made(group, state)
             self._job_of = made_of
         job.turn = turn
         if isinstance(job, Chain):
@@ -208,7 +249,7 @@ class Slot:
     def part(self, group: Mapping[str, Any], state: dict[str, Any], turn: Turn) -> sparse.Part:
         """Its job in this step, on copies of the values that have moments; `Part.put_back` ends it."""
         job = self._made(group, state)
-        part = sparse.Part(self.param, state["mask"], self.kept, state.get("master"), job)
+        part = sparse.Part(job, local(state["mask"]), self.kept)
         job.turn = turn
         return part
 
@@ -221,7 +262,9 @@ class Slot:
     def _fit(self, state: Mapping[str, Any], tensors: Mapping[str, Any], whose: str) -> None:
         for name, (shape, dtype) in tensors.items():  # a backend may go by addresses
             x, device = state[name], self.param.device
-            if (x.shape, x.dtype, x.device) != (shape, dtype, device) or not x.is_contiguous():
+            placed = self.shard.placements if name in self.cut and self.shard else None
+            fits = getattr(x, "placements", None) == placed and x.is_contiguous()
+            if (x.shape, x.dtype, x.device) != (shape, dtype, device) or not fits:
                 raise ValueError(
                     f"{self.label}: {whose} {name!r} is {x.dtype}, {x.device}, {tuple(x.shape)}; it must be {dtype}, "
                     f"{device}, {shape} and contiguous"
@@ -238,26 +281,28 @@ class Slot:
     def parts(self, letter: str, state: Mapping[str, Any]) -> dict[str, Tensor]:
         """The tensors that store a moment."""
         name, fmt = self.program.moments[letter].name, self.formats[letter]
-        return {part: state[state_key(name, part)] for part in rows.part_shapes(fmt, (1, 1))}
+        return {part: local(state[state_key(name, part)]) for part in rows.part_shapes(fmt, (1, 1))}
 
     def _made(self, group: Mapping[str, Any], state: dict[str, Any]) -> Job:
         moments, values = self.program.moments, self.program.values
         return Job(
-            param=self.param,
+            param=local(self.param),
             moments={letter: self.parts(letter, state) for letter in values},
             formats={letter: self.formats[letter] for letter in values},
             scalars={name: state[name] for name in self.program.scalars},
-            skipped=state["skipped"],
-            rows=self.rows,
+            skipped=state["skipped"] if self.shard is None else self.lost,
+            rows=self.rows_here,
             cols=self.cols,
             program=self.program,
             tensor=self.id,
             master=self.master if "master" in self.tensors else "none",
-            companion=state.get("master"),
+            companion=local(state["master"]) if "master" in self.tensors else None,
             noise=self.noise(group, values),
-            vectors={letter: state[m.name] for letter, m in moments.items() if m.over != "value"},
+            vectors={letter: local(state[m.name]) for letter, m in moments.items() if m.over != "value"},
             group_rows=self.group_rows,
             stored=self.stored,
+            shard=self.shard,
+            whole=None if self.shard is None else self.param,
         )
 
     @property
@@ -269,7 +314,7 @@ class Slot:
         """What an update must be above to move the parameter if that rounds to nearest; its name; what has more."""
         if self.stored is not None:
             return resolution(*self.stored) / 2, f"{self.stored[0].name}, half a code", 'store="split"'
-        p = self.param.detach()
+        p = local(self.param.detach())
         for d in range(p.dim()):  # a corner of it: a large tensor is not copied to fp32
             p = p.narrow(d, 0, max(1, min(p.shape[d], SAMPLE * p.shape[d] // p.numel())))
         half = float(p.float().square().mean().sqrt()) * torch.finfo(p.dtype).eps / 2
@@ -281,7 +326,7 @@ class Slot:
             if moment.lasting or (keep and moment.name.startswith("max_")):
                 continue
             for part in rows.part_shapes(self.formats[letter], self.shape_of(letter)):
-                state[state_key(moment.name, part)].zero_()
+                local(state[state_key(moment.name, part)]).zero_()
             if moment.weight:
                 state[moment.weight].zero_()
 

@@ -27,18 +27,25 @@ def mask_shape(rows: int, cols: int) -> tuple[int, int]:
 
 
 def draw(
-    seed: int, step: int, tensor: int, rows: int, cols: int, kept: int, device: torch.device | str = "cpu"
+    seed: int,
+    step: int,
+    tensor: int,
+    rows: int,
+    cols: int,
+    kept: int,
+    device: torch.device | str = "cpu",
+    first: int = 0,
 ) -> Tensor:
-    """A bit mask with `kept` bits in each row.
+    """A bit mask with `kept` bits in each row; `first` is the number of the first row.
 
     >>> draw(0, 0, 0, rows=2, cols=8, kept=3).tolist()
     [[112], [14]]
     """
-    bits = bits16(key(seed, step, tensor, OPERAND), 0, rows * cols, device).view(rows, cols)
+    bits = bits16(key(seed, step, tensor, OPERAND), first * cols, rows * cols, device).view(rows, cols)
     chosen = bits.argsort(dim=1, stable=True)[:, :kept]
     flags = torch.zeros(rows, -(-cols // 8) * 8, dtype=torch.uint8, device=device).scatter_(1, chosen, 1)
     places = 2 ** torch.arange(8, dtype=torch.uint8, device=device)
-    return (flags.view(rows, -1, 8) * places).sum(-1, dtype=torch.uint8)
+    return (flags.view(rows, flags.shape[1] // 8, 8) * places).sum(-1, dtype=torch.uint8)
 
 
 def columns(mask: Tensor, kept: int) -> Tensor:
@@ -54,12 +61,12 @@ class Part:
     Of a stored weight all values are loaded, and stored again when the step is done.
     """
 
-    def __init__(self, param: Tensor, mask: Tensor, kept: int, companion: Tensor | None, job: Job):
-        assert param.grad is not None
+    def __init__(self, job: Job, mask: Tensor, kept: int):
+        param, companion, gradient = job.param, job.companion, job.grad.detach()
         self.param, self.rest, self.index, self.job = param, companion, columns(mask, kept), job
         self.stored, self.stochastic = job.stored, "p" in job.noise
         self.whole = param.detach() if self.stored is None else load(*self.stored, job.cols)
-        job.param, job.gathered = self._gather(self.whole), self._gather(param.grad.detach())
+        job.param, job.gathered = self._gather(self.whole), self._gather(gradient)
         job.companion = None if companion is None else self._gather(companion)
         job.cols = kept
         if self.stored is not None:
