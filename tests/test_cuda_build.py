@@ -23,7 +23,8 @@ SHIPPED = {special.name: special for special in shipped()}
 STRICT = ["-Werror", "all-warnings", "-Xptxas", "-v,-warn-spills,-warn-lmem-usage,-Werror"]
 
 # Registers of a thread at most; 64 where nothing is said. Two blocks of 128 threads fit a multiprocessor with 255.
-REGISTERS = {"linear": 255, "linear_transposed": 255, "linear_few": 128, "update": 96, "rows": 80, "elements": 80}
+REGISTERS = {"linear": 255, "linear_transposed": 255, "linear_few": 128, "update": 96}
+REGISTERS.update({"rows": 112, "elements": 80, "scalars": 80})  # short, and few blocks of threads
 # Of the steps that most users take: seven blocks of 128 threads, or six, on a multiprocessor.
 LEAN = {"AdamW 8bit": 72, "Lion 8bit": 72, "AdamW 4bit": 80, "SPAM 4bit": 80, "StableSPAM 4bit": 80}
 

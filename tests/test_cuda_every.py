@@ -19,6 +19,7 @@ from lowbit.stages import Job
 FOUND = [getattr(optim, name) for name in optim.__all__]
 RULES = [one.__name__ for one in FOUND if isinstance(one, type) and issubclass(one, optim.Rule) and one != optim.Rule]
 SHAPES = {"aligned": (64, 1024), "ragged": (64, 300)}
+MOST = 128  # registers of an update; with three moments (AdaPM) more than of those that most users take
 NAMES = "layer.weight", "lm_head.weight", "embed.weight", "norm.weight"
 
 
@@ -64,4 +65,5 @@ def test_nothing_of_any_optimizer_is_spilled(rule: str, states: str, lie: str):
             for one in read(special, arch, cubin, log):
                 taken = one.resources
                 assert (taken.spills, taken.stack) == (0, 0), (one.kernel, arch)
-                assert 0 < taken.registers <= REGISTERS.get(one.kernel, 64), (one.kernel, arch)
+                most = MOST if one.kernel == "update" else REGISTERS.get(one.kernel, 64)
+                assert 0 < taken.registers <= most, (one.kernel, arch)
