@@ -16,10 +16,11 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_model_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
+import lowbit
 from lowbit import optim, shards
 from lowbit.optim import Rule
 
@@ -74,7 +75,7 @@ SLOW = {
     "adamw-4bit-split16": row(optim.AdamW, BF16, states="4bit", master="split16"),
     "scale": row(optim.SCALE, BF16),
     "slimadam": row(optim.SlimAdam),
-    "adagn": row(optim.Lion, lr=1e-3, stabilize=(optim.AdaGN(), optim.SpikeClip())),
+    "adagn": row(optim.AdamW, stabilize=(optim.AdaGN(), optim.SpikeClip())),
     "stablespam-official": row(optim.StableSPAM, variant="official", reset_interval=3),
     "spam-global-clip": row(optim.SPAM, density=0.25, stabilize=(optim.GlobalClip(0.1),)),
     "adapm": row(optim.AdaPM, rank=4),
@@ -171,14 +172,20 @@ def saved(name: str, folder: Path, mesh: DeviceMesh) -> None:
         opt.step()
     of_model, of_opt = get_state_dict(model, opt)
     dcp.save({"model": of_model, "optim": of_opt}, checkpoint_id=folder / name, process_group=mesh.get_group())
+    lowbit.save_optimizer(opt, folder / f"{name}.safetensors")
 
 
-def resumed(name: str, folder: Path, mesh: DeviceMesh | None = None) -> dict[str, Any]:
+def resumed(name: str, folder: Path, mesh: DeviceMesh | None = None, ours: bool = False) -> dict[str, Any]:
+    """The other two steps; states are from a file of ours, or from torch's."""
     model, opt = made(name, mesh)
     of_model, of_opt = get_state_dict(model, opt)
     kept = {"model": of_model, "optim": of_opt}
     dcp.load(kept, checkpoint_id=folder / name, no_dist=mesh is None)
-    set_state_dict(model, opt, model_state_dict=of_model, optim_state_dict=of_opt)
+    if ours:
+        set_model_state_dict(model, of_model)
+        lowbit.load_optimizer(opt, folder / f"{name}.safetensors")
+    else:
+        set_state_dict(model, opt, model_state_dict=of_model, optim_state_dict=of_opt)
     train(model, opt, 2)
     return everything(model, opt)
 
@@ -209,6 +216,7 @@ def ranks(rank: int, world: int, folder: Path) -> None:
                 saved(name, folder, mesh)
         dist.barrier()
         found["3"] |= {f"{name} resumed": resumed(name, folder, three) for name in SAVED}
+        found["3"]["ours"] = resumed(SAVED[0], folder, three, ours=True)
     torch.save(found, folder / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -287,3 +295,10 @@ def test_a_checkpoint_of_two_ranks_goes_on_with_one_and_with_three(
     uninterrupted = found[0]["2"][name]
     assert_equal(uninterrupted, resumed(name, folder))
     assert_everywhere(uninterrupted, found, f"{name} resumed", "3")
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_safetensors_file_of_two_ranks_goes_on_with_one_and_with_three(found: list[dict[str, Any]], folder: Path):
+    uninterrupted = found[0]["2"][SAVED[0]]
+    assert_equal(uninterrupted, resumed(SAVED[0], folder, ours=True))
+    assert_everywhere(uninterrupted, found, "ours", "3")

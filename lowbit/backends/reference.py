@@ -69,8 +69,9 @@ def step(jobs: list[Job], update: Update | None = None) -> None:
     runs = [Sweeps(same).run(update) for same in _grouped(jobs, lambda job: job.kind)]
     asked = {run: question for run in runs if (question := next(run, None)) is not None}
     while asked:
-        ready = [run for run, question in asked.items() if isinstance(question, list)]
-        bring_together(one for run in ready for one in asked[run])
+        spread = {run: question for run, question in asked.items() if isinstance(question, list)}
+        bring_together(one for question in spread.values() for one in question)
+        ready = list(spread)
         answer = None
         if not ready:  # what is left waits for a number over all tensors
             ready, questions = list(asked), [question for question in asked.values() if not isinstance(question, list)]
@@ -237,7 +238,7 @@ class Sweeps:
             made.append(numbers)
         return made
 
-    def _agree(self) -> Generator[list[Together], None, None]:
+    def _agree(self) -> Run:
         """A tensor that is to be left alone is so on every rank."""
         flags = {index: self.skip[index].int() for index, job in enumerate(self.jobs) if job.shard is not None}
         asked: list[Together] = [(shard, flag, "max") for i, flag in flags.items() if (shard := self.jobs[i].shard)]

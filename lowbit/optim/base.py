@@ -150,6 +150,7 @@ class Rule(torch.optim.Optimizer, Part):
         self._programs: dict[Any, Program] = {}
         self._slots: dict[Tensor, Slot] = {}
         self._roster: Roster | None = None  # what the last step found
+        self.sharded = False  # whether any parameter is
         self.devices: set[torch.device] = set()  # where there are parameters
         self._warned = False
         for part in self.stabilize:
@@ -276,6 +277,7 @@ class Rule(torch.optim.Optimizer, Part):
                     number = zlib.crc32(f"{name}{'#' * seen[name]}".encode()) if name else position
                     self._slots[p] = Slot(self, group, p, name, label, number)
                     self.devices.add(p.device)
+                    self.sharded |= self._slots[p].shard is not None
                 position += 1
                 seen[name] += 1
                 if self._lacks_state(p):
@@ -335,7 +337,8 @@ class Rule(torch.optim.Optimizer, Part):
                 for chain in chains:
                     chain.run()
                 self._reset("after")
-                count_together(self)
+                if self.sharded:
+                    count_together(self)
                 advance()
             except BaseException:  # such as kernels that cannot be compiled, or no memory: this was no step
                 for group, count in zip(self.param_groups, counts, strict=True):
@@ -573,14 +576,14 @@ class Rule(torch.optim.Optimizer, Part):
 
     def __getstate__(self) -> dict[str, Any]:
         # Also what a subclass keeps; not hooks (as in torch), and not what is built again.
-        built = ("_programs", "_slots", "_roster", "_number", "devices", "step", "in_backward")
+        built = ("_programs", "_slots", "_roster", "_number", "devices", "sharded", "step", "in_backward")
         own = {k: v for k, v in vars(self).items() if k not in built and not k.startswith("_optimizer_")}
         return {**own, **super().__getstate__()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         checkpoint.unwrap(state)
         super().__setstate__(state)
-        self._programs, self._slots, self._roster, self.devices = {}, {}, None, set()
+        self._programs, self._slots, self._roster, self.devices, self.sharded = {}, {}, None, set(), False
         self._number = _numbered(self)
         for group in self.param_groups:
             for name, value in {**self.defaults, "steps": 0, "states_version": PRESETS_VERSION}.items():

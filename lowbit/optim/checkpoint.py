@@ -287,7 +287,8 @@ class _Conversion:
         return next((f for f in catalogue().values() if f.dtype == value.dtype), catalogue()["fp32"])
 
     def _own_tensor(self, saved: Mapping[str, Any], name: str) -> Tensor:
-        return self._tensor(saved, name, *self.slot.tensors[name], name in self.slot.cut)
+        shape, dtype = self.slot.tensors[name]
+        return self._tensor(saved, name, shape, dtype, name in self.slot.cut)
 
     def _tensor(
         self, saved: Mapping[str, Any], name: str, shape: tuple[int, ...], dtype: torch.dtype, cut: bool = False
@@ -339,15 +340,15 @@ def save_optimizer(opt: Rule, path: str | Path) -> None:
                 tensors[f"{number}.{name}"] = whole(value.detach()).cpu().contiguous()
             else:
                 numbers[f"{number}.{name}"] = value
-    ranks = [slot.shard for slot in opt._slots.values() if slot.shard is not None]
+    meshes = list({slot.shard.mesh: None for slot in opt._slots.values() if slot.shard is not None})
     groups = [{k: plain(v) for k, v in group.items()} for group in state_dict["param_groups"]]
     target = Path(path)
     draft = target.with_name(target.name + ".part")
-    if not ranks or ranks[0].mesh.get_rank() == ranks[0].mesh.mesh.flatten()[0]:
+    if not meshes or meshes[0].get_rank() == meshes[0].mesh.flatten()[0]:
         save_file(tensors, str(draft), {"lowbit": json.dumps({"groups": groups, "numbers": numbers})})
         draft.replace(target)
-    if ranks:
-        torch.distributed.barrier()
+    for group in meshes[0].get_all_groups() if meshes else ():
+        torch.distributed.barrier(group)  # the file is there when this returns
 
 
 def load_optimizer(opt: Rule, path: str | Path) -> None:

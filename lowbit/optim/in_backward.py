@@ -140,7 +140,8 @@ class InBackward:
         self._begin()
         for p in [p for p in self.groups if p.grad is not None]:
             self._step(p)
-        count_together(self.rule)
+        if self.rule.sharded:
+            count_together(self.rule)
         self.begun = False
         self.stepped.clear()
         self.groups.clear()
