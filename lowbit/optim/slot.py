@@ -74,12 +74,14 @@ class Slot:
                 "torch.nn.utils.clip_grad_norm_"
             )
         self.master = group["master"]
+        self.cut: frozenset[str] = frozenset()
         self.store = self._store()
         self.tensors = self._tensors()
         # Those of a state that are cut as the parameter is; any other tensor every rank has whole.
         whole = {m.name for m in self.program.moments.values() if m.over in ("column", "group")} | {"skipped"}
         by_row = {name for name, (shape, _) in self.tensors.items() if shape[:1] == (self.rows,)} - whole
-        self.cut = frozenset(by_row if self.shard is not None else ())
+        if self.shard is not None:
+            self.cut = frozenset(by_row)
         self.lost = torch.zeros(2, dtype=torch.int64, device=p.device)  # of a sharded tensor, not added up yet
         self.of_state = itemgetter("step", *self.tensors)  # two at least, so always a tuple
         self._passed: Any = None  # what the last check saw
