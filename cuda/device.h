@@ -10,13 +10,17 @@
 #define LB_ONE_AT_A_TIME _Pragma("unroll 1")
 #define LB_RARELY asm volatile("pmevent 0;")  // a profiler can count it, and what reads machine code leaves its block out
 #define LB_KEEP(pointer) asm("" : "+l"(pointer))  // as it is: what it was made of is not to be added up again at each use
+#define LB_KEEP_NUMBER(number) asm("" : "+r"(number))
 #define LB_GLOBAL(pointer) __builtin_assume(__isGlobal(pointer))  // else every access finds out what it accesses
+#define LB_SHARED(pointer) __builtin_assume(__isShared(pointer))  // the same of shared memory
 // The bytes of shared memory that the launch asks for; the shim has its own.
 #define LB_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 #else
 #define LB_KEEP(pointer)
+#define LB_KEEP_NUMBER(number)
 #define LB_RARELY
 #define LB_GLOBAL(pointer)
+#define LB_SHARED(pointer)
 #define LB_UNROLL
 #define LB_ONE_AT_A_TIME
 #endif
@@ -135,12 +139,15 @@ template <int BYTES> LB_FN Words<BYTES> load_aligned(const void *from) {
   } else if constexpr (BYTES == 8) {
     const Two x = *(const Two *)from;
     to.word[0] = x.x, to.word[1] = x.y;
+  } else if constexpr (BYTES == 6) {  // eight codes of 6 bits
+    const uint16_t *halves = (const uint16_t *)from;
+    to.word[0] = halves[0] | (uint32_t)halves[1] << 16, to.word[1] = halves[2];
   } else if constexpr (BYTES == 4) {
     to.word[0] = *(const uint32_t *)from;
   } else if constexpr (BYTES == 2) {
     to.word[0] = *(const uint16_t *)from;
   } else {
-    static_assert(BYTES == 1, "a power of two, or a multiple of 16");
+    static_assert(BYTES == 1, "a power of two, 6, or a multiple of 16");
     to.word[0] = *(const uint8_t *)from;
   }
   return to;
@@ -153,18 +160,22 @@ template <int BYTES> LB_FN void store_aligned(void *to, const Words<BYTES> &from
     }
   } else if constexpr (BYTES == 8) {
     *(Two *)to = Two{from.word[0], from.word[1]};
+  } else if constexpr (BYTES == 6) {
+    uint16_t *halves = (uint16_t *)to;
+    halves[0] = (uint16_t)from.word[0], halves[1] = (uint16_t)(from.word[0] >> 16), halves[2] = (uint16_t)from.word[1];
   } else if constexpr (BYTES == 4) {
     *(uint32_t *)to = from.word[0];
   } else if constexpr (BYTES == 2) {
     *(uint16_t *)to = (uint16_t)from.word[0];
   } else {
-    static_assert(BYTES == 1, "a power of two, or a multiple of 16");
+    static_assert(BYTES == 1, "a power of two, 6, or a multiple of 16");
     *(uint8_t *)to = (uint8_t)from.word[0];
   }
 }
 
 template <int BYTES> LB_FN bool aligned(const void *at) {
-  return ((uintptr_t)at & (uintptr_t)((BYTES < 16 ? BYTES : 16) - 1)) == 0;
+  constexpr int EVEN = BYTES & -BYTES;  // 2 of 6
+  return ((uintptr_t)at & (uintptr_t)((EVEN < 16 ? EVEN : 16) - 1)) == 0;
 }
 
 // The first `count` elements of EACH bytes, the others 0: wherever they lie, but elements on multiples of their size.

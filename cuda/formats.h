@@ -13,7 +13,7 @@
 // format, else x once more; `inverse` is inverse(scale); draws are 16 random bits for each value, unread without
 // STOCHASTIC. LIVE: no value above 0 becomes 0 (an unsigned format is always so). BOUNDED: the scale was derived from
 // these values and is finite, so that none is NaN, infinite or far beyond the top: what a step stores. POSITIVE: if the
-// format is LIVE or unsigned, all values are above 2**-100, and `inverse` is above 2**-20.
+// format is LIVE or unsigned, all values are 0 or above 2**-100, and `inverse` is above 2**-20.
 //
 // scale_of<Fmt>(absmax) and log_base<Fmt, V, LANES>(x, scale) say what a block of values is stored with.
 //
@@ -32,6 +32,7 @@ LB_FN float add_down(float a, float b) { return __fadd_rd(a, b); }
 LB_FN float larger(float a, float b) { return fmaxf(a, b); }
 LB_FN float smaller(float a, float b) { return fminf(a, b); }
 LB_FN float size(float a) { return fabsf(a); }  // free where it is an operand
+LB_FN float saturated(float a) { return __saturatef(a); }
 #else
 LB_FN uint32_t permute(uint32_t low, uint32_t high, uint32_t order) {  // of eight bytes, four by number
   const uint64_t both = (uint64_t)high << 32 | low;
@@ -45,6 +46,7 @@ LB_FN float add_down(float a, float b) {  // a + b, rounded down, where b's ulp 
 LB_FN float larger(float a, float b) { return maximum(a, b); }
 LB_FN float smaller(float a, float b) { return minimum(a, b); }
 LB_FN float size(float a) { return abs(a); }
+LB_FN float saturated(float a) { return a > 1.0f ? 1.0f : a > 0.0f ? a : 0.0f; }
 #endif
 
 constexpr float INTEGER = 12582912.0f;           // 1.5 * 2**23: what is added to it is rounded to an integer
@@ -59,9 +61,29 @@ template <class Fmt, int V> using Codes = Words<(V * Fmt::BITS + 7) / 8>;
 template <int BITS, int COUNT>
 constexpr uint32_t ONES = (uint32_t)(((1ull << BITS * COUNT) - 1u) / ((1u << BITS) - 1u));
 
+// Whether codes lie across words: those of 6 bits.
+template <class Fmt> constexpr bool ACROSS = Fmt::BITS < 32 && 32 % Fmt::BITS != 0;
+
 template <class Fmt, int V> LB_FN uint32_t code_at(const Codes<Fmt, V> &codes, int i) {
-  constexpr int EACH = 32 / Fmt::BITS;
-  return codes.word[i / EACH] >> i % EACH * Fmt::BITS & ((1u << Fmt::BITS) - 1u);
+  const int word = i * Fmt::BITS / 32, from = i * Fmt::BITS % 32;
+  uint32_t bits = codes.word[word] >> from;
+  if (ACROSS<Fmt> && from + Fmt::BITS > 32) bits |= codes.word[word + 1] << (32 - from);
+  return bits & 0xFFFFFFFFu >> (32 - Fmt::BITS);
+}
+
+// Where there were zeros.
+template <class Fmt, int V> LB_FN void put_code(Codes<Fmt, V> &codes, int i, uint32_t code) {
+  const int word = i * Fmt::BITS / 32, from = i * Fmt::BITS % 32;
+  codes.word[word] |= code << from;
+  if (ACROSS<Fmt> && from + Fmt::BITS > 32) codes.word[word + 1] |= code >> (32 - from);
+}
+
+// The codes from the count-th on become 0.
+template <class Fmt, int V> LB_FN void keep_codes(Codes<Fmt, V> &codes, int count) {
+  LB_UNROLL for (int w = 0; w < Codes<Fmt, V>::COUNT; ++w) {
+    const int left = count * Fmt::BITS - 32 * w;
+    codes.word[w] &= left >= 32 ? ~0u : left <= 0 ? 0u : (1u << left) - 1u;
+  }
 }
 
 // Codes that stand in the low bits of c. With bytes, what stands above them does not count; else it is the same in all
@@ -69,21 +91,27 @@ template <class Fmt, int V> LB_FN uint32_t code_at(const Codes<Fmt, V> &codes, i
 template <class Fmt, int V> LB_FN Codes<Fmt, V> pack(const uint32_t (&c)[V], uint32_t above = 0) {
   constexpr int EACH = 32 / Fmt::BITS, BITS = Fmt::BITS;
   Codes<Fmt, V> packed;
-  LB_UNROLL for (int w = 0; w * EACH < V; ++w) {
-    const int first = w * EACH;
-    if constexpr (BITS == 8 && V >= 4) {
-      const uint32_t low = permute(c[first], c[first + 1], 0x40), high = permute(c[first + 2], c[first + 3], 0x40);
-      packed.word[w] = permute(low, high, 0x5410);
-    } else if constexpr (BITS == 8) {
-      packed.word[w] = V == 2 ? permute(c[0], c[V - 1], 0x40) & 0xFFFFu : c[0] & 0xFFu;
-    } else {
-      constexpr int COUNT = V < EACH ? V : EACH;
-      uint32_t word = c[first + COUNT - 1];
-      LB_UNROLL for (int k = COUNT - 2; k >= 0; --k) word = (word << BITS) + c[first + k];
-      packed.word[w] = word - ONES<BITS, COUNT> * above;
+  if constexpr (ACROSS<Fmt>) {
+    LB_UNROLL for (int w = 0; w < Codes<Fmt, V>::COUNT; ++w) packed.word[w] = 0u;
+    LB_UNROLL for (int k = 0; k < V; ++k) put_code<Fmt, V>(packed, k, c[k] - above);
+    return packed;
+  } else {
+    LB_UNROLL for (int w = 0; w * EACH < V; ++w) {
+      const int first = w * EACH;
+      if constexpr (BITS == 8 && V >= 4) {
+        const uint32_t low = permute(c[first], c[first + 1], 0x40), high = permute(c[first + 2], c[first + 3], 0x40);
+        packed.word[w] = permute(low, high, 0x5410);
+      } else if constexpr (BITS == 8) {
+        packed.word[w] = V == 2 ? permute(c[0], c[V - 1], 0x40) & 0xFFFFu : c[0] & 0xFFu;
+      } else {
+        constexpr int COUNT = V < EACH ? V : EACH;
+        uint32_t word = c[first + COUNT - 1];
+        LB_UNROLL for (int k = COUNT - 2; k >= 0; --k) word = (word << BITS) + c[first + k];
+        packed.word[w] = word - ONES<BITS, COUNT> * above;
+      }
     }
+    return packed;
   }
-  return packed;
 }
 
 // ---- scales
@@ -94,7 +122,7 @@ template <class Fmt> LB_FN float scale_of(float absmax) {
   constexpr float TOP = Fmt::TOP, SHARE = 1.0f / TOP;
   if (!(absmax >= 0x1p-90f)) return derive_scale(absmax, TOP, Fmt::MIN_SCALE, Fmt::MAX_SCALE);
   const float near = absmax * SHARE;
-  float scale = fma(fma(-near, TOP, absmax), SHARE, near);
+  float scale = fma(fma(near, -TOP, absmax), SHARE, near);
   scale = scale > Fmt::MAX_SCALE ? Fmt::MAX_SCALE : scale;
   scale = scale < Fmt::MIN_SCALE ? Fmt::MIN_SCALE : scale;
   return finite_bits(magnitude_bits(absmax)) ? scale : float_of(0x7FC00000u);
@@ -103,13 +131,14 @@ template <class Fmt> LB_FN float scale_of(float absmax) {
 // The same without a choice, between bounds that leave nothing to hold; and its reciprocal.
 template <class Fmt> LB_FN float quick_scale(float absmax, Doubt &doubt) {
   constexpr float TOP = Fmt::TOP, SHARE = 1.0f / TOP, LEAST = 2.0f * TOP * Fmt::MIN_SCALE, MOST = 0.5f * TOP * Fmt::MAX_SCALE;
-  doubt.otherwise |= !(absmax >= (LEAST > 0x1p-90f ? LEAST : 0x1p-90f) && absmax <= (MOST < 0x1p20f ? MOST : 0x1p20f));
+  const bool between = absmax >= (LEAST > 0x1p-90f ? LEAST : 0x1p-90f) && absmax <= (MOST < 0x1p20f ? MOST : 0x1p20f);
+  doubt.otherwise |= !between && absmax != 0.0f;
   const float near = absmax * SHARE;
-  return TOP == 1.0f ? absmax : fma(fma(-near, TOP, absmax), SHARE, near);
+  return TOP == 1.0f ? absmax : fma(fma(near, -TOP, absmax), SHARE, near);
 }
-LB_FN float quick_inverse(float scale) {
+LB_FN float quick_inverse(float scale) {  // of 0 any number: all values are 0, and others are not changed by what is added
   Doubt none;
-  return divided(1.0f, scale, &none).x;
+  return divided(1.0f, scale + 0x1p-126f, &none).x;
 }
 
 // ---- rounding
@@ -163,7 +192,7 @@ template <class Fmt> struct Integers {
     // A value a little beyond the top is rounded to it, but may not be rounded up from there.
     if (STOCHASTIC || !BOUNDED) u = smaller(larger(u, LEAST), LIMIT);
     if constexpr (!STOCHASTIC) {
-      if (RAISED) u = larger(u, POSITIVE || x > 0.0f ? 1.0f : LEAST);
+      if (RAISED) u = larger(u, POSITIVE ? saturated(source * 0x1p100f) : x > 0.0f ? 1.0f : LEAST);
       return bits_of(u + (INTEGER + BIAS));
     } else {
       const float sum = add_down(u, INTEGER + BIAS), low = sum - (INTEGER + BIAS);
@@ -171,7 +200,7 @@ template <class Fmt> struct Integers {
       const uint32_t made = bits_of(sum) + (above >= share_of(draw) * gap ? 1u : 0u);
       if (!RAISED) return made;
       const uint32_t one = INTEGER_BITS + BIAS + 1u;
-      return (POSITIVE || x > 0.0f) && made < one ? one : made;
+      return x > 0.0f && made < one ? one : made;
     }
   }
 
@@ -252,8 +281,8 @@ template <class Fmt> struct Codebook {
     constexpr int EACH = 32 / Fmt::BITS;
     constexpr uint32_t MASK = ((1u << Fmt::BITS) - 1u) * 4u;
     LB_UNROLL for (int i = 0; i < V; ++i) {
-      const uint32_t word = codes.word[i / EACH];
-      const int at = i % EACH * Fmt::BITS - 2;
+      const uint32_t word = ACROSS<Fmt> ? code_at<Fmt, V>(codes, i) : codes.word[i / EACH];
+      const int at = ACROSS<Fmt> ? -2 : i % EACH * Fmt::BITS - 2;
       const float value = float_in<MASK>(shared.values, at < 0 ? word << 2 : word >> (at < 0 ? 0 : at)) * scale;
       x[i] = Fmt::SQUARE ? value * value : value;
     }
@@ -272,7 +301,7 @@ template <class Fmt> struct Codebook {
   LB_FN uint32_t rung_of(float u, uint32_t draw, const Shared &shared) {
     constexpr bool HELD = !BOUNDED || STOCHASTIC;
     if (HELD) u = smaller(u, Fmt::TOP);
-    if (!Fmt::SIGN_MAGNITUDE && (HELD || (!Fmt::SIGNED && !POSITIVE))) u = larger(u, Fmt::BOTTOM);
+    if (!Fmt::SIGN_MAGNITUDE && (HELD || (!Fmt::SIGNED && (!POSITIVE || Fmt::BOTTOM > 0.0f)))) u = larger(u, Fmt::BOTTOM);
     const uint32_t rung = To::rung(u, shared.ways);
     if (!STOCHASTIC) return rung;
     // From the nearest rung to the one at or below, and up again by chance.

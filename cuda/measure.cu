@@ -93,7 +93,7 @@ extern "C" __global__ void __launch_bounds__(lb::THREADS) measure_columns(LB_ARG
   });
 }
 
-extern "C" __global__ void __launch_bounds__(lb::THREADS) rows(LB_ARGUMENTS) {
+extern "C" __global__ void __launch_bounds__(lb::THREADS, 2) rows(LB_ARGUMENTS) {
   using namespace lb;
   __shared__ double room[THREADS];
   const int32_t at = (int32_t)blockIdx.x / share;

@@ -76,8 +76,6 @@ template <int K> LB_FN void begin_moments([[maybe_unused]] int64_t first, [[mayb
     job.codes[K] = (uint8_t *)job.codes[K] + first * BITS<K> / 8;
     if (!FLOATS<K>) job.scale[K] += first / block;
     if (FormatOf<K>::KIND == LB_KIND_LOG) job.base[K] += first / block;
-    LB_KEEP(job.codes[K]);
-    LB_KEEP(job.scale[K]);
     begin_moments<K + 1>(first, job);
   }
 }
@@ -85,8 +83,6 @@ LB_FN void begin_with(int64_t first, Job &job, Dynamic &now) {
   job.param = (uint8_t *)job.param + first * SIZE<PARAM>;
   if (MASTER != LB_NONE) job.companion = (uint8_t *)job.companion + first * COMPANION;
   now.grad = (const uint8_t *)now.grad + first * SIZE<GRAD>;
-  LB_KEEP(job.param);
-  LB_KEEP(now.grad);
   begin_moments<0>(first, job);
 }
 
@@ -151,6 +147,8 @@ template <uint32_t WANTED> struct Fetched<MOMENTS, WANTED> {
 LB_FN GradientWords fetch_gradient(const Dynamic &now, const Place &place) {
   const void *at = (const uint8_t *)now.grad + place.at * SIZE<GRAD>;
   LB_GLOBAL(at);
+  // Where rows are whole blocks only the address is asked for: it is all that a turn needs to know.
+  if (LINEAR && aligned<V * SIZE<GRAD>>(at)) return load_aligned<V * SIZE<GRAD>>(at);
   return load<V * SIZE<GRAD>, SIZE<GRAD>>(at, place.count);
 }
 
@@ -242,7 +240,7 @@ template <bool QUICK, int K> LB_FN bool scale_moment(Doubt &doubt, Scaled<K> &to
         to.inverse[part] = inverse(to.scale[part]);
       }
       if constexpr (F::KIND == LB_KIND_LOG) to.base[part] = log_base<F, PART<K>, SCALE_LANES<K>>(values, to.scale[part]);
-      bad |= !finite_bits(magnitude_bits(to.scale[part]));
+      bad |= !QUICK && !finite_bits(magnitude_bits(to.scale[part]));
     }
   }
   return bad;

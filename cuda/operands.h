@@ -55,6 +55,18 @@ LB_FN Place place(const Job &job, int64_t number) {
 
 // ---- memory
 
+// Whether a thread is one of the first COUNT, of which there may be none.
+template <int COUNT> LB_FN bool among([[maybe_unused]] int t) {
+  if constexpr (COUNT > 0) return t < COUNT;
+  else return false;
+}
+
+// Brings what the host has told to shared memory; all threads of a block meet afterwards.
+template <class T> LB_FN void bring(const T &from, T &to) {
+  static_assert(sizeof(T) % 4 == 0, "whole words");
+  for (uint32_t k = threadIdx.x; k < sizeof(T) / 4; k += blockDim.x) ((uint32_t *)&to)[k] = ((const uint32_t *)&from)[k];
+}
+
 template <int BYTES, int EACH> LB_FN Words<BYTES> fetch(const void *from, int64_t index, int count) {
   const uint8_t *at = (const uint8_t *)from + index;
   LB_GLOBAL(at);

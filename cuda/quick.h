@@ -35,13 +35,13 @@ struct Doubt {
   float strange = 0.0f;           // infinite or NaN: some number was, or its square
   uint32_t numerator = ~0u;       // the least 2 |x| - 1, as bits: of 0 that is the largest
   uint32_t denominator = 0u;      // the largest, as bits: what is negative is larger than all others
-  uint32_t least = ~0u, most = 0u;  // of numbers that must be above 0, as bits
+  uint32_t least = ~0u, most = 0u;  // of numbers that must be 0 or above, as bits; less 1, which of 0 is the largest
   bool otherwise = false;         // what quick numbers do not know
 
   LB_FN void must_be_finite(Doubt &doubt, float x) { doubt.strange = fma(x, x, doubt.strange); }  // and below 2**64
-  LB_FN void must_be_positive(Doubt &doubt, float x) {
-    const uint32_t bits = bits_of(x);
-    doubt.least = bits < doubt.least ? bits : doubt.least;
+  LB_FN void must_be_positive(Doubt &doubt, float x) {  // or 0
+    const uint32_t bits = bits_of(x), less = bits - 1u;
+    doubt.least = less < doubt.least ? less : doubt.least;
     doubt.most = bits > doubt.most ? bits : doubt.most;
   }
 
@@ -63,8 +63,8 @@ struct Doubt {
   }
 
   LB_FN bool any(const Doubt &doubt) {
-    return !(doubt.strange <= 3.4028234663852886e38f) || doubt.numerator < 2u * LEAST_NUMERATOR - 1u ||
-           doubt.denominator > MOST_DENOMINATOR || doubt.least < LEAST_POSITIVE || doubt.most > MOST_POSITIVE ||
+    return !(doubt.strange <= 3.4028234663852886e38f) | (doubt.numerator < 2u * LEAST_NUMERATOR - 1u) |
+           (doubt.denominator > MOST_DENOMINATOR) | (doubt.least < LEAST_POSITIVE - 1u) | (doubt.most > MOST_POSITIVE) |
            doubt.otherwise;
   }
 
@@ -110,9 +110,9 @@ LB_FN Quick operator/(Quick a, Quick b) { return divided(a.x, b.x, a.doubt); }
 LB_FN Quick operator/(Quick a, float b) { return divided(a.x, b, a.doubt); }
 LB_FN Quick operator/(float a, Quick b) { return divided(a, b.x, b.doubt); }
 
-// Right for 2**-100 <= a < infinity.
+// Right for 0 and for 2**-100 <= a < infinity, which is not changed by what keeps the approximation for 0 finite.
 LB_FN Quick sqrt(Quick a) {
-  const float near = near_reciprocal_root(a.x), root = a.x * near;
+  const float near = near_reciprocal_root(a.x + 0x1p-126f), root = a.x * near;
   Doubt::must_be_positive(*a.doubt, a.x);
   return {fma(fma(-root, root, a.x), near * 0.5f, root), a.doubt};
 }

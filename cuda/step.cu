@@ -7,7 +7,7 @@
 //
 // Memory, bytes of a parameter: what is stored of p (read and written), g (read), and each moment (read and written).
 //   AdamW, bf16 p and g, 8-bit moments: 2 + 2 + 2 + 2 * 2 * (1 + 4/256) = 10.06; with 4 bits 2 * 2 * (1/2 + 4/128) = 8.13.
-// Instructions of a parameter: 66 and 76, as `lowbit doctor --arch sm_90a` counts; an H100 can issue 99 and 80 meanwhile.
+// Instructions of a parameter: 68 and 76, as `lowbit doctor --arch sm_90a` counts; an H100 can issue 99 and 80 meanwhile.
 #include "weights.h"
 
 namespace lb {
@@ -63,14 +63,11 @@ struct Fresh {
   As::New parameter;
   Stored<0> moments;
 };
-// For how many blocks of threads at once a multiprocessor's registers are to suffice: as many as was fastest on an H100,
-// and one less where they would spill, and on other architectures, where nothing was measured.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
-constexpr int MOST_TOGETHER = 6;
-#else
-constexpr int MOST_TOGETHER = 5;
-#endif
-constexpr int TOGETHER = !LINEAR || PARAM == LB_FLOAT32 || sizeof(Operands) > 112 ? 5 : MOST_TOGETHER;
+// For how many blocks of threads at once a multiprocessor's registers are to suffice: for fewer where they would spill.
+template <int K> constexpr bool IN_TABLES = FormatOf<K>::KIND == LB_KIND_CODEBOOK || IN_TABLES<K + 1>;
+template <> constexpr bool IN_TABLES<MOMENTS> = false;
+constexpr bool HEAVY = !LINEAR || VECTORS > 0 || STORED || PARAM == LB_FLOAT32 || sizeof(Operands) > 112;
+constexpr int TOGETHER = MOMENTS > 2 ? 4 : HEAVY ? 5 : IN_TABLES<0> ? 6 : 7;
 
 LB_FN void fetch_operands(const Job &job, const Dynamic &now, const Place &here, Operands &to) {
   if (here.count == 0) return;
@@ -95,7 +92,7 @@ LB_FN void store_fresh(const Job &job, const Place &place, const float (&x)[LOAD
 // numbers, if plain floats might give anything else.
 template <class F, class Between>
 LB_FN bool renew(const Job &job, const Operands &from, const Place &here, const Key *keys, const Tables<0> &tables,
-                 const float *scalars, float (&x)[LOADED][V], Fresh &to, Between between) {
+                 const float *constants, const float *scalars, float (&x)[LOADED][V], Fresh &to, Between between) {
   using Update = Sweep<MEASURES, F>;
   const auto own = Update::scalars(scalars);
   const As::Old old = from.parameter;
@@ -106,7 +103,7 @@ LB_FN bool renew(const Job &job, const Operands &from, const Place &here, const 
     F values[SLOTS];
     if (k > 0) each[k].strange = each[k - 1].strange;
     LB_UNROLL for (int slot = 0; slot < LOADED; ++slot) values[slot] = Number<F>::made(x[slot][k], each[k]);
-    Update::run(values, job.constants, own);
+    Update::run(values, constants, own);
     LB_UNROLL for (int slot = 0; slot < 2 + MOMENTS; ++slot) x[slot][k] = Number<F>::value(values[slot]);
     Stored<0>::template take_sources<F>(k, x, each[k], to.moments);
   }
@@ -115,32 +112,33 @@ LB_FN bool renew(const Job &job, const Operands &from, const Place &here, const 
   to.parameter = As::template encode<QUICK<F>>(job, keys[0], here, tables, old, x[0], finite, doubt);
   if (!QUICK<F>) bad |= !finite && As::spoils(here, tables, old, to.parameter, x[0]);
   bad |= Stored<0>::template encode<F>(here, keys, tables, x, doubt, to.moments);
-  return bad || (QUICK<F> && Doubt::any(doubt));
+  return QUICK<F> ? bad | Doubt::any(doubt) : bad;
 }
 
-// A lane's way: TURNS places at most, 32 * V numbers apart. Where nobody asks for rows or columns it begins anew, at 0, so
-// that an address is one multiplication and addition.
-constexpr bool ANEW = LINEAR && VECTORS == 0 && !STORED;
-
-struct Way {
-  int64_t first;
-  uint32_t turns;  // ANEW: how many there are, the same for all lanes of a warp
-  int whole;       // ANEW: V, which a compiler that knew it would make predicates of, where branches are faster
+// What all threads of a block share; in their registers all addresses would be too many.
+struct alignas(16) Told {
+  Job job;  // ANEW: what is stored begins with the chunk
+  Dynamic now;
+  int64_t chunk;  // its first number
+  uint32_t end;   // of the chunk, counted from there
+  float scalars[SCALARS + 1];
 };
 
-LB_FN Way way_from(const Job &job, int64_t first) {
-  const int64_t left = job.rows * job.cols - first, turns = (left + 32 * V - 1) / (32 * V);
-  return {first, left <= 0 ? 0u : turns < TURNS ? (uint32_t)turns : (uint32_t)TURNS, left < V ? (int)left : V};
-}
+// A lane's places are APART numbers from each other, TURNS of them at most. Where nobody asks for rows or columns they are
+// counted from the chunk's first number, in 32 bits.
+constexpr bool ANEW = LINEAR && VECTORS == 0 && !STORED;
+constexpr uint32_t APART = UPDATERS * V;
 
-LB_FN Place place_on(const Way &way, const Job &job, uint32_t turn) {
+LB_FN Place place_on(const Told &told, uint32_t at) {
   Place to = {};
   if (ANEW) {
-    to.number = to.at = to.counted = (int64_t)((uint64_t)turn * (32 * V));
-    to.count = turn < way.turns ? way.whole : 0;
-  } else if (turn < TURNS) {
-    to = place(job, way.first + (int64_t)turn * (32 * V));
-    to.counted = (int64_t)((uint64_t)turn * (32 * V));
+    int whole = V;
+    LB_KEEP_NUMBER(whole);  // a compiler that knew it would make predicates, where branches are faster
+    to.number = to.at = to.counted = at;
+    to.count = at < told.end ? whole : 0;
+  } else if (at < CHUNK) {
+    to = place(told.job, told.chunk + at);
+    to.counted = at;
   }
   return to;
 }
@@ -163,51 +161,63 @@ extern "C" __global__ void __launch_bounds__(lb::UPDATERS, lb::TOGETHER)
     update(const Job *jobs, const Dynamic *dynamic, const Run *runs, const int32_t *owner, uint8_t *workspace) {
   using namespace lb;
   __shared__ Tables<0> tables;
-  prepare_tables<0>(tables);
-  __syncthreads();
+  __shared__ Told told;
   const int32_t index = owner[blockIdx.x];
-  Job job = jobs[index];  // a copy: what is stored might change the original, as far as the compiler knows
-  Dynamic now = dynamic[index];
   const Run &run = runs[index];
   if (MEASURES > 0 && GUARDED && run.skip) return;
-  float scalars[SCALARS + 1];  // a copy, as above
-  LB_UNROLL for (int k = 0; k < SCALARS; ++k) scalars[k] = run.scalars[k];
-  const int64_t first = ((int64_t)blockIdx.x - job.first_chunk) * CHUNK + (int64_t)warp() * (32 * V * TURNS) + lane() * V;
+  prepare_tables<0>(tables);
+  bring(jobs[index], told.job);
+  bring(dynamic[index], told.now);
+  if (among<SCALARS>((int)threadIdx.x)) told.scalars[threadIdx.x] = run.scalars[threadIdx.x];
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    Job &job = told.job;
+    told.chunk = ((int64_t)blockIdx.x - job.first_chunk) * CHUNK;
+    const int64_t left = job.rows * job.cols - told.chunk;
+    told.end = left < CHUNK ? (uint32_t)left : (uint32_t)CHUNK;
+    if (ANEW) begin_with(told.chunk, job, told.now);
+  }
+  __syncthreads();
+  const Told *its = &told;
+  LB_KEEP(its);  // else its address is made anew for every use
+  LB_SHARED(its);
+  const Job &job = its->job;
+  const Dynamic &now = its->now;
+  const uint32_t first = threadIdx.x * V;
   Key keys[1 + MOMENTS];
-  if (DRAWS) stream_keys(job, now, job.first + first, keys);
-  const Way way = way_from(job, first);
-  if (ANEW) begin_with(first, job, now);
-  const bool quick = worth_trying(job.constants, scalars);
+  if (DRAWS) stream_keys(job, now, job.first + its->chunk, keys);
+  const float *constants = job.constants;
+  const bool quick = worth_trying(constants, its->scalars);
   uint32_t lost = 0u, doubtful = quick ? 0u : ~0u;  // step blocks; turns, a bit each
-  Place here = place_on(way, job, 0);
+  Place here = place_on(*its, first);
   Operands old = {};
   if (quick) fetch_operands(job, now, here, old);
-  LB_ONE_AT_A_TIME for (uint32_t turn = 0; quick && goes_on(here); ++turn) {
-    const Place place = here;
-    here = place_on(way, job, turn + 1u);
+  LB_ONE_AT_A_TIME for (uint32_t at = first; quick && goes_on(here); at += APART) {
+    const Place place = ANEW ? place_on(*its, at) : here;
+    here = place_on(*its, at + APART);
     float x[LOADED][V];
     Fresh fresh;
     load_vectors<0, Sweep<MEASURES>::READS>(job, workspace, place, x);
-    const bool doubt = renew<Quick>(job, old, place, keys, tables, scalars, x, fresh,
+    const bool doubt = renew<Quick>(job, old, place, keys, tables, constants, its->scalars, x, fresh,
                                     [&] { fetch_operands(job, now, here, old); });
     __syncwarp();  // all lanes have loaded the scales, which one of them stores: a vote alone orders no memory
     if (any<32>(doubt && (ANEW || place.count > 0))) {
-      doubtful |= 1u << turn;
+      doubtful |= 1u << at / APART;
     } else {
       store_fresh(job, place, x, fresh);
     }
   }
-  LB_ONE_AT_A_TIME for (uint32_t turn = 0; turn < TURNS && doubtful >> turn != 0u; ++turn) {
-    if ((doubtful >> turn & 1u) == 0u) continue;
+  LB_ONE_AT_A_TIME for (uint32_t at = first; at < CHUNK && doubtful != 0u; at += APART, doubtful >>= 1) {
+    if ((doubtful & 1u) == 0u) continue;
     LB_RARELY;
-    const Place place = place_on(way, job, turn);
+    const Place place = place_on(*its, at);
     if (!goes_on(place)) break;
     old = {};  // a lane that has no values must not find others' here
     fetch_operands(job, now, place, old);
     float x[LOADED][V];
     Fresh fresh;
     load_vectors<0, Sweep<MEASURES>::READS>(job, workspace, place, x);
-    const bool bad = renew<float>(job, old, place, keys, tables, scalars, x, fresh, [] {});
+    const bool bad = renew<float>(job, old, place, keys, tables, constants, its->scalars, x, fresh, [] {});
     __syncwarp();
     if (GUARDED && any<LANES>(bad)) {
       lost += lane() % LANES == 0 && place.count > 0;

@@ -18,12 +18,6 @@ LB_FN int64_t length_of(const Job &job, int over) {  // of a vector
   return over == LB_ROW ? job.rows : over == LB_COLUMN ? job.cols : (job.rows + job.group_rows - 1) / job.group_rows;
 }
 
-// Whether a thread is one of the first COUNT, of which there may be none.
-template <int COUNT> LB_FN bool among([[maybe_unused]] int t) {
-  if constexpr (COUNT > 0) return t < COUNT;
-  else return false;
-}
-
 template <int M> constexpr bool MAX = Sweep<M>::REDUCE == LB_MAX;
 template <int M> constexpr bool IN_ALL = Sweep<M>::OVER == LB_TENSOR || Sweep<M>::OVER == LB_ALL;
 

@@ -23,7 +23,10 @@ SHIPPED = {special.name: special for special in shipped()}
 STRICT = ["-Werror", "all-warnings", "-Xptxas", "-v,-warn-spills,-warn-lmem-usage,-Werror"]
 
 # Registers of a thread at most; 64 where nothing is said. Two blocks of 128 threads fit a multiprocessor with 255.
-REGISTERS = {"linear": 255, "linear_transposed": 255, "linear_few": 128, "update": 96, "rows": 96, "elements": 80}
+REGISTERS = {"linear": 255, "linear_transposed": 255, "linear_few": 128, "update": 96}
+REGISTERS.update({"rows": 112, "elements": 80, "scalars": 80})  # short, and few blocks of threads
+# Of the steps that most users take: seven blocks of 128 threads, or six, on a multiprocessor.
+LEAN = {"AdamW 8bit": 72, "Lion 8bit": 72, "AdamW 4bit": 80, "SPAM 4bit": 80, "StableSPAM 4bit": 80}
 
 # Instructions for each value, on sm_90a, at most: what an H100 can issue while its memory streams, or less. And the
 # bytes that a thread moves for each value in the main loop, without which the count of values would be only a claim.
@@ -34,10 +37,10 @@ BUDGETS = [
     ("linear int8", "linear_few", 9, (4 * 16 + 2 * (16 + 4)) / 32),
     ("linear nf4", "linear", 12, (4 * 16 + 16 + 4) / 32),
     ("linear e2m1", "linear", 12, (4 * 16 + 16 + 4) / 32),
-    ("AdamW 8bit", "update", 67, 12),
-    ("AdamW 4bit", "update", 76, 10),
-    ("StableSPAM 4bit", "update", 81, 10),
-    ("Lion 8bit", "update", 40, 9),
+    ("AdamW 8bit", "update", 68, 12),
+    ("AdamW 4bit", "update", 77, 10),
+    ("StableSPAM 4bit", "update", 82, 10),
+    ("Lion 8bit", "update", 39, 9),
 ]
 
 
@@ -104,21 +107,17 @@ def needs_nvdisasm() -> None:
 COMPILERS = ["nvcc", "nvrtc12", "nvrtc13"]
 
 
-# Its rows(), by every compiler. What no longer spills must leave this set.
-SPILLED = {("StableSPAM 4bit measures", "sm_120")}
-SPILLS = pytest.mark.xfail(raises=CompileError, strict=True, reason="registers are spilled")
-
-
 def matrix() -> Iterator:
     """All compilers for H100s; for others each in turn, and the rest of them among the slow tests."""
     for k, name in enumerate(SHIPPED):
         for j, arch in enumerate(ARCHITECTURES):
             for i, by in enumerate(COMPILERS):
                 chosen = arch == "sm_90a" or (i + j + k) % len(COMPILERS) == 0
-                if name.startswith("codec"):  # there are many: one compiler each, on one of the architectures
+                if name.startswith(
+                    ("codec", "statistic")
+                ):  # there are many: one compiler each, on one of the architectures
                     chosen = (j, i) == (k % len(ARCHITECTURES), k % len(COMPILERS))
-                marks = [] if chosen else [pytest.mark.slow]
-                yield pytest.param(by, arch, name, marks=[*marks, *([SPILLS] if (name, arch) in SPILLED else [])])
+                yield pytest.param(by, arch, name, marks=[] if chosen else [pytest.mark.slow])
 
 
 @pytest.mark.parametrize(("by", "arch", "name"), list(matrix()))
@@ -130,7 +129,8 @@ def test_a_kernel_compiles_without_a_warning_and_keeps_to_registers(by: str, arc
     for kernel, one in found.items():
         taken = one.resources
         assert (taken.spills, taken.stack) == (0, 0), kernel
-        assert 0 < taken.registers <= REGISTERS.get(kernel, 64), kernel
+        most = LEAN[name] if kernel == "update" and name in LEAN else REGISTERS.get(kernel, 64)
+        assert 0 < taken.registers <= most, kernel
         assert not any(access.split()[1] == "8" for access in (one.mix.accesses if one.mix else {})), kernel
 
 

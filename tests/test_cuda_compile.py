@@ -24,6 +24,8 @@ pytestmark = [
 TABLES = Recipe(weight="nf4:32", activation="int8", gradient="int4:48")
 NOISY = Recipe(weight="int4:32", activation="int4:32", gradient=Operand("int4:32", rounding="stochastic"), seed=3)
 
+SIX = Recipe(weight="mxfp6-e2m3", activation="mxfp6-e3m2", gradient="nvfp4-46")  # codes across bytes, the better scale
+
 
 @pytest.fixture(autouse=True)
 def on_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
@@ -68,7 +70,9 @@ def both_ways(recipe: str | Recipe, seen: Seen) -> list[list[Tensor]]:
 
 
 @pytest.mark.parametrize(
-    "recipe", ["fp4", "stablespam-int4", TABLES, NOISY], ids=["fp4", "stablespam", "tables", "noisy"]
+    "recipe",
+    ["fp4", "stablespam-int4", "quest", "quartet2", TABLES, NOISY, SIX],  # masks; MS-EDEN
+    ids=["fp4", "stablespam", "quest", "quartet2", "tables", "noisy", "six"],
 )
 def test_a_quantized_model_compiles_to_kernels(recipe: str | Recipe):
     """In one graph, with the very numbers of the model as it is, stochastic recipes too."""
@@ -83,7 +87,7 @@ def test_the_operator_keeps_torch_s_rules():
     assert backends._is_operator(format("int4"), torch.device("cpu"))
     x = torch.randn(4, 96)
     for noise in ([], [1, 2]):
-        torch.library.opcheck(torch.ops.lowbit.fake, (x, "int4:32", noise))
+        torch.library.opcheck(torch.ops.lowbit.fake, (x, "int4:32", noise, torch.bfloat16))
 
 
 def test_a_format_of_one_s_own_is_no_operator():

@@ -60,8 +60,12 @@ class Fault(NamedTuple):
 FAULTS = {
     # step.cu
     "tables are read before they are filled": Fault(
-        "adamw", "step.cu", "prepare_tables<0>(tables);\n  __syncthreads();", "prepare_tables<0>(tables);", "thread"
+        "adamw", "step.cu", "told.now);\n  }\n  __syncthreads();", "told.now);\n  }", "thread"
     ),
+    "addresses are moved before they are there": Fault(
+        "adamw", "step.cu", "__syncthreads();\n  if (threadIdx.x == 0) {", "if (threadIdx.x == 0) {", "thread"
+    ),
+    "what is above 0 becomes 0": Fault("large", "formats.h", "saturated(source * 0x1p100f)", "0.0f"),
     "each lane its own scale": Fault("adamw", "moments.h", "largest<SCALE_LANES<K>>(most_of<QUICK", "(most_of<QUICK"),
     "the last step's scale stays": Fault(
         "stablespam", "moments.h", "store_float(job.scale[K] + index, scaled.scale[part]);", ""
@@ -95,8 +99,8 @@ FAULTS = {
     "what is doubtful is not done again": Fault(
         "small",
         "step.cu",
-        "if ((doubtful >> turn & 1u) == 0u) continue;",
-        "if ((doubtful >> turn & 1u) != 0u) continue;",
+        "if ((doubtful & 1u) == 0u) continue;",
+        "if ((doubtful & 1u) != 0u) continue;",
     ),
     "a quotient that is nearly right": Fault(
         "adamw", "quick.h", "fma(fma(b, quotient, -a), -inverse, quotient)", "quotient"

@@ -58,6 +58,7 @@ def test_what_is_beyond_doubt_is_ieees():
         edges = of_bits(torch.tensor([*EDGES, *(k - 2**31 for k in EDGES)]))  # around powers of two, of both signs
         for k in range(0, len(edges), 61):
             assert compared(edges, edges.roll(k))[2:] == [0, 0]
+        assert compared(torch.zeros(256), torch.ones(256)) == [256, 256, 0, 0]  # 0 is beyond doubt
         like = any_bits(n, 2).abs().frexp().mantissa  # neighbours in size, where quotients are hard to round
         assert compared(like, like.flip(0))[2:] == [0, 0]
         without = SOURCE.replace('#include "quick.h"', "").replace("using namespace lb;", "")

@@ -9,12 +9,12 @@ import pytest
 import torch
 from cases import assert_same, everything, gradient, parameters
 from cases import one_thread as one_thread
-from cuda_cases import agree, needs_compiler, stepping
+from cuda_cases import agree, needs_compiler, patched, stepping
 from emulator import REVERSE
 from native_cases import COVERING, DIMENSIONS, OPTIMIZERS, Setting, every_value
 from test_native_own import RULE
 
-from lowbit.optim import StableSPAM
+from lowbit.optim import AdamW, StableSPAM
 from lowbit.policy import PRESETS
 
 pytestmark = needs_compiler
@@ -61,6 +61,36 @@ SCHEDULED = {
 @pytest.mark.parametrize("name", SCHEDULED)
 def test_no_order_of_threads_and_blocks_changes_a_bit(name: str, schedule: int):
     agree(SCHEDULED[name], schedule)
+
+
+# ---- what quick numbers (cuda/quick.h) are in doubt of
+
+
+COUNTED = "doubtful |= 1u << at / APART;"
+
+
+def trained_with_zeros(states: str, small: float) -> tuple[dict[str, Any], int]:
+    """An embedding of whose rows and columns some are never touched; and how many blocks were said to be left alone."""
+    weight = torch.nn.Parameter(gradient((48, 512), 0, 0, torch.bfloat16))
+    opt = AdamW([("embed.weight", weight)], lr=1e-2, weight_decay=0.1, states=states, betas=(0.6, 0.6))
+    for t in range(1, 6):
+        weight.grad = gradient((48, 512), t, 1, torch.bfloat16)
+        weight.grad[5:40] = small
+        weight.grad[:, 100:107] = small
+        opt.step()
+    found = everything(opt)
+    return found, int(opt.state[weight].pop("skipped")[0])
+
+
+@pytest.mark.parametrize("states", ["8bit", "4bit"])
+def test_what_is_zero_is_not_done_again(states: str, monkeypatch: pytest.MonkeyPatch):
+    with stepping(), patched("step.cu", COUNTED, COUNTED + " if (lane() == 0) ++lost;"):
+        assert trained_with_zeros(states, 0.0)[1] == 0
+        assert trained_with_zeros(states, 1e-18)[1] > 0
+    with stepping():
+        found, _ = trained_with_zeros(states, 0.0)
+    monkeypatch.setenv("LOWBIT_BACKEND", "reference")
+    assert_same(found, trained_with_zeros(states, 0.0)[0])
 
 
 # ---- rules of a user's own

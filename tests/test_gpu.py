@@ -21,6 +21,7 @@ import lowbit
 from lowbit import backends
 from lowbit.nn import Operand, QuantLinear, Recipe
 from lowbit.optim import AdamW, StableSPAM
+from lowbit.rotation import Rotation
 from lowbit.rounding import key
 
 pytestmark = [
@@ -82,6 +83,30 @@ def test_a_codec_has_the_same_bits(name: str, stochastic: bool, backend: str, mo
         assert all(its.is_cuda for its in found.values())
         wrong = differences({"values": values, "fake": fake, **expected}, {k: its.cpu() for k, its in found.items()})
         assert not wrong, wrong
+
+
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [
+        ("mxfp4-quest", {"edge": 3.0}),
+        ("int4-quest", {"edge": 7.5, "dtype": torch.bfloat16}),
+        ("nvfp4-eden", {"run": 128, "noise": key(1, 2, 3, 4)}),
+        ("nvfp4-46", {"dtype": torch.float16, "noise": key(1, 2, 3, 4)}),
+        ("mxfp6-e2m3", {"edge": 7.5}),
+        ("nvfp4-2d", {}),
+    ],
+)
+def test_scales_masks_and_corrections_have_the_same_bits(
+    name: str, asked: dict[str, Any], backend: str, monkeypatch: pytest.MonkeyPatch
+):
+    fmt, rotation = lowbit.format(name), Rotation(128, 2**40 + 1)
+    x = gradient((65, 1000), 3, 1, torch.bfloat16)
+    with monkeypatch.context() as patch:
+        patch.setenv("LOWBIT_BACKEND", "reference")
+        values, expected = backends.quantized(fmt, x, rotation=rotation, **asked)
+    got, parts = backends.quantized(fmt, x.to(CUDA), rotation=rotation, **asked)
+    found = {"values": got, **parts}
+    assert not (wrong := differences({"values": values, **expected}, {k: v.cpu() for k, v in found.items()})), wrong
 
 
 # ---- steps
@@ -258,9 +283,35 @@ def test_a_captured_training_step_can_be_replayed(rule: str, backend: str):
     assert all(map(torch.equal, *found))
 
 
-def test_a_learning_rate_on_the_device_is_refused():
-    with pytest.raises(TypeError, match=r"lr is a tensor on cuda:0, and every step would wait.*prepare_replay\(\)"):
-        AdamW(two_matrices(), lr=torch.tensor(1e-3, device=CUDA))
+@every_rule
+def test_a_learning_rate_on_the_device_is_read_there(rule: str, backend: str, no_waiting):
+    """By steps and by the replays of a graph, whose schedule writes into it."""
+    if backend == "reference":
+        pytest.skip("this backend takes the value, and waits for it")
+    found = []
+    for on_device in (False, True):
+        named = two_matrices()
+        opt = RULES[rule](named)
+        rates = [torch.tensor(0.5**t).item() for t in range(1, 9)]
+        lr = torch.tensor(rates[0], device=CUDA)
+        graph = torch.cuda.CUDAGraph()
+        for t, rate in enumerate(rates, 1):
+            lr.fill_(rate)
+            for group in opt.param_groups:
+                group["lr"] = lr if on_device else rate
+            give(named, t)
+            if on_device and t == 4:
+                with torch.cuda.graph(graph):
+                    opt.step()
+            torch.cuda.set_sync_debug_mode("error" if t > 1 else "default")
+            if on_device and t >= 4:
+                opt.prepare_replay()
+                graph.replay()
+            else:
+                opt.step()
+            torch.cuda.set_sync_debug_mode("default")
+        found.append([p.detach().cpu() for _, p in named])
+    assert all(map(torch.equal, *found))
 
 
 # ---- checkpoints

@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -168,6 +169,7 @@ def nowhere(monkeypatch, tmp_path):
     monkeypatch.delenv("CUDA_HOME", raising=False)
     monkeypatch.delenv("CUDA_PATH", raising=False)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "cuda.pathfinder", None)  # importing it fails
     places = nvrtc.places
     monkeypatch.setattr(nvrtc, "places", lambda: (path for path in places() if str(tmp_path) in path))
     nvrtc.find.cache_clear()
@@ -197,6 +199,35 @@ def test_a_toolkit_is_found_by_its_variable(nowhere, tmp_path, monkeypatch, vari
     path = nowhere(f"toolkit/{inner}", (12, 9))
     monkeypatch.setenv(variable, str(tmp_path / "toolkit"))
     assert (nvrtc.find().path, nvrtc.find().version) == (str(path), (12, 9))
+
+
+def pathfinder(find: Callable[[str], object]) -> types.SimpleNamespace:
+    return types.SimpleNamespace(load_nvidia_dynamic_lib=find)
+
+
+def test_nvidias_own_search_comes_before_ours(nowhere, tmp_path, monkeypatch):
+    """With what it finds, unless that is newer than the driver."""
+    theirs, ours = nowhere("theirs", (13, 0)), nowhere("toolkit/lib", (12, 9))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "toolkit"))
+    asked = []
+
+    def find(name: str) -> object:
+        asked.append(name)
+        return types.SimpleNamespace(abs_path=str(theirs))
+
+    monkeypatch.setitem(sys.modules, "cuda.pathfinder", pathfinder(find))
+    assert nvrtc.find(13).path == str(theirs) and asked == ["nvrtc"]
+    assert nvrtc.find(12).path == str(ours)
+
+
+def test_where_nvidias_search_finds_nothing_ours_goes_on(nowhere, tmp_path, monkeypatch):
+    def fail(name: str) -> object:
+        raise RuntimeError(f"no {name}")
+
+    ours = nowhere("toolkit/lib", (12, 9))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "toolkit"))
+    monkeypatch.setitem(sys.modules, "cuda.pathfinder", pathfinder(fail))
+    assert nvrtc.find().path == str(ours)
 
 
 @pytest.mark.parametrize(("folder", "version"), [("cu13", (13, 0)), ("cuda_nvrtc", (12, 9))])

@@ -438,34 +438,3 @@ def test_stochastic_state_rounding_moves_small_averages():
     exact = 0.01 * 0.99**119 + 0.25 * (1 - 0.99**119)
     assert found["stochastic"] == pytest.approx(exact, rel=0.05)
     assert abs(torch.tensor(found["nearest"] - exact)) > 0.05 * exact
-
-
-# Its profiler's marks are no part of what is traced; the compiler says so.
-@pytest.mark.filterwarnings("ignore:Profiler record function")
-def test_torch_compile_leaves_a_step_as_it_is():
-    """Alone or in a function with forward and backward; it is not traced, which took minutes."""
-    a, b = twins(((300, 40),))
-    mine, other = AdamW(a, states="8bit"), AdamW(b, states="8bit")
-
-    def train_step(opt, params, x):
-        (params[0] @ x).square().sum().backward()
-        opt.step()
-        opt.zero_grad()
-
-    traced = []
-
-    def backend(graph, inputs):
-        traced.extend(str(node.target) for node in graph.graph.nodes)
-        return graph
-
-    compiled, x = torch.compile(train_step, backend=backend), torch.linspace(-1, 1, 40)
-    for _ in range(3):
-        train_step(other, b, x)
-        compiled(mine, a, x)
-    assert "matmul" in " ".join(traced)
-    feed(1, a, b)
-    before = len(traced)
-    torch.compile(mine.step, backend=backend)()
-    other.step()
-    assert len(traced) == before
-    assert_same(everything(mine), everything(other))

@@ -142,7 +142,7 @@ def fake(
     """
     x = _plain(x)
     if torch.compiler.is_compiling() and rotation is None and _is_operator(fmt, x.device):
-        return torch.ops.lowbit.fake(x, fmt.name, [] if noise is None else list(noise)).to(dtype)
+        return torch.ops.lowbit.fake(x, fmt.name, [] if noise is None else list(noise), _made_in(dtype)).to(dtype)
     return _for_layers(x, fmt).fake(fmt, x, noise, rotation=rotation, dtype=_made_in(dtype)).to(dtype)
 
 

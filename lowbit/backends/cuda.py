@@ -1,27 +1,31 @@
 """The CUDA backend: kernels that are compiled for what they are to do, and launched on torch's current stream.
 
-What they compute is what `reference` says, bit for bit. This file has codecs of whole matrices (cuda/codec.cu).
+What they compute is what `reference` says, bit for bit. This file has whole matrices: to codes, to what codes stand
+for, to both at once, and back (cuda/codec.cu); and what the host makes scales from (cuda/statistic.cu).
 """
 
 from __future__ import annotations
 
-from ctypes import Structure, c_int64, c_uint32, c_void_p
-from functools import lru_cache
+from ctypes import c_int, c_void_p
+from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from .. import eden
-from ..formats import Format, format
-from ..gpu import Module, machine, sources
-from ..gpu.formats import print_format
-from ..layout import row_bytes, row_stride, step_width
-from ..native.abi import DTYPE
-from ..rotation import Rotation, rotate_back
-from ..rotation import rotate as turn
-from ..rows import Measured, part_shapes, unpack
-from ..scales import Scales, Tiles, best, block_of, multiplier
+from ..blocks import halve
+from ..formats import PLAIN, Format, format
+from ..gpu import machine
+from ..layout import STEP_BLOCK, row_bytes, row_stride
+from ..native.abi import STATISTIC
+from ..rotation import Rotation
+from ..rows import part_shapes
+from ..scales import Scales, best, block_of, multiplier
+from .cuda_codec import EXTRA as EXTRA
+from .cuda_codec import THREADS as THREADS
+from .cuda_codec import VALUES as VALUES
+from .cuda_codec import WARP, finder, is_linear, launch, matrix, module, point, print_spec, team, turn
+from .cuda_codec import Matrix as Matrix
 from .cuda_step import capture as capture
 from .cuda_step import prepare as prepare
 from .cuda_step import step as step
@@ -30,12 +34,8 @@ from .cuda_step import unprepared as unprepared
 from .cuda_step import unsupported as unsupported
 from .reference_matrix import inside
 
-THREADS = 256
-VALUES = 8  # of a lane
-WARP = 32 * VALUES
-EXTRA = {"affine": "zero", "log": "base"}
-_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-assert set(DTYPE) == {str(dtype).removeprefix("torch.") for dtype in _NAMES}
+Noise = tuple[int, int]
+FLOATS = format("fp32")
 
 
 def find(device: torch.device) -> None:
@@ -45,201 +45,142 @@ def find(device: torch.device) -> None:
 
 def takes(fmt: Format, live: bool = False) -> bool:
     """Whether this backend codes and decodes a format; `live` as for `encode`."""
-    return fmt.plain or (_is_given(fmt) and not live)
+    return fmt.scaling == PLAIN and finder(fmt) != "host" if live else finder(fmt) != "host" or is_linear(fmt)
 
 
-def _is_given(fmt: Format) -> bool:
-    """Whether kernels are given the scales of a format, which `scales` makes."""
-    fixed = fmt.kind in ("integer", "codebook") and fmt.signed and not fmt.square
-    return not fmt.plain and fixed and 8 % fmt.bits == 0
-
-
-class Matrix(Structure):
-    """As in cuda/codec.cu."""
-
-    _fields_ = [
-        ("values", c_void_p),
-        ("codes", c_void_p),
-        ("scale", c_void_p),
-        ("inverse", c_void_p),
-        ("extra", c_void_p),
-        ("rows", c_int64),
-        ("cols", c_int64),
-        ("stride", c_int64),
-        ("row_bytes", c_int64),
-        ("scales", c_int64),
-        ("across", c_int64),
-        ("tile", c_int64),
-        ("width", c_int64),
-        ("key", c_uint32 * 2),
-        ("signs", c_uint32 * 2),
-    ]
-
-
-@lru_cache(maxsize=1024)
-def print_spec(
-    fmt: Format,
-    dtype: torch.dtype,
-    stochastic: bool = False,
-    live: bool = False,
-    rotation: int = 0,
-    out: torch.dtype = torch.float32,
-) -> str:
-    """The text of spec.h for cuda/codec.cu."""
-    constants = {
-        "bool STOCHASTIC": stochastic,
-        "bool LIVE": live,
-        "bool GIVEN": _is_given(fmt),
-        "int ROTATION": rotation,
-    }
-    lines = [f"constexpr {name} = {str(value).lower()};\n" for name, value in constants.items()]
-    types = (fmt, "Fmt"), (format(_NAMES[dtype]), "Values"), (format(_NAMES[out]), "Out")
-    printed = "".join(print_format(one, name) for one, name in types)
-    return f'#pragma once\n#include "arithmetic.h"\n{printed}{"".join(lines)}'
-
-
-@lru_cache(maxsize=1)
-def _texts() -> dict[str, str]:
-    return sources()
-
-
-def _module(
-    device: torch.device,
-    fmt: Format,
-    dtype: torch.dtype,
-    stochastic: bool = False,
-    live: bool = False,
-    rotation: int = 0,
-    out: torch.dtype = torch.float32,
-) -> Module:
-    texts = _texts()
-    headers = {name: texts[name] for name in HEADERS}
-    spec = print_spec(fmt, dtype, stochastic, live, rotation, out)
-    return machine(device).module(texts["codec.cu"], {**headers, "spec.h": spec})
-
-
-HEADERS = ("stdint.h", "abi.h", "words.h", "arithmetic.h", "device.h", "quick.h", "formats.h")
-
-
-def _at_once(fmt: Format) -> bool:
-    """Whether a warp finds a block's scale by itself."""
-    block = fmt.block[1]
-    return not fmt.compressed or (fmt.plain and VALUES <= block <= WARP and block & (block - 1) == 0)
-
-
-def _matrix(
-    fmt: Format,
-    values: Tensor,
-    parts: dict[str, Tensor],
-    noise: tuple[int, int] | None = None,
-    rotation: Rotation | None = None,
-) -> tuple[Matrix, int]:
-    """The argument of a kernel, and how many lanes there are.
-
-    `parts` are codes, scales and their kin; of scales that are given, `inverse` and `multiplier` instead.
-    """
-    rows, cols = values.shape
-    tile, block = block_of(fmt, rows, cols) if fmt.compressed else (1, VALUES)
-    scales = -(-cols // block)
-    # Lanes that share a scale, or rotate values together, are neighbours.
-    run = max(block if _at_once(fmt) else VALUES, rotation.size if rotation else 0)
-    stride = row_stride(cols)
-    whole = cols % step_width(cols) == 0 and cols % run == 0 and cols % block == 0
-    if rows > 1 and tile == 1 and whole and not rotation:
-        rows, cols, stride, scales = 1, rows * cols, rows * cols, rows * scales  # one long row: no division
-    across = -(-cols // run) * run // VALUES
-    matrix = Matrix(values=values.data_ptr(), rows=rows, cols=cols, stride=stride, scales=scales, across=across)
-    matrix.row_bytes, matrix.tile, matrix.width = row_bytes(cols, fmt.bits), tile, block
-    matrix.key[:], matrix.signs[:] = noise or (0, 0), rotation.keys if rotation else (0, 0)
-    pointers = {"codes": "codes", "scale": "scale", "inverse": "inverse", EXTRA.get(fmt.kind, ""): "extra"}
-    if _is_given(fmt):
-        pointers = {"codes": "codes", "multiplier": "scale", "inverse": "inverse"}
-    for part, field in pointers.items():
-        if part in parts:
-            setattr(matrix, field, parts[part].data_ptr())
-    return matrix, rows * across
-
-
-def _launch(module: Module, name: str, lanes: int, *arguments: object) -> None:
-    module.machine.launch(module.function(name), -(-lanes // THREADS), THREADS, arguments)
-
-
-def _empty(fmt: Format, x: Tensor) -> dict[str, Tensor]:
-    shapes = part_shapes(fmt, (x.shape[0], x.shape[1]))
-    return {part: torch.empty(shape, dtype=dtype, device=x.device) for part, (shape, dtype) in shapes.items()}
+# ---- to codes, and to values
 
 
 def _encode(
-    name: str,
     fmt: Format,
     x: Tensor,
-    parts: dict[str, Tensor],
-    noise: tuple[int, int] | None,
-    live: bool,
-    rotation: Rotation | None,
-    out: Tensor | None = None,
-) -> None:
-    size, dtype = rotation.size if rotation else 0, torch.float32 if out is None else out.dtype
-    module = _module(x.device, fmt, x.dtype, noise is not None, live, size, dtype)
-    if not _at_once(fmt) and not _is_given(fmt):
-        matrix, _ = _matrix(fmt, x, parts)
-        blocks = matrix.rows * matrix.scales
-        threads = THREADS if fmt.block[1] > WARP else 32
-        module.machine.launch(module.function("scales"), blocks, threads, (matrix,))
-    matrix, lanes = _matrix(fmt, x, parts, noise, rotation)
-    _launch(module, name, lanes, matrix, *(() if out is None else (c_void_p(out.data_ptr()),)))
+    parts: dict[str, Tensor] | None,
+    dtype: torch.dtype | None,
+    noise: Noise | None = None,
+    live: bool = False,
+    rotation: Rotation | None = None,
+    run: int = 0,
+    edge: float | None = None,
+) -> tuple[Tensor | None, dict[str, Tensor]]:
+    """(What the codes stand for, if it has a dtype, [rows, columns], the parts, if any are to be filled).
+
+    `parts`: None, or an empty dict.
+    """
+    x, how = x.detach().resolve_neg().contiguous(), finder(fmt)
+    cols = rotation.padded(x.shape[1]) if rotation else x.shape[1]
+    if rotation is not None and how != "warp":  # a block takes two passes
+        x, rotation = rotate(x, rotation), None
+    shape = x.shape[0], cols
+    if parts is not None:
+        parts |= _empty(fmt, shape, x.device, scales=how != "host" or not x.numel())
+        if edge is not None:
+            parts["inside"] = torch.empty(shape[0], row_bytes(cols, 1), dtype=torch.uint8, device=x.device)
+    values = None if dtype is None else torch.empty(shape, dtype=dtype, device=x.device)
+    if not x.numel():
+        return values, parts or {}
+    spec = print_spec(
+        fmt, x.dtype, noise is not None and not run, live, rotation.size if rotation else 0, dtype or torch.float32, run
+    )
+    kernels = module(x.device, spec)
+    together = fmt.block[1] if how == "warp" and fmt.compressed else VALUES
+    made, lanes = matrix(
+        fmt,
+        shape,
+        max(together, fmt.scaling.outer if how == "warp" else 0, rotation.size if rotation else 0),
+        x.shape[1],
+        bool(run or rotation),
+    )
+    made.key[:] = noise or (0, 0)
+    if run:
+        made.stride = row_stride(made.scales)  # what is drawn are scales
+    if rotation:
+        turn(made, rotation)
+    own = parts if parts is not None else _empty(fmt, shape, x.device, codes=False, scales=how == "passes")
+    point(made, values=x, out=values, codes=own.get("codes"), mask=own.get("inside"))
+    made.edge = edge or 0.0
+    if how == "host":
+        found = best(fmt, _Measured(fmt, x))
+        inverse, held = found.inverse.contiguous(), found.multiplier.contiguous()
+        point(made, scale=held, inverse=inverse)
+        own |= found.parts
+    else:
+        point(made, scale=own.get("scale"), extra=own.get(EXTRA.get(fmt.kind, "")), outer=own.get("tensor_scale"))
+    if how == "passes":
+        blocks, threads = made.rows * made.scales, THREADS if made.width > WARP else 32
+        kernels.machine.launch(kernels.function("scales"), blocks, threads, (made,))
+    if how == "warp" and fmt.scaling.peak and not fmt.scaling.outer:
+        most = torch.zeros(1, dtype=torch.int32, device=x.device)
+        point(made, most=most)
+        launch(kernels, "largest_of_all", lanes, made)
+    launch(kernels, "encode", lanes, made)
+    return values, own if parts is not None else {}
 
 
-def _ready(fmt: Format, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, Rotation | None]:
-    """Contiguous; and rotated already where a block takes two passes."""
-    x = x.detach().resolve_neg().contiguous()
-    if rotation is not None:
-        x = pad(x, (0, rotation.padded(x.shape[1]) - x.shape[1]))
-        if rotation.seed is None:  # the kernels always change signs
-            return turn(x, rotation), None
-        if not _at_once(fmt):
-            return fake(format("fp32"), x, rotation=rotation), None
-    return x, rotation
-
-
-def _given(fmt: Format, x: Tensor) -> Scales:
-    """The scales that kernels are given: torch makes them, on the device."""
-    found = best(fmt, Tiles(fmt, x))
-    return Scales(found.inverse.contiguous(), found.multiplier.contiguous(), found.parts)
-
-
-def _pointed(found: Scales, codes: Tensor | None = None) -> dict[str, Tensor]:
-    parts = {} if codes is None else {"codes": codes}
-    return {**parts, "inverse": found.inverse, "multiplier": found.multiplier}
+def _empty(
+    fmt: Format, shape: tuple[int, int], device: torch.device, codes: bool = True, scales: bool = True
+) -> dict[str, Tensor]:
+    """Parts to be filled; those of an empty matrix have what is known without values."""
+    make = torch.empty if shape[0] * shape[1] else torch.zeros
+    known = part_shapes(fmt, shape).items()
+    asked = {part: what for part, what in known if (codes if part == "codes" else scales)}
+    return {part: make(size, dtype=dtype, device=device) for part, (size, dtype) in asked.items()}
 
 
 def encode(
     fmt: Format,
     x: Tensor,
-    noise: tuple[int, int] | None = None,
+    noise: Noise | None = None,
     *,
     live: bool = False,
     rotation: Rotation | None = None,
     run: int = 0,
 ) -> dict[str, Tensor]:
     """See `backends.encode`. With a rotation, of the matrix as `rotation.rotate` leaves it."""
-    if run:
+    if run and not _is_corrected(fmt, run):
         assert noise is not None
         return eden.encode(fmt, measured(fmt, x, rotation=rotation), noise, run)
-    x, rotation = _ready(fmt, x, rotation)
-    if _is_given(fmt):
-        return _encode_given(fmt, x, _given(fmt, x), noise)
-    parts = _empty(fmt, x)
-    if x.numel():
-        _encode("encode", fmt, x, parts, noise, live, rotation)
-    return parts
+    return _encode(fmt, x, {}, None, noise, live, rotation, run)[1]
 
 
-def _encode_given(fmt: Format, x: Tensor, found: Scales, noise: tuple[int, int] | None) -> dict[str, Tensor]:
-    codes = torch.empty(part_shapes(fmt, tuple(x.shape))["codes"][0], dtype=torch.uint8, device=x.device)
-    if x.numel():
-        _encode("encode", fmt, x, _pointed(found, codes), noise, False, None)
-    return {"codes": codes, **found.parts}
+def _is_corrected(fmt: Format, run: int) -> bool:
+    """Whether a warp has all of a run whose scales MS-EDEN corrects."""
+    return finder(fmt) == "warp" and run <= WARP and run % fmt.block[1] == 0
+
+
+def fake(
+    fmt: Format,
+    x: Tensor,
+    noise: Noise | None = None,
+    *,
+    rotation: Rotation | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """See `backends.fake`."""
+    values, _ = _encode(fmt, x, None, dtype, noise, rotation=rotation)
+    assert values is not None
+    return values
+
+
+def quantized(
+    fmt: Format,
+    x: Tensor,
+    noise: Noise | None = None,
+    *,
+    rotation: Rotation | None = None,
+    dtype: torch.dtype = torch.float32,
+    run: int = 0,
+    edge: float | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """See `backends.quantized`."""
+    if run and not _is_corrected(fmt, run):
+        parts = encode(fmt, x, noise, rotation=rotation, run=run)
+        values = decode(fmt, parts, rotation.padded(x.shape[1]) if rotation else x.shape[1], dtype)
+        if edge is not None:
+            parts["inside"] = inside(fmt, measured(fmt, x, rotation=rotation), edge)
+        return values, parts
+    values, parts = _encode(fmt, x, {}, dtype, noise, False, rotation, run, edge)
+    assert values is not None
+    return values, parts
 
 
 def decode(fmt: Format, parts: dict[str, Tensor], cols: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -247,69 +188,14 @@ def decode(fmt: Format, parts: dict[str, Tensor], cols: int, dtype: torch.dtype 
     parts = {part: tensor.contiguous() for part, tensor in parts.items()}
     codes = parts["codes"]
     rows = codes.shape[0] if fmt.compressed or not cols else codes.numel() // cols
-    if _is_given(fmt) and rows * cols:
-        parts = {"codes": codes, "multiplier": multiplier(fmt, parts).contiguous()}
-    return _decode(fmt, parts, rows, cols, dtype)
-
-
-def _decode(fmt: Format, parts: dict[str, Tensor], rows: int, cols: int, dtype: torch.dtype) -> Tensor:
-    values = torch.empty(rows, cols, dtype=dtype, device=parts["codes"].device)
+    values = torch.empty(rows, cols, dtype=dtype, device=codes.device)
     if values.numel():
-        matrix, lanes = _matrix(fmt, values, parts)
-        _launch(_module(values.device, fmt, dtype), "decode", lanes, matrix)
+        scale = multiplier(fmt, parts).contiguous() if fmt.scaling.stored == "double" else parts.get("scale")
+        made, lanes = matrix(fmt, (rows, cols), max(VALUES, fmt.scaling.outer))
+        point(made, out=values, codes=codes, scale=scale, outer=parts.get("tensor_scale"))
+        point(made, extra=parts.get(EXTRA.get(fmt.kind, "")))
+        launch(module(values.device, print_spec(fmt, torch.float32, out=dtype)), "decode", lanes, made)
     return values
-
-
-def fake(
-    fmt: Format,
-    x: Tensor,
-    noise: tuple[int, int] | None = None,
-    *,
-    rotation: Rotation | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """See `backends.fake`."""
-    x, rotation = _ready(fmt, x, rotation)
-    values = torch.empty(x.shape, dtype=dtype, device=x.device)
-    if x.numel():
-        parts = _pointed(_given(fmt, x)) if _is_given(fmt) else {} if _at_once(fmt) else _empty(fmt, x)
-        _encode("fake", fmt, x, parts, noise, False, rotation, values)
-    return values
-
-
-def measured(fmt: Format, x: Tensor, *, rotation: Rotation | None = None) -> Measured:
-    """See `backends.measured`: by torch, not by kernels."""
-    return Measured(fmt, x if rotation is None else rotate(x, rotation))
-
-
-def quantized(
-    fmt: Format,
-    x: Tensor,
-    noise: tuple[int, int] | None = None,
-    *,
-    rotation: Rotation | None = None,
-    dtype: torch.dtype = torch.float32,
-    run: int = 0,
-    edge: float | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """See `backends.quantized`: two launches, one for the codes and one for what they stand for."""
-    values, parts = _quantized(fmt, x, noise, rotation, dtype, run)
-    if edge is not None:
-        parts["inside"] = inside(measured(fmt, x, rotation=rotation), edge)
-    return values, parts
-
-
-def _quantized(
-    fmt: Format, x: Tensor, noise: tuple[int, int] | None, rotation: Rotation | None, dtype: torch.dtype, run: int
-) -> tuple[Tensor, dict[str, Tensor]]:
-    rows, cols = x.shape[0], rotation.padded(x.shape[1]) if rotation else x.shape[1]
-    if run or not _is_given(fmt):
-        parts = encode(fmt, x, noise, rotation=rotation, run=run)
-        return decode(fmt, parts, cols, dtype), parts
-    x, _ = _ready(fmt, x, rotation)
-    found = _given(fmt, x)
-    parts = _encode_given(fmt, x, found, noise)
-    return _decode(fmt, _pointed(found, parts["codes"]), rows, cols, dtype), parts
 
 
 def rotate(
@@ -322,8 +208,82 @@ def rotate(
     own: bool = False,
 ) -> Tensor:
     """See `backends.rotate`."""
-    if mask is not None:
-        x = x * unpack(mask, 1, x.shape[1]).to(x.dtype)
-    if back:
-        return rotate_back(pad(x.detach(), (0, rotation.padded(x.shape[1]) - x.shape[1])), rotation).to(dtype)
-    return fake(format("fp32"), x, rotation=rotation, dtype=dtype)
+    x = x.detach().resolve_neg().contiguous()
+    values = torch.empty(x.shape[0], rotation.padded(x.shape[1]), dtype=dtype, device=x.device)
+    if x.numel():
+        made, lanes = matrix(FLOATS, (values.shape[0], values.shape[1]), rotation.size, x.shape[1], alone=True)
+        turn(made, rotation)
+        point(made, values=x, out=values, mask=None if mask is None else (mask := mask.contiguous()))
+        spec = print_spec(FLOATS, x.dtype, rotation=-rotation.size if back else rotation.size, out=dtype)
+        launch(module(x.device, spec), "encode", lanes, made)
+    return values
+
+
+# ---- what scales are made from
+
+
+def measured(fmt: Format, x: Tensor, *, rotation: Rotation | None = None) -> _Measured:
+    """See `backends.measured`."""
+    return _Measured(fmt, x if rotation is None else rotate(x, rotation))
+
+
+class _Measured:
+    """A matrix of which kernels measure the blocks (`scales.Coded`)."""
+
+    def __init__(self, fmt: Format, x: Tensor):
+        self.fmt, self.x = fmt, x.detach().resolve_neg().contiguous()
+        self.shape = x.shape[0], x.shape[1]
+        self.block = block_of(fmt, *self.shape)
+
+    def absmax(self) -> Tensor:
+        return self._by_piece("absmax").amax((1, 3)).float()
+
+    def total(self, of: Literal["squares", "magnitudes"], inverse: Tensor) -> Tensor:
+        return self._total(of, Scales(inverse, inverse, {}))
+
+    def losses(self, found: Scales) -> Tensor:
+        return self._total("losses", found)
+
+    def products(self, inverse: Tensor) -> Tensor:
+        return self._total("products", Scales(inverse, inverse, {}))
+
+    def units(self, inverse: Tensor) -> Tensor:
+        values = torch.empty(self.shape, device=self.x.device)
+        self._measure("units", Scales(inverse, inverse, {}), out=values)
+        return values
+
+    def codes(self, found: Scales) -> Tensor:
+        parts = _empty(self.fmt, self.shape, self.x.device, scales=False)
+        if self.x.numel():
+            made, lanes = matrix(self.fmt, self.shape)
+            inverse, held = found.inverse.contiguous(), found.multiplier.contiguous()
+            point(made, values=self.x, scale=held, inverse=inverse, codes=parts["codes"])
+            launch(module(self.x.device, print_spec(self.fmt, self.x.dtype, given=True)), "encode", lanes, made)
+        return parts["codes"]
+
+    def _total(self, what: str, found: Scales) -> Tensor:
+        return halve(halve(self._by_piece(what, found)).transpose(1, 2))
+
+    def _by_piece(self, what: str, found: Scales | None = None) -> Tensor:
+        """A statistic of each piece of a row in a block: float64 [block rows, its rows, block columns, pieces]."""
+        (rows, cols), (height, width) = self.shape, self.block
+        down, across, pieces = -(-rows // height), -(-cols // width), -(-min(width, max(cols, 1)) // STEP_BLOCK)
+        each = torch.zeros(down * height, across, pieces, dtype=torch.float64, device=self.x.device)
+        self._measure(what, found, pieces, to=each)
+        return each.unflatten(0, (down, height))
+
+    def _measure(
+        self, what: str, found: Scales | None, pieces: int = 0, out: Tensor | None = None, to: Tensor | None = None
+    ) -> None:
+        if not self.x.numel():
+            return
+        pieces = pieces or -(-min(self.block[1], self.shape[1]) // STEP_BLOCK)
+        made, _ = matrix(self.fmt, self.shape, alone=True)
+        made.across = made.scales * pieces * team(self.fmt)
+        if found is not None:
+            inverse, held = found.inverse.contiguous(), found.multiplier.contiguous()
+            point(made, scale=held, inverse=inverse)
+        point(made, values=self.x, out=out)
+        kernels = module(self.x.device, print_spec(self.fmt, self.x.dtype, given=True), "statistic.cu")
+        pointer = c_void_p(None if to is None else to.data_ptr())
+        launch(kernels, "measure", self.shape[0] * made.across, made, c_int(STATISTIC[what]), c_int(pieces), pointer)

@@ -15,11 +15,11 @@ from . import cuda
 
 
 @torch.library.custom_op("lowbit::fake", mutates_args=())
-def fake(x: Tensor, format: str, noise: Sequence[int]) -> Tensor:
+def fake(x: Tensor, format: str, noise: Sequence[int], dtype: torch.dtype) -> Tensor:
     """See `backends.fake`; `noise` has two numbers, or none."""
-    return cuda.fake(find_format(format), x, (noise[0], noise[1]) if noise else None)
+    return cuda.fake(find_format(format), x, (noise[0], noise[1]) if noise else None, dtype=dtype)
 
 
 @fake.register_fake
-def _(x: Tensor, format: str, noise: Sequence[int]) -> Tensor:
-    return x.new_empty(x.shape, dtype=torch.float32)
+def _(x: Tensor, format: str, noise: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return x.new_empty(x.shape, dtype=dtype)

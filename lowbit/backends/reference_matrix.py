@@ -15,7 +15,7 @@ from ..rotation import rotate as turn
 from ..rotation import rotate_back as turn_back
 from ..rounding import narrow, uniform
 from ..rows import Measured, decode_rows, encode_rows, pack, row_bits, unpack
-from ..scales import best
+from ..scales import Coded, best
 
 
 def takes(fmt: Format, live: bool = False) -> bool:
@@ -71,13 +71,13 @@ def quantized(
     parts = encode(fmt, x, noise, rotation=rotation, run=run)
     values = decode(fmt, parts, rotation.padded(x.shape[1]) if rotation else x.shape[1], dtype)
     if edge is not None:
-        parts["inside"] = inside(measured(fmt, x, rotation=rotation), edge)
+        parts["inside"] = inside(fmt, measured(fmt, x, rotation=rotation), edge)
     return values, parts
 
 
-def inside(blocks: Measured, edge: float) -> Tensor:
+def inside(fmt: Format, blocks: Coded, edge: float) -> Tensor:
     """The part `inside` of a matrix."""
-    return pack((blocks.units(best(blocks.fmt, blocks).inverse).abs() <= edge).to(torch.uint8), 1)
+    return pack((blocks.units(best(fmt, blocks).inverse).abs() <= edge).to(torch.uint8), 1)
 
 
 def rotate(

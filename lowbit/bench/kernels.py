@@ -20,11 +20,14 @@ _STEPS = [
     (optim.AdamW, "4bit", "weight"),
     (optim.AdamW, "fp32", "weight"),
     (optim.StableSPAM, "4bit", "weight"),
+    (optim.SPAM, "4bit", "weight"),
     (optim.Lion, "8bit", "weight"),
     (optim.AdamMini, "8bit", "weight"),
     (optim.SCALE, "8bit", "lm_head.weight"),  # its last layer has a momentum
     (optim.Muon, "8bit", "weight"),  # its momentum; a matrix stage follows
 ]
+
+MEASURED = ("int8:row", "ternary", "nvfp4-2d", "mxfp6-e2m3", "e4m3:3x5")
 
 
 def shipped() -> list[Specialisation]:
@@ -34,9 +37,16 @@ def shipped() -> list[Specialisation]:
 
 
 def _codecs() -> list[Specialisation]:
-    """Of every format, for matrices in bf16, to the nearest value."""
-    spec = [(name, cuda.print_spec(format(name), torch.bfloat16)) for name in formats() if format(name).plain]
-    return [Specialisation(f"codec {name}", "codec.cu", text, {}) for name, text in spec]
+    """Of every format, for matrices in bf16, to the nearest value; what is longest; what scales are made from."""
+    spec = {name: cuda.print_spec(format(name), torch.bfloat16) for name in formats()}
+    eden = cuda.print_spec(format("nvfp4-eden"), torch.bfloat16, True, rotation=128, run=128)
+    back = cuda.print_spec(format("fp32"), torch.bfloat16, rotation=-128)
+    made = {**spec, "nvfp4-eden corrected": eden, "rotation back": back}
+    given = [(name, cuda.print_spec(format(name), torch.bfloat16, given=True)) for name in MEASURED]
+    return [
+        *(Specialisation(f"codec {name}", "codec.cu", text, {}) for name, text in made.items()),
+        *(Specialisation(f"statistic {name}", "statistic.cu", text, {}) for name, text in given),
+    ]
 
 
 def _steps(optimizer: Callable[..., optim.Rule], states: str, weight: str) -> list[Specialisation]:

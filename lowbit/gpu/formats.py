@@ -9,7 +9,7 @@ side of u where its bin is; that is the whole proof, and tests/test_cuda_codec.p
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -70,12 +70,19 @@ def bins(fmt: Format) -> Bins | None:
 
 
 def _number(x: float) -> str:
-    return x.hex() + "f"
+    return unpack("<f", pack("<f", x))[0].hex() + "f"
 
 
 def _array(name: str, numbers: Sequence[int]) -> str:
     lines = [", ".join(f"{n:#x}u" for n in numbers[k : k + 10]) for k in range(0, len(numbers), 10)]
     return f"static __device__ const uint32_t {name}[{len(numbers)}] = {{\n    " + ",\n    ".join(lines) + "};\n"
+
+
+def print_constants(constants: Mapping[str, int | bool | float], before: str = "") -> str:
+    """One constexpr a line."""
+    types = {bool: "bool", int: "int", float: "float"}
+    numbers = {k: _number(v) if type(v) is float else str(v).lower() for k, v in constants.items()}
+    return "".join(f"{before}constexpr {types[type(v)]} {k} = {numbers[k]};\n" for k, v in constants.items())
 
 
 @lru_cache(maxsize=1024)
@@ -129,10 +136,6 @@ def print_format(fmt: Format, name: str) -> str:
             }
             arrays["cells"] = found.cells
     printed = "".join(_array(f"{name}_{table}", numbers) for table, numbers in arrays.items())
-    types = {bool: "bool", int: "int", float: "float"}
-    members = "".join(
-        f"  static constexpr {types[type(v)]} {k} = {_number(v) if type(v) is float else str(v).lower()};\n"
-        for k, v in constants.items()
-    )
+    members = print_constants(constants, "  static ")
     tables = "".join(f"  LB_FN uint32_t {table}(int k) {{ return {name}_{table}[k]; }}\n" for table in arrays)
     return f"{printed}struct {name} {{  // {fmt.name}\n{members}{tables}}};\n"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import glob
+import importlib
 import importlib.util
 import os
 import re
@@ -199,8 +200,8 @@ def architecture(capability: tuple[int, int], nvrtc: Nvrtc) -> str:
 def find(newest: int | None = None) -> Nvrtc:
     """The first NVRTC there is, of a CUDA no newer than the driver's: a driver cannot load what a newer one makes.
 
-    In this order: the one that torch has loaded; NVIDIA's packages for Python; $CUDA_HOME and $CUDA_PATH; wherever the
-    loader looks. Raises `NoCompiler`.
+    In this order: the one that torch has loaded; what NVIDIA's cuda-pathfinder finds; NVIDIA's packages for Python;
+    $CUDA_HOME and $CUDA_PATH; wherever the loader looks. Raises `NoCompiler`.
     """
     problems = []
     for path in dict.fromkeys(places()):
@@ -219,11 +220,25 @@ def find(newest: int | None = None) -> Nvrtc:
     )
 
 
+def _of_pathfinder() -> Iterator[str]:
+    """What NVIDIA's own search finds (packages, conda, toolkits), where it is installed: torch for CUDA brings it.
+
+    https://nvidia.github.io/cuda-python/cuda-pathfinder/latest/
+    """
+    try:
+        found = importlib.import_module("cuda.pathfinder").load_nvidia_dynamic_lib("nvrtc")
+    except (ImportError, RuntimeError, OSError):  # it is not installed, or finds none
+        return
+    if found.abs_path:
+        yield found.abs_path
+
+
 def places() -> Iterator[str]:
     """Where NVRTC may be."""
     if sys.platform == "linux":
         with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
             yield from (m[0] for line in maps if (m := re.search(r"/\S.*/libnvrtc\.so[.\d]*$", line.rstrip("\n"))))
+    yield from _of_pathfinder()
     spec = importlib.util.find_spec("nvidia")
     roots = [Path(root) for root in (spec.submodule_search_locations or [])] if spec else []
     folders = [folder for root in roots for inner in ("cu13", "cuda_nvrtc", "cu*") for folder in root.glob(inner)]

@@ -279,14 +279,14 @@ static int64_t draft_blocks(Drafts &drafts, int64_t row, int64_t col, int64_t mo
   const lb_program &program = *run.job->program;
   const lb_stage &last = *drafts.last;
   lb_fused &call = drafts.call;
-  begin_at(drafts, row, col);
   int64_t count = drafts.singly ? 0 : unchanged(drafts, row * run.cut.per_row + col / LB_BLOCK, most);
+  const Span s = one_block(*run.job, run.cut, row, col, 0);
+  uint32_t peak_of_gradient = 0;
+  const float *g = count ? nullptr : read_gradient(drafts, s, &peak_of_gradient, room);
+  if (!finite_bits(peak_of_gradient)) return 0;
+  begin_at(drafts, row, col);
   if (!count) {
     count = 1;
-    const Span s = one_block(*run.job, run.cut, row, col, 0);
-    uint32_t peak_of_gradient = 0;
-    const float *g = read_gradient(drafts, s, &peak_of_gradient, room);
-    if (!finite_bits(peak_of_gradient)) return 0;
     if (drafts.weight >= 0) load_weight(run, s, drafts.decoded, room);
     for (int i = 0; i < last.reads; ++i) {
       const int slot = last.read[i];

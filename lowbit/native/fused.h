@@ -158,8 +158,7 @@ template <class Stage, uint64_t KINDS, int W> struct Writer {
       for (int k = 0; k < GROUPS; ++k) x[k] = x[k] * inverse;
       store_bytes((uint8_t *)to + i, x, true);
     } else if (KIND == LB_ROOT_BYTES) {  // what is above 0 keeps code 1
-      for (int k = 0; k < GROUPS; ++k) x[k] = lb::maximum(x[k] * inverse, where(x[k] > 0.0f, 1.0f, 0.0f));
-      store_bytes((uint8_t *)to + i, x, false);
+      store_roots((uint8_t *)to + i, x, inverse);
     } else if (KIND == LB_NIBBLES) {
       ladder.store((uint8_t *)to + i / 2, x, inverse, least);
     } else if constexpr (CODES) {
@@ -225,7 +224,7 @@ template <class Stage, uint64_t KINDS> static int64_t fused(lb_fused *call) {
   __builtin_memcpy(inverses, call->inverse, sizeof inverses);
   for (int64_t block = 0; block < call->blocks; ++block) {
     float *const *out = call->draft[!call->turn];
-    Finite finite;
+    Finite finite, gradient;
     Lanes found[2 * LB_FUSED_WRITES / Lanes::COUNT];
     for (Lanes &part : found) part = 0.0f;
     for (int half = 0; half < 2; ++half) {
@@ -240,7 +239,7 @@ template <class Stage, uint64_t KINDS> static int64_t fused(lb_fused *call) {
         for (int i = j; i < j + 32; i += Lanes::COUNT) {
           Lanes x[Stage::READS + WRITES];
           reader.read(i, x);
-          if (Stage::GRADIENT >= 0) finite.see(x[Stage::GRADIENT]);
+          if (Stage::GRADIENT >= 0) gradient.see(x[Stage::GRADIENT]);
           Stage::run(x, stage);
 #pragma GCC unroll 12
           for (int w = 0; w < WRITES; ++w) {
@@ -263,7 +262,7 @@ template <class Stage, uint64_t KINDS> static int64_t fused(lb_fused *call) {
         part = chosen(1u << (2 * w + half) % Lanes::COUNT, lb::float_of(peaks[w].of_all()), part);
       }
     }
-    if (!finite.all() || !derive_scales(call, found, scales, inverses)) return block;
+    if (!finite.all() || !gradient.all() || !derive_scales(call, found, scales, inverses)) return block;
     call->turn = !call->turn;
     writer.next(scales);
     reader.next();

@@ -180,6 +180,16 @@ LB_FN void store_bytes(uint8_t *to, const Lanes *u, bool) {
   }
 }
 
+// 32 roots, none below 0, as bytes in units of the scale: of those above 0, even if next to the scale they are nothing,
+// at least 1.
+LB_FN void store_roots(uint8_t *to, const Lanes *x, Lanes inverse) {
+  for (int k = 0; k < 2; ++k) {
+    const __m512i least = _mm512_min_epu32(_mm512_castps_si512(x[k].v), _mm512_set1_epi32(1));
+    const __m512i code = _mm512_max_epi32(_mm512_cvtps_epi32((x[k] * inverse).v), least);
+    _mm_storeu_si128((__m128i *)(to + 16 * k), _mm512_cvtepi32_epi8(code));
+  }
+}
+
 LB_FN void store_codes(uint8_t *to, __m512i codes) { _mm_storeu_si128((__m128i *)to, _mm512_cvtepi32_epi8(codes)); }
 
 // The code of a number in units of the scale, drawn at random: the rung at or below it, or the next. By a search tree of
@@ -510,6 +520,17 @@ LB_FN void store_bytes(uint8_t *to, const Lanes *u, bool is_signed) {
   const __m256i low = _mm256_packs_epi32(x[0], x[1]), high = _mm256_packs_epi32(x[2], x[3]);
   const __m256i bytes = is_signed ? _mm256_packs_epi16(low, high) : _mm256_packus_epi16(low, high);
   _mm256_storeu_si256((__m256i *)to, in_order(bytes));
+}
+
+// 32 roots, as above.
+LB_FN void store_roots(uint8_t *to, const Lanes *x, Lanes inverse) {
+  __m256i code[4];
+  for (int k = 0; k < 4; ++k) {
+    const __m256i least = _mm256_min_epu32(_mm256_castps_si256(x[k].v), _mm256_set1_epi32(1));
+    code[k] = _mm256_max_epi32(_mm256_cvtps_epi32((x[k] * inverse).v), least);
+  }
+  const __m256i low = _mm256_packs_epi32(code[0], code[1]), high = _mm256_packs_epi32(code[2], code[3]);
+  _mm256_storeu_si256((__m256i *)to, in_order(_mm256_packus_epi16(low, high)));
 }
 
 LB_FN void store_codes(uint8_t *to, __m256i codes) {

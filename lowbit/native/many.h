@@ -119,7 +119,7 @@ static void root_mean_squares(const lb_format &f, const float *x, int n, Desk &d
   LB_IVDEP for (int i = 0; i < n; ++i) desk.values[i] = desk.values[i] * desk.values[i];
   sum_blocks(desk.values, n, block, sums);
   LB_IVDEP for (int b = 0; b < count; ++b) {
-    statistic[b] = rms_of(statistic[b], (double)sums[b] / (n - b * block < block ? n - b * block : block));
+    statistic[b] = rms_of(statistic[b], (float)((double)sums[b] / (n - b * block < block ? n - b * block : block)));
   }
 }
 
@@ -127,7 +127,7 @@ static void root_mean_squares(const lb_format &f, const float *x, int n, Desk &d
 static void find_wanted(const lb_format &f, const float *x, int n, Desk &desk) {
   peaks(x, n, f.block, desk.absmax);
   if (f.rms) root_mean_squares(f, x, n, desk);
-  for (int b = 0; b * f.block < n; ++b) desk.absmax[b] = wanted_of(f, desk.absmax[b]);
+  for (int b = 0; b * f.block < n; ++b) desk.absmax[b] = wanted_of(f.gain, desk.absmax[b]);
 }
 
 static Scales derive_short(const lb_format &f, const float *x, int n, Desk &desk) {
@@ -161,7 +161,7 @@ static void find_outer(const lb_format &f, int count, Desk &desk) {
     const int end = b + each < count ? b + each : count;
     float most = 0.0f;
     for (int k = b; k < end; ++k) most = desk.absmax[k] > most ? desk.absmax[k] : most;  // NaN is not
-    const float scale = most / f.peak, outer = most > 0.0f ? scale > 0x1p-126f ? scale : 0x1p-126f : 0.0f;
+    const float outer = outer_of(most, f.peak);
     for (int k = b; k < end; ++k) desk.outer[k] = outer;
   }
 }
@@ -191,7 +191,8 @@ static void losses(const lb_format &f, const float *x, int64_t col, int n, const
 static void find_bytes(const lb_format &f, int count, float candidate, uint8_t *bytes, const Desk &desk) {
   const float top = f.top, smallest = f.smallest;  // copies: a store to a byte might change the format
   if (f.stored == LB_SCALE_E8M0) {
-    for (int b = 0; b < count; ++b) bytes[b] = (uint8_t)byte_e8m0(f, times(desk.absmax[b], candidate));
+    const PowerRule powers = {f.power, f.exponent, f.mantissa, f.last, top};
+    for (int b = 0; b < count; ++b) bytes[b] = (uint8_t)byte_e8m0(powers, times(desk.absmax[b], candidate));
   } else {
     LB_IVDEP for (int b = 0; b < count; ++b) {
       bytes[b] = (uint8_t)byte_e4m3(top, smallest, desk.absmax[b], desk.outer[b], candidate);
@@ -234,19 +235,15 @@ static void correct(const lb_matrix &m, int64_t row, int64_t col, int n, uint8_t
   LB_IVDEP for (int b = 0; b < count; ++b) {
     held[b] = widen_e4m3(bytes[b]);
     shares[b] = 1.0f - uniform(draws[b]);
-    const double weight = (double)held[b] * (double)held[b];
-    up[b] = held[b] > 0.0f ? (double)squares[b] * weight : 0.0;
-    down[b] = held[b] > 0.0f ? (double)products[b] * weight : 0.0;
+    up[b] = weighed(held[b], squares[b]);
+    down[b] = weighed(held[b], products[b]);
   }
   for (int b = 0; b < count; b += each) {
-    const double whole = halve(up + b, each), rounded = halve(down + b, each);
-    const float correction = rounded > 0.0 ? (float)(whole / rounded) : 1.0f;
+    const float correction = correction_of(halve(up + b, each), halve(down + b, each));
     for (int k = b; k < b + each; ++k) corrections[k] = correction;
   }
   LB_IVDEP for (int b = 0; b < count; ++b) {
-    const float wanted = held[b] * corrections[b];
-    const int32_t drawn = drawn_e4m3(wanted > 448.0f ? 448.0f : wanted, shares[b]);
-    bytes[b] = (uint8_t)(held[b] == held[b] ? drawn : bytes[b]);
+    bytes[b] = (uint8_t)corrected_e4m3(bytes[b], corrections[b], shares[b]);
   }
   look_up(m, bytes, count, desk);
 }

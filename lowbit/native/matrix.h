@@ -63,9 +63,9 @@ static bool measure_block(const lb_operand &o, const float *x, int64_t n, float 
     }
   }
   const float absmax = float_of(most);
-  const float statistic = f.rms ? rms_of(absmax, mean_square(x, n, absmax, (double *)work)) : absmax;
+  const float statistic = f.rms ? rms_of(absmax, (float)mean_square(x, n, absmax, (double *)work)) : absmax;
   *scale = f.kind == LB_KIND_AFFINE ? affine_scale(f, low, high, &b->extra)
-                                    : derive_scale(wanted_of(f, statistic), f.top, f.min_scale, f.max_scale);
+                                    : derive_scale(wanted_of(f.gain, statistic), f.top, f.min_scale, f.max_scale);
   b->inverse = inverse(*scale);
   b->live = o.live;
   b->bounded = *scale == *scale && f.gain == 1.0f && !f.rms;

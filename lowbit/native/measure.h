@@ -104,6 +104,8 @@ template <class G> LB_FN Survey survey_block(const G *g) {
 template <class G> static void survey_blocks(Run &run, const G *gradient, int64_t first, int64_t end) {
   bool finite = true;
   for (int64_t block = first; block < end; ++block) {
+    const char *ahead = (const char *)(gradient + block * LB_BLOCK) + 4096;  // a processor's own stops at a page's end
+    for (int line = 0; line < LB_BLOCK * (int)sizeof(G); line += 64) __builtin_prefetch(ahead + line, 0, 2);
     const Survey seen = survey_block(gradient + block * LB_BLOCK);
     run.surveys[block] = seen;
     run.partial[block] = seen.most;

@@ -21,24 +21,29 @@ Noise = tuple[int, int]  # the key of an operand's random bits
 
 
 def fake_quantize(
-    x: Tensor, operand: Operand | None, noise: Noise | None = None, rotation: Rotation | None = None
+    x: Tensor,
+    operand: Operand | None,
+    noise: Noise | None = None,
+    rotation: Rotation | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """The matrix `x` as the operand's format would hold it, blocks along its rows, in fp32 (`x` itself if None).
+    """The matrix `x` as the operand's format would hold it, blocks along its rows (`x` itself if None).
 
     Args:
         x: a matrix of any float dtype.
         operand: its own `hadamard` is not looked at.
         noise: the key of the random bits, needed where the operand does not round to nearest.
         rotation: of the rows, before they are rounded.
+        dtype: what the result, computed in fp32, is rounded to; where no format holds it, it stays as it is.
     """
     if operand is None or x.numel() == 0:
         return turned(x, rotation)
     if operand.rounding == "eden":
-        return quantized(x, operand, noise, rotation)[0]
+        return quantized(x, operand, noise, rotation, dtype=dtype)[0]
     if operand.outliers or operand.flat or operand.spec is None:
-        return _with_outliers(turned(x, rotation), operand, noise)
+        return _with_outliers(turned(x, rotation), operand, noise).to(dtype)
     x, noise = _zeros_appended(x, rotation), noise if operand.rounding == "stochastic" else None
-    return backends.fake(operand.spec, x, noise, rotation=rotation)
+    return backends.fake(operand.spec, x, noise, rotation=rotation, dtype=dtype)
 
 
 def encode(
@@ -60,12 +65,13 @@ def quantized(
     noise: Noise | None = None,
     rotation: Rotation | None = None,
     edge: float | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """(`fake_quantize`, `encode`) in one pass; with an edge, and the part `inside` (see `backends.quantized`)."""
     if operand.codes is None or x.numel() == 0:
-        return fake_quantize(x, operand, noise, rotation), {}
+        return fake_quantize(x, operand, noise, rotation, dtype), {}
     x, noise = _zeros_appended(x, rotation), noise if operand.rounding != "nearest" else None
-    return backends.quantized(operand.codes, x, noise, rotation=rotation, run=_run(operand), edge=edge)
+    return backends.quantized(operand.codes, x, noise, rotation=rotation, dtype=dtype, run=_run(operand), edge=edge)
 
 
 def _run(operand: Operand) -> int:
@@ -73,12 +79,12 @@ def _run(operand: Operand) -> int:
     return operand.hadamard if operand.rounding == "eden" else 0
 
 
-def decode(parts: dict[str, Tensor], operand: Operand, cols: int) -> Tensor:
-    """fp32 [rows, cols]: the inverse of `encode`."""
+def decode(parts: dict[str, Tensor], operand: Operand, cols: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The inverse of `encode`: [rows, cols], computed in fp32 and then rounded to `dtype`."""
     codes = parts["codes"]
     assert operand.codes is not None
     traced = torch.compiler.is_compiling() or codes.is_meta or type(codes) is not Tensor
-    return (backends.reference if traced else backends).decode(operand.codes, parts, cols)
+    return (backends.reference if traced else backends).decode(operand.codes, parts, cols, dtype)
 
 
 def turned(x: Tensor, rotation: Rotation | None) -> Tensor:

@@ -47,9 +47,9 @@ class Coded:
     cols: int
     across: bool = False
 
-    def values(self) -> Tensor:
-        """fp32, what the codes stand for."""
-        found = decode(self.parts, self.operand, self.cols)
+    def values(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """What the codes stand for, rounded once."""
+        found = decode(self.parts, self.operand, self.cols, dtype)
         return found.t() if self.across else found
 
     def t(self) -> Coded:
@@ -62,10 +62,16 @@ def product(a: Tensor | Coded, b: Tensor | Coded, dtype: torch.dtype, bias: Tens
     if isinstance(a, Coded) and isinstance(b, Coded) and (kind := multiplied_as(a, b)):
         y = _of_codes(kind, a, b)
         return (y if bias is None else y + bias).to(dtype)
-    a, b = (v.values() if isinstance(v, Coded) else v for v in (a, b))
-    inside = torch.float32 if a.device.type == "cpu" and dtype != torch.float64 else dtype
-    with torch.autocast(a.device.type, enabled=False) if has_autocast(a.device.type) else nullcontext():
+    device = (a.parts["codes"] if isinstance(a, Coded) else a).device
+    inside = multiplied_in(device, dtype)
+    a, b = (v.values(inside) if isinstance(v, Coded) else v for v in (a, b))
+    with torch.autocast(device.type, enabled=False) if has_autocast(device.type) else nullcontext():
         return F.linear(a.to(inside), b.to(inside), None if bias is None else bias.to(inside)).to(dtype)
+
+
+def multiplied_in(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the values in a product that is to have this dtype: what makes values may round them at once."""
+    return torch.float32 if device.type == "cpu" and dtype != torch.float64 else dtype
 
 
 def multiplied_as(a: Coded, b: Coded) -> Kind | None:

@@ -29,7 +29,7 @@ from ..rounding import key
 from ..rows import part_shapes
 from . import estimators
 from .fake import encode, fake_quantize, padded, quantized, turned, turned_back
-from .matmul import Coded, Kind, kind_of, product
+from .matmul import Coded, Kind, kind_of, multiplied_in, product
 from .operand import Operand
 from .recipe import FORWARD, Recipe, Reused
 from .stored import decoded, is_stored
@@ -46,12 +46,15 @@ def forward_rotation(recipe: Recipe) -> Rotation | None:
     return Rotation(operand.hadamard, None if operand.signs == "none" else recipe.seed)
 
 
-def forward_weight(weight: Tensor, recipe: Recipe) -> Tensor:
-    """The weight as the forward matmul multiplies with it, turned, in fp32 (or the weight itself, if not quantized)."""
+def forward_weight(weight: Tensor, recipe: Recipe, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The weight as the forward matmul multiplies with it, turned (or the weight itself, if not quantized).
+
+    It is computed in fp32, and rounded to `dtype` where that costs nothing.
+    """
     operand, rotation = recipe.forward[1], forward_rotation(recipe)
     if is_stored(weight, operand) and rotation is None:  # rounding it once more could only move it
         return decoded(weight)
-    return fake_quantize(decoded(weight), operand, rotation=rotation)
+    return fake_quantize(decoded(weight), operand, rotation=rotation, dtype=dtype)
 
 
 def _made(
@@ -60,12 +63,13 @@ def _made(
     noise: tuple[int, int] | None,
     rotation: Rotation | None,
     kind: Kind | None,
+    dtype: torch.dtype,
 ) -> Tensor | Coded:
-    """An operand of a product: as codes where those are multiplied (`matmul.kind_of`), else as values."""
+    """An operand of a product: as codes where those are multiplied (`matmul.kind_of`), else as values of a dtype."""
     parts = encode(x, operand, noise, rotation) if kind and operand is not None else {}
     if parts and operand is not None:
         return Coded(operand, parts, padded(x.shape[1], rotation))
-    return fake_quantize(x, operand, noise, rotation)
+    return fake_quantize(x, operand, noise, rotation, dtype)
 
 
 def as_matrix(x: Tensor) -> Tensor:
@@ -105,12 +109,14 @@ class Call:
         rotation, codes, mask = forward_rotation(self.recipe), {}, None
         kind = kind_of(*self.recipe.forward, rows.device)
         edge, reused = estimators.edge(activation) if needs_x else None, needs_weight and other == FORWARD
+        again = needs_weight and isinstance(other, Operand) and other.of == FORWARD  # values are quantized once more
+        inside = torch.float32 if again else multiplied_in(rows.device, self.dtype)
         if activation is not None and (reused or edge is not None):
-            values, parts = quantized(rows, activation, rotation=rotation, edge=edge)
+            values, parts = quantized(rows, activation, rotation=rotation, edge=edge, dtype=inside)
             mask, codes = parts.pop("inside", None), parts if reused else {}
             first = Coded(activation, parts, padded(rows.shape[1], rotation)) if kind and parts else values
         else:
-            first = _made(rows, activation, None, rotation, kind)
+            first = _made(rows, activation, None, rotation, kind, inside)
         if needs_weight and isinstance(other, Operand):
             values = first.values() if isinstance(first, Coded) else first
             source = (values if other.of == FORWARD else rows).t()
@@ -124,13 +130,15 @@ class Call:
             kept["mask"] = mask
         elif needs_x and _estimated(activation):
             kept["x"] = rows
-        return product(first, self._weight(weight, kind), self.dtype, bias), kept
+        return product(
+            first, self._weight(weight, kind, multiplied_in(rows.device, self.dtype)), self.dtype, bias
+        ), kept
 
-    def _weight(self, weight: Tensor, kind: Kind | None) -> Tensor | Coded:
+    def _weight(self, weight: Tensor, kind: Kind | None, dtype: torch.dtype) -> Tensor | Coded:
         """Of the forward matmul."""
         if kind is None or is_stored(weight, self.recipe.forward[1]):
-            return forward_weight(weight, self.recipe)
-        return _made(decoded(weight), self.recipe.forward[1], None, forward_rotation(self.recipe), kind)
+            return forward_weight(weight, self.recipe, dtype)
+        return _made(decoded(weight), self.recipe.forward[1], None, forward_rotation(self.recipe), kind, dtype)
 
     def keeps(self, needs: tuple[bool, bool], empty: bool) -> tuple[str, ...]:
         """The names of what `forward` keeps, of an input that has values or none."""
@@ -170,25 +178,25 @@ class Call:
         """gx = Q(gy) Q(W), contracted over output features: [tokens, cols]."""
         gradient, other = self.recipe.dgrad
         rotation = self.rotation("dgrad")
-        again = other == FORWARD
+        again, inside = other == FORWARD, multiplied_in(gy.device, self.dtype)
         second = self.recipe.forward[1] if again else other
         kind = kind_of(gradient, second, gy.device, b_across=again) if isinstance(second, Operand) else None
         if again:
-            weight = self._weight_again(kept, kind).t()
+            weight = self._weight_again(kept, inside, kind).t()
         else:
-            source = self._weight_again(kept) if _of_forward(other) else decoded(kept["weight"])
+            source = self._weight_again(kept, torch.float32) if _of_forward(other) else decoded(kept["weight"])
             assert isinstance(source, Tensor) and (other is None or isinstance(other, Operand))  # no kind: no codes
-            weight = _made(source.t(), other, self.noise(_DGRAD[1]), rotation, kind)
-        gx = product(_made(gy, gradient, self.noise(_DGRAD[0]), rotation, kind), weight, self.dtype)
+            weight = _made(source.t(), other, self.noise(_DGRAD[1]), rotation, kind, inside)
+        gx = product(_made(gy, gradient, self.noise(_DGRAD[0]), rotation, kind, inside), weight, self.dtype)
         return self._through(gx, self.recipe.forward[0], kept, "x", _of_forward(other), cols)
 
-    def _weight_again(self, kept: dict[str, Tensor], kind: Kind | None = None) -> Tensor | Coded:
+    def _weight_again(self, kept: dict[str, Tensor], dtype: torch.dtype, kind: Kind | None = None) -> Tensor | Coded:
         """Of the forward matmul, in a backward pass; the mask of its estimator goes to what is kept, for wgrad."""
         operand, rotation, weight = self.recipe.forward[1], forward_rotation(self.recipe), kept["weight"]
         edge = estimators.edge(operand)
         if operand is None or kind or edge is None or (is_stored(weight, operand) and rotation is None):
-            return self._weight(weight, kind)
-        values, parts = quantized(decoded(weight), operand, rotation=rotation, edge=edge)
+            return self._weight(weight, kind, dtype)
+        values, parts = quantized(decoded(weight), operand, rotation=rotation, edge=edge, dtype=dtype)
         kept |= {"weight.mask": parts["inside"]} if parts else {}
         return values
 
@@ -197,7 +205,8 @@ class Call:
         gradient, other = self.recipe.wgrad
         x = self._wgrad_activation(kept, gy.shape[0], cols)
         kind = kind_of(gradient, x.operand, gy.device, b_across=x.across) if isinstance(x, Coded) else None
-        g = _made(gy.t(), gradient, self.noise(_WGRAD[0]), self.rotation("wgrad"), kind)
+        inside = multiplied_in(gy.device, self.dtype)
+        g = _made(gy.t(), gradient, self.noise(_WGRAD[0]), self.rotation("wgrad"), kind, inside)
         return self._through(
             product(g, x, self.dtype), self.recipe.forward[1], kept, "weight", _of_forward(other), cols
         )

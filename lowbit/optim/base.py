@@ -16,14 +16,17 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from itertools import count
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from .. import backends
+from ..compiler import constant
 from ..formats import nearest
 from ..policy import PRESETS_VERSION, Policy, Storage
 from ..roles import Roles, check_used, clean_name, role_map
@@ -138,6 +141,7 @@ class Rule(torch.optim.Optimizer, Part):
             hint = nearest(given, known)
             raise TypeError(f"{type(self).__name__} has no argument {given!r}{hint}; it has: {', '.join(known)}")
         self.stabilize = stabilizers(stabilize)
+        self._number = _numbered(self)
         if not isinstance(policy, Policy | None):
             raise TypeError(f"policy must be a lowbit.Policy([(match, storage), …]), not {policy!r}")
         self.policy = Policy() if policy is None else policy
@@ -284,7 +288,6 @@ class Rule(torch.optim.Optimizer, Part):
 
     # ---- the step
 
-    @_disable_dynamo  # as torch's own: tracing would take minutes, and there is nothing to fuse
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One step for every parameter that has a gradient.
 
@@ -293,19 +296,37 @@ class Rule(torch.optim.Optimizer, Part):
         sparse or integer gradient, or when a parameter's dtype, device or shape is no longer what the state was made
         for.
 
-        While a CUDA graph is captured it counts and changes nothing: see `prepare_replay`.
+        While a CUDA graph is captured it counts and changes nothing: see `prepare_replay`. To a compiler it is one
+        operator (`compiled`), where parameters are plain tensors; else it runs outside of what is compiled.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if torch.compiler.is_compiling() and self.in_backward is None:
+            every = [p for group in self.param_groups for p in group["params"]]
+            which = [k for k, p in enumerate(every) if p.grad is not None]
+            if which and all(type(p) in (Tensor, torch.nn.Parameter) for p in every) and _registered():
+                with torch.no_grad():
+                    params, grads = [every[k] for k in which], [every[k].grad for k in which]
+                    torch.ops.lowbit.step(params, grads, which, self._number)
+                return loss
+        self._step()
+        return loss
+
+    # A scheduler would put a function of its own around `step`, which no compiler traces, to learn that it was called.
+    step._wrapped_by_lr_sched = True  # pyright: ignore[reportFunctionMemberAccess]
+
+    @_disable_dynamo
+    def _step(self) -> None:
+        self._opt_called = True
         if self.in_backward is not None:
             self.in_backward.end()
-            return loss
+            return
         with torch.no_grad():
             if replay.capturing(self):
                 self._capture()
-                return loss
+                return
             counts = [group["steps"] for group in self.param_groups]
             try:
                 work = self._work()
@@ -324,7 +345,15 @@ class Rule(torch.optim.Optimizer, Part):
                     group["steps"] = count
                 self._roster = None
                 raise
-        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's, which no compiler traces."""
+        if not (set_to_none and torch.compiler.is_compiling()):
+            super().zero_grad(set_to_none)
+            return
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad = None
 
     def _capture(self) -> None:
         """Put the launches of a step into the CUDA graph that is being captured."""
@@ -353,8 +382,7 @@ class Rule(torch.optim.Optimizer, Part):
         the learning rate as it is now (one that is a tensor on the device is read by the replay itself), draws the
         step's random bits, resets moments if they are due; and tells the device by one copy, for which nothing waits.
         So replays and eager steps may be mixed, and a checkpoint between them is that of as many eager steps. A replay
-        without it repeats a step with the same random bits, uncounted.
-        Hooks of `step` are not called.
+        without it repeats a step with the same random bits, uncounted. Hooks of `step` are not called.
 
         The graph goes on using the memory it was captured with: a state or parameter that was loaded or moved needs a
         new graph. Raises `RuntimeError` before anything has changed where no captured step can be this one (a tensor
@@ -504,7 +532,7 @@ class Rule(torch.optim.Optimizer, Part):
                     warnings.warn(
                         f"lr={lr:.2g} is below the resolution of {slot.label} ({what} is about {half:.2g}): "
                         f'most updates will round away. Use rounding="stochastic" or {way_out}.',
-                        stacklevel=6,
+                        stacklevel=7,
                     )
 
     def program(self, group: Mapping[str, Any], kind: str = "") -> Program:
@@ -548,7 +576,7 @@ class Rule(torch.optim.Optimizer, Part):
 
     def __getstate__(self) -> dict[str, Any]:
         # Also what a subclass keeps; not hooks (as in torch), and not what is built again.
-        built = ("_programs", "_slots", "_roster", "devices", "sharded", "step", "in_backward")
+        built = ("_programs", "_slots", "_roster", "_number", "devices", "sharded", "step", "in_backward")
         own = {k: v for k, v in vars(self).items() if k not in built and not k.startswith("_optimizer_")}
         return {**own, **super().__getstate__()}
 
@@ -556,6 +584,7 @@ class Rule(torch.optim.Optimizer, Part):
         checkpoint.unwrap(state)
         super().__setstate__(state)
         self._programs, self._slots, self._roster, self.devices, self.sharded = {}, {}, None, set(), False
+        self._number = _numbered(self)
         for group in self.param_groups:
             for name, value in {**self.defaults, "steps": 0, "states_version": PRESETS_VERSION}.items():
                 if name != "differentiable":  # torch adds it to the defaults: a group would differ from before
@@ -583,6 +612,25 @@ class Rule(torch.optim.Optimizer, Part):
         """
         with checkpoint.checked_and_kept(self):
             super().load_state_dict(state_dict)
+
+
+# By a number, which is what an operator of torch can be given.
+rules: WeakValueDictionary[int, Rule] = WeakValueDictionary()
+_numbers = count()
+
+
+def _numbered(rule: Rule) -> int:
+    number = next(_numbers)
+    rules[number] = rule
+    return number
+
+
+@constant
+def _registered() -> bool:
+    """Make the operator known; a compiler calls this once, and takes what it says for granted."""
+    from . import compiled  # noqa: F401  # not before it is needed: importing the library registers nothing
+
+    return True
 
 
 def _advance(counts: list[Tensor], after: list[Tensor]) -> None:
