@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
+from cases import assert_same
+from cases import one_thread as one_thread
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_model_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -247,13 +249,7 @@ def assert_everywhere(alone: dict[str, Any], found: list[dict[str, Any]], name: 
     compared = [its[mesh][name] for its in found for mesh in meshes if mesh in its]
     assert len(compared) >= 3
     for other in compared:
-        assert_equal(alone, other)
-
-
-def assert_equal(alone: dict[str, Any], other: dict[str, Any]) -> None:
-    assert alone.keys() == other.keys()
-    differ = [k for k, v in alone.items() if not (torch.equal(v, other[k]) if isinstance(v, Tensor) else v == other[k])]
-    assert not differ
+        assert_same(alone, other)
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -293,12 +289,12 @@ def test_a_checkpoint_of_two_ranks_goes_on_with_one_and_with_three(
 ):
     """By torch.distributed.checkpoint, into optimizers that have made no step."""
     uninterrupted = found[0]["2"][name]
-    assert_equal(uninterrupted, resumed(name, folder))
+    assert_same(uninterrupted, resumed(name, folder))
     assert_everywhere(uninterrupted, found, f"{name} resumed", "3")
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_a_safetensors_file_of_two_ranks_goes_on_with_one_and_with_three(found: list[dict[str, Any]], folder: Path):
     uninterrupted = found[0]["2"][SAVED[0]]
-    assert_equal(uninterrupted, resumed(SAVED[0], folder, ours=True))
+    assert_same(uninterrupted, resumed(SAVED[0], folder, ours=True))
     assert_everywhere(uninterrupted, found, "ours", "3")
