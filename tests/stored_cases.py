@@ -90,7 +90,7 @@ def run(s: Setting, backend: str, isa: str = "", steps: int = 4, device: str = "
         params: Any = [{"params": named[::2]}, {"params": named[1::2], "amsgrad": True}] if of.split else named
         options = {"rounding": s.rounding, "state_rounding": s.state_rounding, "seed": seed, "states": s.states}
         opt = of.rule(params, **of.hyper, **options, policy=AsAsked())
-        opt._warned = True  # of a learning rate below the resolution
+        opt.advised = True  # of a learning rate below the resolution
         for t in range(1, steps + 1):
             native_cases.feed(own, named, t)
             opt.step()

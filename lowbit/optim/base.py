@@ -11,7 +11,6 @@ requires a gradient, so checkpoint engines never need a fake first step.
 from __future__ import annotations
 
 import inspect
-import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -32,9 +31,9 @@ from ..policy import PRESETS_VERSION, Policy, Storage
 from ..roles import Roles, check_used, clean_name, role_map
 from ..shards import local
 from ..stages import Job, Moment, Program, Stage
-from . import checkpoint, replay, sparse
+from . import advice, checkpoint, replay, sparse
 from .explain import Explanation, explain
-from .hyper import check, check_common, check_names, of_floats, of_python, on_device
+from .hyper import check, check_common, check_names, of_floats, of_python
 from .matrices import Chain, carried
 from .parts import Part, Stabilizer, stabilizers
 from .roster import Roster, Turns
@@ -152,7 +151,7 @@ class Rule(torch.optim.Optimizer, Part):
         self._roster: Roster | None = None  # what the last step found
         self.sharded = False  # whether any parameter is
         self.devices: set[torch.device] = set()  # where there are parameters
-        self._warned = False
+        self.advised = False  # of a learning rate that is too small
         for part in self.stabilize:
             for name, value in part.hyper.items():
                 if name in defaults:
@@ -163,19 +162,7 @@ class Rule(torch.optim.Optimizer, Part):
         super().__init__(_as_list(params), {name: of_python(value) for name, value in every.items()})
         named = [pair for g in self.param_groups for pair in zip(g.get("param_names", ()), g["params"], strict=False)]
         check_used(roles or {}, {name: p.shape for name, p in named})
-        self._warn_nameless()
-
-    def _warn_nameless(self) -> None:
-        """Without names, an embedding or a head looks like any other matrix."""
-        for group in self.param_groups if self.by_role else ():
-            if "param_names" not in group and any(p.dim() > 1 for p in group["params"]):
-                warnings.warn(
-                    f"{type(self).__name__} treats embeddings, heads and other matrices differently and goes by names, "
-                    "which these parameters have not: all are taken for ordinary matrices. "
-                    "Pass model.named_parameters()",
-                    stacklevel=5,
-                )
-                return
+        advice.nameless(self)
 
     # ---- what a subclass may override
 
@@ -330,7 +317,7 @@ class Rule(torch.optim.Optimizer, Part):
             counts = [group["steps"] for group in self.param_groups]
             try:
                 work = self._work()
-                self._warn_resolution(work)
+                advice.resolution(self, work)
                 shares, parts, chains, advance = self._counted(work)
                 self._reset("before")
                 self._run(shares, parts)
@@ -393,7 +380,7 @@ class Rule(torch.optim.Optimizer, Part):
             raise RuntimeError("prepare_replay() comes before each graph.replay(), not into the graph itself")
         with torch.no_grad():
             work = self._work()
-            self._warn_resolution(work)
+            advice.resolution(self, work)
             shares, _, _, advance = self._counted(work, replay.check_replay)
             self._reset("before")
             for backend, jobs in shares:
@@ -510,30 +497,6 @@ class Rule(torch.optim.Optimizer, Part):
                         self._slots[p].zero_moments(self.state[p], keep=when == "after")
                         if self._slots[p].kept:
                             self._slots[p].draw(self.state[p], group["seed"], group["steps"])
-
-    def _warn_resolution(self, work: Work) -> None:
-        """Once: a parameter that is rounded to nearest does not move when an update is below half its resolution.
-
-        Looked at in the first step (by the scheduler's peak rate, so that a warm-up is no reason) and every 100 after.
-        """
-        for group, tensors in work:
-            first = group["steps"] == 0
-            rounds = group["master"] == "none" and group["rounding"] == "nearest"
-            if self._warned or not rounds or (group["steps"] % 100 and not first) or on_device(group["lr"]):
-                continue
-            lr = max(float(group["lr"]), float(group.get("initial_lr", 0.0)) if first else 0.0)
-            for slot, _ in tensors:
-                p = slot.param
-                if (p.dtype == torch.float32 and slot.stored is None) or not local(p).numel() or self._warned:
-                    continue
-                half, what, way_out = slot.resolution()
-                if 0 < lr < half:
-                    self._warned = True
-                    warnings.warn(
-                        f"lr={lr:.2g} is below the resolution of {slot.label} ({what} is about {half:.2g}): "
-                        f'most updates will round away. Use rounding="stochastic" or {way_out}.',
-                        stacklevel=7,
-                    )
 
     def program(self, group: Mapping[str, Any], kind: str = "") -> Program:
         """The stages of a group's tensors of one kind, stabilizers first, as backends run them."""

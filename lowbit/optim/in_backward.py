@@ -20,7 +20,7 @@ from torch._compile import _disable_dynamo
 
 from .. import backends
 from ..stages import Job
-from . import replay
+from . import advice, replay
 from .base import Rule, check_common
 from .matrices import Chain
 from .sharded import count_together
@@ -163,7 +163,7 @@ class InBackward:
         slots = [
             (g, [(rule._slots[p], rule.state[p]) for p in g["params"] if p in rule.state]) for g in rule.param_groups
         ]
-        rule._warn_resolution(slots)
+        advice.resolution(rule, slots)
         for group in rule.param_groups:
             group["steps"] += 1
         if rule.guarded:
