@@ -342,7 +342,8 @@ def test_each_gpu_has_a_plan_of_its_own(monkeypatch: pytest.MonkeyPatch):
     """A launch is for one; and what is measured over all tensors cannot be on two."""
     named = parameters([(8, 8)])
     programs = [rule.program(rule.param_groups[0]) for rule in (AdamW(named), AdamW(named, stabilize=GlobalClip()))]
-    jobs = {n: [SimpleNamespace(kind=(p, torch.device("cuda", k))) for k in (0, 1, 0)] for n, p in enumerate(programs)}
+    devices = [torch.device("cuda", k) for k in (0, 1, 0)]
+    jobs = {n: [SimpleNamespace(kind=(p, d), shard=None) for d in devices] for n, p in enumerate(programs)}
     monkeypatch.setattr(backends, "for_program", lambda program, device: cuda)
     first, second, third = jobs[0]
     assert backends.share(jobs[0]) == [(cuda, [first, third]), (cuda, [second])]

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .base import Rule
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-SAMPLE = 1 << 20  # values of a parameter that show how large they are
+SAMPLE = 1 << 16  # values of a parameter that show how large they are
 
 
 class Slot:
