@@ -310,6 +310,8 @@ def build(s: Setting, device: str = "cpu") -> tuple[Rule, list[tuple[str, Parame
         x = 0.1 * torch.randn(shape, generator=generator)
         if s.wrong == "broken" and k % 2 == 0 and x.numel():
             x.view(-1)[x.numel() // 2] = (torch.nan, torch.inf, 7e4)[k // 2 % 3]
+        if s.wrong == "tiny" and x.numel():
+            x.view(-1)[::8] = 0  # so that a tiny update shows
         named.append((f"p{k}", Parameter(lay(x.to(device, DTYPES[s.p]), how))))
     third = STATE_FORMATS[seed % len(STATE_FORMATS)]
     every = {
@@ -337,6 +339,8 @@ def gradients(s: Setting, t: int, device: str = "cpu") -> list[Tensor | None]:
     made: list[Tensor | None] = []
     for k, (shape, _, how) in enumerate(SHAPES[s.shapes]):
         g = gradient(shape, t, k) * 10.0 ** ((7 * k + 3 * t + len(s.m)) % 9 - 5)
+        if s.wrong == "tiny" and g.numel():
+            g.view(-1)[::8] *= 1e-25
         if g.numel() and t == 2 and k % 3 != 2 and s.wrong in SPOILT:
             g.view(-1)[g.numel() // 2] = SPOILT[s.wrong][k % 2]
         if t == 3 and k % 3 == 0:
@@ -345,7 +349,7 @@ def gradients(s: Setting, t: int, device: str = "cpu") -> list[Tensor | None]:
     return made
 
 
-SPOILT = {"nan": (torch.nan, torch.inf), "huge": (3e38, 5e4)}
+SPOILT = {"nan": (torch.nan, torch.inf), "huge": (3e38, 5e4), "tiny": (torch.nan, torch.inf)}
 
 
 def feed(s: Setting, named: list[tuple[str, Parameter]], t: int) -> None:
