@@ -400,7 +400,7 @@ class Job:
             return self.gathered
         grad = (self.param if self.whole is None else self.whole).grad
         assert grad is not None
-        return local(grad)
+        return grad if self.whole is None else local(grad)  # every step asks: no question that the job can answer
 
     @property
     def first(self) -> int:

@@ -182,6 +182,7 @@ class _Struct:
             _fill_weight(target, fmt, parts, job.cols)
         if job.companion is not None:
             target.master, target.companion = abi.MASTER[job.master], job.companion.data_ptr()
+        target.first = job.first_value
         for k, letter in enumerate(program.moments):
             fill_operand(target.moments[k], job.formats[letter], job.moments[letter], job.cols)
             target.moments[k].stochastic = letter in job.noise
@@ -203,7 +204,6 @@ class _Struct:
             kept.append(grad)
         target.grad, target.grad_dtype = grad.data_ptr(), DTYPES[grad.dtype]
         target.seed, target.step, target.tensor = job.stream  # ctypes takes the low 64 bits
-        target.first = job.first_value
         self.constants[:] = constants
 
 
