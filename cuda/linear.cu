@@ -27,11 +27,3 @@ extern "C" __global__ void __launch_bounds__(128, 2)
   __shared__ Tables tables;
   multiply<Columns<WHOLE>, WHOLE>(Dense{dy, m, n}, Packed{codes, scale, extra, n, k}, k, left, right, tables, dx);
 }
-
-extern "C" __global__ void __launch_bounds__(256, 2)
-    linear_few(const uint16_t *x, const uint8_t *codes, const float *scale, const void *extra, uint16_t *y, int m, int n,
-               int k) {
-  __shared__ float sums[8][256];
-  __shared__ Tables tables;
-  multiply_few<WHOLE>(Dense{x, m, k}, Packed{codes, scale, extra, n, k}, sums, tables, y);
-}

@@ -1,12 +1,10 @@
-// Products of a dense bf16 matrix with a packed one: tiles of 128 x 128 results, or few rows.
+// Products of a dense bf16 matrix with a packed one, in tiles of 128 x 128 results.
 //
 // Operands lie in shared memory as pairs of bf16 along the contraction. Its terms are numbered so that lane 4 g + t
 // takes terms 8 t .. 8 t + 7 of 32: four pairs which lie side by side, a chunk of 16 bytes. Chunks are stored in such an
 // order that eight neighbouring lanes touch every bank of shared memory once, when they read and when they write.
 #pragma once
-#include "formats.h"
-#include "mma.h"
-#include "spec.h"
+#include "packed.h"
 
 namespace lb {
 
@@ -18,74 +16,6 @@ constexpr int CHUNKS = DEPTH / 8;
 struct Tile {
   Four chunk[TILE * CHUNKS];
 };
-struct Dense {
-  const uint16_t *values;
-  int rows, cols;
-};
-struct Packed {
-  const uint8_t *codes;
-  const float *scale;
-  const void *extra;  // zero points or bases, if the format has such
-  int rows, cols;
-};
-
-using Tables = Codec<Weight>::Shared;
-
-LB_FN int thread() { return (int)threadIdx.x; }
-
-
-// ---- the packed operand
-
-// V neighbouring values of a row, as they are stored; V and blocks are multiples of 8.
-template <int V> struct Piece {
-  static constexpr int BLOCKS = Weight::BLOCK % V == 0 ? 1 : V / 8;
-  Words<V * Weight::BITS / 8> codes;
-  float scale[BLOCKS], extra[BLOCKS];
-};
-
-LB_FN float extra_of(const Packed &w, int64_t block) {
-  if constexpr (Weight::KIND == LB_KIND_AFFINE) return (float)((const uint8_t *)w.extra)[block];
-  else if constexpr (Weight::KIND == LB_KIND_LOG) return ((const float *)w.extra)[block];
-  else return 0.0f;
-}
-
-// WHOLE: every access is aligned and within the row. Otherwise what lies beyond the end of the matrix is 0.
-template <int V, bool WHOLE> LB_FN Piece<V> fetch(const Packed &w, int row, int col) {
-  constexpr int BYTES = V * Weight::BITS / 8;
-  const int64_t row_bytes = ((int64_t)w.cols * Weight::BITS + 7) / 8, offset = (int64_t)col / 8 * Weight::BITS;
-  const int64_t blocks = (w.cols - 1) / Weight::BLOCK + 1;
-  Piece<V> to;
-  if constexpr (WHOLE) {
-    to.codes = load_aligned<BYTES>(w.codes + row * row_bytes + offset);
-  } else {
-    const int64_t left = row < w.rows ? row_bytes - offset : 0;
-    to.codes = load<BYTES>(w.codes + row * row_bytes + offset, left < BYTES ? (int)left : BYTES);
-  }
-  LB_UNROLL for (int k = 0; k < Piece<V>::BLOCKS; ++k) {
-    const int first = col + 8 * k;
-    const bool there = WHOLE || (row < w.rows && first < w.cols);
-    to.scale[k] = there ? w.scale[row * blocks + first / Weight::BLOCK] : 0.0f;
-    to.extra[k] = there ? extra_of(w, row * blocks + first / Weight::BLOCK) : 0.0f;
-  }
-  return to;
-}
-
-// The q-th eight of its values.
-template <int V> LB_FN void decode(const Piece<V> &piece, int q, const Tables &tables, float (&x)[8]) {
-  constexpr int BITS = Weight::BITS;
-  Words<BITS> codes;
-  LB_UNROLL for (int k = 0; k < Words<BITS>::COUNT; ++k) {
-    const uint32_t word = piece.codes.word[q * BITS / 4 + k];
-    codes.word[k] = BITS < 4 ? word >> q * BITS * 8 % 32 & ((1u << BITS * 8 % 32) - 1u) : word;
-  }
-  const int block = Piece<V>::BLOCKS == 1 ? 0 : q;
-  Codec<Weight>::template decode<8>(codes, piece.scale[block], piece.extra[block], tables, x);
-}
-template <int V> LB_FN Four decode_chunk(const Piece<V> &piece, int q, const Tables &tables) {
-  float x[8];
-  decode(piece, q, tables, x);
-  return Four{pair_bf16(x[0], x[1]), pair_bf16(x[2], x[3]), pair_bf16(x[4], x[5]), pair_bf16(x[6], x[7])};
-}
 
 // W as the right operand of y = x Wᵀ: a column of the tile is a row of W.
 template <bool WHOLE> struct Rows {
@@ -131,40 +61,6 @@ template <bool WHOLE> struct Columns {
   }
   LB_FN int word(int pair, int col) { return pair * TILE + (col ^ (pair / 4 * 8) ^ (col / 32 * 4)); }
 };
-
-// ---- the dense operand: a chunk is 8 values of a row
-
-template <bool WHOLE> LB_FN Four fetch(const Dense &x, int row, int col) {
-  Words<16> words;
-  if constexpr (WHOLE) {
-    words = load_aligned<16>(x.values + (int64_t)(row < x.rows ? row : x.rows - 1) * x.cols + col);
-  } else {
-    const int left = row < x.rows ? x.cols - col : 0;
-    words = load<16>(x.values + (int64_t)row * x.cols + col, left < 8 ? 2 * left : 16);
-  }
-  return Four{words.word[0], words.word[1], words.word[2], words.word[3]};
-}
-
-// The same for few rows: 0 beyond the matrix.
-template <bool WHOLE> LB_FN Four fetch_few(const Dense &x, int row, int col) {
-  return !WHOLE || (row < x.rows && col < x.cols) ? fetch<WHOLE>(x, row, col) : Four{0u, 0u, 0u, 0u};
-}
-
-// ---- results
-
-// Eight terms of each lane: two multiplications of 16 terms, to which each lane of four brings four.
-struct Fragment {
-  Four low, high;
-};
-LB_FN Fragment fragment(const Four &a, const Four &below) {  // of rows g and g + 8
-  return Fragment{{a.x, below.x, a.y, below.y}, {a.z, below.z, a.w, below.w}};
-}
-LB_FN void multiply_eight(float (&sum)[4], const Fragment &a, const Four &b) {
-  const uint32_t low[4] = {a.low.x, a.low.y, a.low.z, a.low.w}, low_b[2] = {b.x, b.y};
-  const uint32_t high[4] = {a.high.x, a.high.y, a.high.z, a.high.w}, high_b[2] = {b.z, b.w};
-  mma_16x8x16(sum, low, low_b);
-  mma_16x8x16(sum, high, high_b);
-}
 
 // The left operand lies in shared memory as fragments, so that the registers of a multiplication are loaded as they
 // stand: number 8 r + g is of rows 16 r + g and 16 r + g + 8.
@@ -231,46 +127,6 @@ LB_FN void multiply(const Dense &left, const Packed &right, int cols, Tile (&lef
       if (!WHOLE && y < left.rows && x + 1 < cols) to[1] = (uint16_t)(pair >> 16);
     }
   }
-}
-
-// out [x.rows, w.rows] = x Wᵀ for few rows of x. A block has 16 rows of x, and 16 of W, of which its 8 warps take turns
-// of 4 lanes times 16 bytes of codes, loaded a turn before. Groups of x are handed out first, so that they share W's codes.
-template <bool WHOLE>
-LB_FN void multiply_few(const Dense &x, const Packed &w, float (&sums)[8][256], Tables &tables, uint16_t *out) {
-  constexpr int LONG = 128 / Weight::BITS, TURN = 4 * LONG;
-  const int groups = (x.rows - 1) / 16 + 1, g = lane() / 4, t = lane() % 4;
-  const int row = (int)blockIdx.x % groups * 16, col = (int)blockIdx.x / groups * 16;
-  float sum[2][4];
-  LB_UNROLL for (int i = 0; i < 8; ++i) sum[i / 4][i % 4] = 0.0f;
-
-  Piece<LONG> next[2];
-  const auto load_turn = [&](int turn) {
-    const int term = turn + t * LONG, within = !WHOLE || term < x.cols ? term : 0;
-    LB_UNROLL for (int j = 0; j < 2; ++j) {
-      const int from = col + 8 * j + g;
-      next[j] = fetch<LONG, WHOLE>(w, WHOLE && from >= w.rows ? w.rows - 1 : from, within);
-    }
-  };
-  Codec<Weight>::prepare(tables);
-  load_turn(warp() * TURN);
-  __syncthreads();
-  for (int turn = warp() * TURN; turn < x.cols; turn += 8 * TURN) {
-    const Piece<LONG> piece[2] = {next[0], next[1]};
-    if (turn + 8 * TURN < x.cols) load_turn(turn + 8 * TURN);
-    LB_UNROLL for (int q = 0; q < LONG / 8; ++q) {
-      const int term = turn + t * LONG + 8 * q;
-      const Four a = fetch_few<WHOLE>(x, row + g, term), below = fetch_few<WHOLE>(x, row + g + 8, term);
-      const Fragment both = fragment(a, below);
-      LB_UNROLL for (int j = 0; j < 2; ++j) multiply_eight(sum[j], both, decode_chunk(piece[j], q, tables));
-    }
-  }
-
-  LB_UNROLL for (int i = 0; i < 8; ++i) sums[warp()][32 * i + lane()] = sum[i / 4][i % 4];
-  __syncthreads();  // before a warp adds up what all of them stored
-  float total = 0.0f;
-  LB_UNROLL for (int k = 0; k < 8; ++k) total += sums[k][thread()];
-  const int down = row + g + warp() % 4 / 2 * 8, across = col + warp() / 4 * 8 + 2 * t + warp() % 2;
-  if (down < x.rows && across < w.rows) out[(int64_t)down * w.rows + across] = narrow_bf16(total);
 }
 
 }  // namespace lb

@@ -8,7 +8,8 @@ hardware: results are held to a tolerance, not to bits.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from ctypes import c_int, c_void_p
+from ctypes import c_int, c_int64, c_void_p
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
 
@@ -24,10 +25,11 @@ from .inspect import Specialisation
 from .machine import Machine, Module, machine
 from .nvrtc import sources
 
-TILE, GROUP = 128, 16  # rows of a result that a block has, as in cuda/linear.h
-FEW = 64  # up to so many rows, tiles would leave most of a GPU without work
+TILE = 128  # rows and columns of a result that a block has, as in cuda/linear.h
+FEW = 64  # up to so many rows of x, W streams (cuda/few.cu)
+BLOCKS = 256  # that few rows are divided among, at least, if there are terms for them: two for each multiprocessor
 EXTRA = {"affine": "zero", "log": "base"}  # the part that a kind of format has beside codes and scales
-_MOST = 2**31 - 1024  # rows, columns
+_MOST = 2**30  # rows, columns
 
 
 class Stored(Protocol):
@@ -52,43 +54,54 @@ def linear(x: Tensor, weight: Stored) -> Tensor:
         TypeError: x is not bfloat16.
         ValueError: shapes, devices or the weight's format do not fit.
     """
-    from . import ops
-
-    return ops.linear(x, *_operands(weight))
+    return _product(x, weight, False)
 
 
 def linear_transposed(dy: Tensor, weight: Stored) -> Tensor:
     """Dy W in bfloat16, for dy [..., n] and W [n, k]: the gradient of `linear`'s x. As `linear` in all else."""
-    from . import ops
-
-    return ops.linear_transposed(dy, *_operands(weight))
+    return _product(dy, weight, True)
 
 
-def _operands(weight: Stored) -> tuple[Tensor, Tensor | None, Tensor | None, str, int]:
-    """The weight as the arguments of a torch operator: codes, scale, extra, the format's name, k."""
+NAMES = ("linear", "linear_transposed")
+
+
+def _product(x: Tensor, weight: Stored, transposed: bool) -> Tensor:
+    """By an operator where a compiler or autograd looks on; it takes half as long again to call as the kernel."""
     fmt, parts = weight.format, weight.parts
     if len(weight.shape) != 2:
         raise ValueError(f"linear: the weight must be a matrix, and its shape is {tuple(weight.shape)}")
-    return parts["codes"], parts.get("scale"), parts.get(EXTRA.get(fmt.kind, "")), _name(fmt), weight.shape[1]
+    operands = parts["codes"], parts.get("scale"), parts.get(EXTRA.get(fmt.kind, ""))
+    if torch.compiler.is_compiling() or type(x) is not Tensor or (x.requires_grad and torch.is_grad_enabled()):
+        from . import ops
+
+        return (ops.linear_transposed if transposed else ops.linear)(x, *operands, _name(fmt), weight.shape[1])
+    check(NAMES[transposed], x, *operands[:2], fmt, weight.shape[1], transposed)
+    return multiply(x, *operands, fmt, weight.shape[1], transposed)
 
 
 @constant
 def _name(fmt: Format) -> str:
     """What the operators know a format by."""
-    if find_format(fmt.name) != fmt:
+    if known(fmt.name) != fmt:
         raise ValueError(f"linear: format {fmt.name!r} is not the one of that name in lowbit.formats()")
     return fmt.name
 
 
-def check(name: str, x: Tensor, codes: Tensor, scale: Tensor | None, format: str, k: int, transposed: bool) -> int:
+@lru_cache(maxsize=256)
+def known(name: str) -> Format:
+    """The format of a name, which takes longer to make than a product with few rows."""
+    return find_format(name)
+
+
+def check(name: str, x: Tensor, codes: Tensor, scale: Tensor | None, fmt: Format, k: int, transposed: bool) -> int:
     """That a product exists and that there is a kernel for it; returns the columns of the result."""
-    fmt = find_format(format)
     if not fmt.compressed:
-        raise ValueError(f"{name}: format {format!r} stores the weight itself: use torch.nn.functional.linear")
-    if fmt.block[0] != 1 or fmt.block[1] % 8:
+        raise ValueError(f"{name}: format {fmt.name!r} stores the weight itself: use torch.nn.functional.linear")
+    if not fmt.plain or fmt.block[1] % 8:
         raise ValueError(
-            f"{name}: format {format!r} has blocks of {fmt.block[0]} x {fmt.block[1]} values, and the kernel takes "
-            "blocks of a multiple of 8 along rows"
+            f"{name}: format {fmt.name!r} has {fmt.bits} bits, blocks of {fmt.block[0]} x {fmt.block[1]} values and "
+            f"{fmt.scaling.stored} scales, and the kernel takes 2, 4 or 8 bits, blocks of a multiple of 8 along rows "
+            "and fp32 scales: decode it first, weight.dequantize(torch.bfloat16)"
         )
     if x.dtype != torch.bfloat16:
         raise TypeError(f"{name}: the input must be bfloat16, not {x.dtype}: convert it with .to(torch.bfloat16)")
@@ -96,7 +109,7 @@ def check(name: str, x: Tensor, codes: Tensor, scale: Tensor | None, format: str
     shape = (n, row_bytes(k, fmt.bits))
     blocks = (n, -(-k // fmt.block[1]))
     if tuple(codes.shape) != shape or scale is None or tuple(scale.shape) != blocks:
-        raise ValueError(f"{name}: a weight [{n}, {k}] in {format!r} has codes {shape} and scales {blocks}")
+        raise ValueError(f"{name}: a weight [{n}, {k}] in {fmt.name!r} has codes {shape} and scales {blocks}")
     terms, columns = (n, k) if transposed else (k, n)
     if x.dim() == 0 or x.shape[-1] != terms:
         side = "rows" if transposed else "columns"
@@ -123,15 +136,21 @@ def multiply(
     whole = n % 32 == 0 and k % 16 == 0 if transposed else n % 2 == 0 and k % max(32, 128 // fmt.bits) == 0
     whole = whole and all(tensor.data_ptr() % 16 == 0 for tensor in (x, parts[0], out))
     runs = machine(x.device)
-    module = _module(runs, fmt, whole)
     addresses = [c_void_p(t.data_ptr()) for t in (x, *parts)] + [c_void_p(None)] * (extra is None)
-    arguments = [*addresses, c_void_p(out.data_ptr()), c_int(m), c_int(n), c_int(k)]
-    if transposed:
-        runs.launch(module.function("linear_transposed"), tiles(m) * tiles(k), 128, arguments)
-    elif m <= FEW:
-        runs.launch(module.function("linear_few"), -(-m // GROUP) * -(-n // 16), 256, arguments)
+    addresses.append(c_void_p(out.data_ptr()))
+    sizes = [c_int(m), c_int(n), c_int(k)]
+    if m <= FEW and not transposed:
+        plan = few(fmt, m, n, k)
+        module = _module(runs, "few.cu", specialise_few(fmt, whole and k % plan.turn == 0, plan.groups))
+        sums = torch.empty((plan.parts, m, n) if plan.parts > 1 else 0, dtype=torch.float32, device=x.device)
+        arguments = [*addresses, c_void_p(sums.data_ptr()), *sizes, c_int(plan.span)]
+        runs.launch(module.function("linear_few"), plan.parts * plan.tiles, 256, arguments)
+        if plan.parts > 1:
+            arguments = [c_void_p(sums.data_ptr()), c_void_p(out.data_ptr()), c_int64(m * n), c_int(plan.parts)]
+            runs.launch(module.function("linear_sum"), -(-m * n // 256), 256, arguments)
     else:
-        runs.launch(module.function("linear"), tiles(m) * tiles(n), 128, arguments)
+        kernel = _module(runs, "linear.cu", specialise(fmt, whole)).function(f"linear{'_transposed' * transposed}")
+        runs.launch(kernel, tiles(m) * tiles(columns), 128, [*addresses, *sizes])
     return out.reshape(*lead, columns)
 
 
@@ -140,14 +159,44 @@ def tiles(n: int) -> int:
     return -(-n // TILE)
 
 
+@dataclass(frozen=True)
+class Few:
+    """How few rows are divided: by groups of eight rows of x, by tiles of rows of W, and terms by parts of `span`."""
+
+    groups: int
+    tiles: int
+    parts: int
+    span: int
+    turn: int  # terms of a warp at a time
+
+
+@lru_cache(maxsize=4096)
+def few(fmt: Format, m: int, n: int, k: int) -> Few:
+    """The grid of cuda/few.cu, of one card as of another: so are the sums. Terms are divided where W has few rows."""
+    groups = 1 << (-(-m // 8) - 1).bit_length()
+    tiles = -(-n // (16 if groups <= 2 else 32))
+    turn = 4 * (128 // fmt.bits)
+    sweep = 8 * turn  # of the warps of a block
+    sweeps = -(-k // sweep)
+    span = -(-sweeps // max(1, min(BLOCKS // tiles, sweeps))) * sweep
+    return Few(groups, tiles, -(-k // span), span, turn)
+
+
+@lru_cache(maxsize=256)
 def specialise(fmt: Format, whole: bool) -> str:
     """`spec.h` of cuda/linear.cu."""
     return f"#pragma once\n{print_format(fmt, 'Weight')}constexpr bool WHOLE = {str(whole).lower()};\n"
 
 
 @lru_cache(maxsize=256)
-def _module(runs: Machine, fmt: Format, whole: bool) -> Module:
-    return runs.module(sources()["linear.cu"], {**sources(), "spec.h": specialise(fmt, whole)})
+def specialise_few(fmt: Format, whole: bool, groups: int) -> str:
+    """`spec.h` of cuda/few.cu."""
+    return f"{specialise(fmt, whole)}constexpr int GROUPS = {groups};\n"
+
+
+@lru_cache(maxsize=256)
+def _module(runs: Machine, file: str, spec: str) -> Module:
+    return runs.module(sources()[file], {**sources(), "spec.h": spec})
 
 
 def shipped() -> list[Specialisation]:
@@ -155,6 +204,11 @@ def shipped() -> list[Specialisation]:
     found = []
     for name in ("int4", "int8", "nf4", "e2m1"):
         fmt = find_format(name)
-        values: Mapping[str, int] = {"linear": 32, "linear_transposed": 32, "linear_few": 2 * 128 // fmt.bits}
+        values: Mapping[str, int] = {"linear": 32, "linear_transposed": 32}
         found.append(Specialisation(f"linear {name}", "linear.cu", specialise(fmt, True), values))
+        for groups in (1, 2, 4, 8):
+            turns = 4 if groups <= 2 else 2  # AHEAD of cuda/few.h
+            values = {"linear_few": turns * (2 if groups <= 2 else 4) * (128 // fmt.bits)}
+            spec = specialise_few(fmt, True, groups)
+            found.append(Specialisation(f"few {name}, {8 * groups} rows", "few.cu", spec, values))
     return found

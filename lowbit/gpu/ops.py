@@ -10,16 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..formats import format as find_format
-from .linear import check, multiply
+from .linear import check, known, multiply
 
 
 @torch.library.custom_op("lowbit::linear", mutates_args=())
 def linear(x: Tensor, codes: Tensor, scale: Tensor | None, extra: Tensor | None, format: str, k: int) -> Tensor:
     """X Wᵀ."""
-    check("linear", x, codes, scale, format, k, False)
+    check("linear", x, codes, scale, known(format), k, False)
     assert scale is not None
-    return multiply(x, codes, scale, extra, find_format(format), k, False)
+    return multiply(x, codes, scale, extra, known(format), k, False)
 
 
 @torch.library.custom_op("lowbit::linear_transposed", mutates_args=())
@@ -27,19 +26,19 @@ def linear_transposed(
     dy: Tensor, codes: Tensor, scale: Tensor | None, extra: Tensor | None, format: str, k: int
 ) -> Tensor:
     """Dy W."""
-    check("linear_transposed", dy, codes, scale, format, k, True)
+    check("linear_transposed", dy, codes, scale, known(format), k, True)
     assert scale is not None
-    return multiply(dy, codes, scale, extra, find_format(format), k, True)
+    return multiply(dy, codes, scale, extra, known(format), k, True)
 
 
 @linear.register_fake
 def _(x: Tensor, codes: Tensor, scale: Tensor | None, extra: Tensor | None, format: str, k: int) -> Tensor:
-    return x.new_empty((*x.shape[:-1], check("linear", x, codes, scale, format, k, False)))
+    return x.new_empty((*x.shape[:-1], check("linear", x, codes, scale, known(format), k, False)))
 
 
 @linear_transposed.register_fake
 def _(dy: Tensor, codes: Tensor, scale: Tensor | None, extra: Tensor | None, format: str, k: int) -> Tensor:
-    return dy.new_empty((*dy.shape[:-1], check("linear_transposed", dy, codes, scale, format, k, True)))
+    return dy.new_empty((*dy.shape[:-1], check("linear_transposed", dy, codes, scale, known(format), k, True)))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
