@@ -1,4 +1,4 @@
-"""cuda/linear.cu: both products with a stored weight, on the emulator and, where there is one, on a GPU.
+"""cuda/linear.cu and few.cu: both products with a stored weight, on the emulator and, where there is one, on a GPU.
 
 The result must be that of the weight's decoded values, rounded to bfloat16, to within what fp32 sums and one rounding
 to bfloat16 allow: |y - exact| <= 2^-8 |exact| + K 2^-23 sum |x w|. The first term is half an ulp of bfloat16; products
@@ -170,6 +170,10 @@ def test_what_does_not_fit_is_named():
     assert "must be a matrix" in error(x, lowbit.quantize(values(32), "int4"))
     assert "use torch.nn.functional.linear" in error(x, lowbit.quantize(values(8, 32), "bf16"))
     assert "blocks of 1 x 12 values" in error(x, lowbit.quantize(values(8, 32), "int4:12"))
+    assert "4 bits, blocks of 1 x 16 values and e4m3 scales" in error(x, lowbit.quantize(values(8, 32), "nvfp4"))
+    assert "bf16 scales" in error(x, lowbit.quantize(values(8, 32), "int4-bf16"))
+    assert "6 bits" in error(x, lowbit.quantize(values(8, 32), "e2m3"))
+    assert "blocks of 1 x 0 values" in error(x, lowbit.quantize(values(8, 32), "int8:row"))
     own = Packed(lowbit.format("int8"), (8, 32), weight.parts)
     assert "has codes (8, 32) and scales (8, 1)" in error(x, own)
     assert "on meta" in error(x.to("meta"), weight)
@@ -227,9 +231,9 @@ import torch, lowbit
 from emulator import installed
 from lowbit.gpu import linear as host, nvrtc
 texts = dict(nvrtc.sources())
-for before, after in {faults!r}:
-    assert before in texts["linear.h"], before
-    texts["linear.h"] = texts["linear.h"].replace(before, after)
+for file, before, after in {faults!r}:
+    assert before in texts[file], before
+    texts[file] = texts[file].replace(before, after)
 host.sources = lambda: texts
 with installed():
     for name, m, n, k in {cases!r}:
@@ -238,15 +242,39 @@ with installed():
         host.linear_transposed(torch.rand(m, n).bfloat16(), weight)
 print("clean")
 """
-CASES = [("nf4", 3, 17, 45), ("int4", 16, 16, 640), ("int4", 65, 37, 101), ("int8", 130, 32, 96)]
-# The sanitizer, a case, what stands in linear.h, what is put there instead, and what is then said.
+CASES = [
+    ("nf4", 3, 17, 45),
+    ("int4", 17, 16, 640),
+    ("int4", 65, 37, 101),
+    ("int8", 130, 32, 96),
+    ("int8", 9, 13, 1100),
+]
+# The sanitizer, a case, the file, what stands in it, what is put there instead, and what is then said.
 OVERFLOW = "AddressSanitizer: heap-"  # what lies beyond a tensor may be nobody's, or have been another's
 FAULTS = {
-    "the-loop-s-barrier": ("thread", 2, "__syncthreads();  // the next step reads", "//", "data race"),
-    "the-sums-barrier": ("thread", 1, "__syncthreads();  // before a warp adds", "//", "data race"),
-    "an-unmasked-tail": ("address", 0, "left < BYTES ? (int)left : BYTES", "left ? BYTES : 0", OVERFLOW),
-    "an-unmasked-row": ("address", 0, "left = row < x.rows ? x.cols - col : 0", "left = x.cols - col", OVERFLOW),
-    "a-result-too-many": ("address", 2, "!WHOLE && y < left.rows && x + 1 < cols", "!WHOLE && y < left.rows", OVERFLOW),
+    "the-loop-s-barrier": ("thread", 2, "linear.h", "__syncthreads();  // the next step reads", "//", "data race"),
+    "the-sums-barrier": ("thread", 4, "few.h", "__syncthreads();  // before threads add", "//", "data race"),
+    "the-next-tile-s-barrier": ("thread", 1, "few.h", "if (tile > 0) __syncthreads();  // the last", "//", "data race"),
+    "the-tables-barrier": ("thread", 0, "few.h", "__syncthreads();  // tables", "//", "data race"),
+    "parts-in-one-place": ("thread", 4, "few.h", "(int64_t)part * x.rows", "(int64_t)0 * x.rows", "data race"),
+    "an-unmasked-tail": ("address", 0, "packed.h", "left < BYTES ? (int)left : BYTES", "left ? BYTES : 0", OVERFLOW),
+    "an-unmasked-row": (
+        "address",
+        0,
+        "packed.h",
+        "row < w.rows ? row_bytes - offset : 0",
+        "row_bytes - offset",
+        OVERFLOW,
+    ),
+    "a-result-too-many": (
+        "address",
+        2,
+        "linear.h",
+        "!WHOLE && y < left.rows && x + 1 < cols",
+        "!WHOLE && y < left.rows",
+        OVERFLOW,
+    ),
+    "a-row-too-many": ("address", 0, "few.h", "down >= x.rows || col >= w.rows", "col >= w.rows", OVERFLOW),
 }
 
 
@@ -260,6 +288,6 @@ def test_a_sanitizer_has_nothing_to_say(sanitizer: str):
 @needs_compiler
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_found(fault: str):
-    sanitizer, case, before, after, said = FAULTS[fault]
-    done = sanitized(sanitizer, RUN.format(faults=[(before, after)], cases=[CASES[case]]))
+    sanitizer, case, file, before, after, said = FAULTS[fault]
+    done = sanitized(sanitizer, RUN.format(faults=[(file, before, after)], cases=[CASES[case]]))
     assert done.returncode != 0 and said in done.stderr and "clean" not in done.stdout, done.stderr[-4000:]

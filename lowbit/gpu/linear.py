@@ -27,7 +27,7 @@ from .nvrtc import sources
 
 TILE = 128  # rows and columns of a result that a block has, as in cuda/linear.h
 FEW = 64  # up to so many rows of x, W streams (cuda/few.cu)
-BLOCKS = 256  # that few rows are divided among, at least, if there are terms for them: two for each multiprocessor
+BLOCKS = 256  # among which few rows are divided, if there are terms for them: about two for each multiprocessor
 EXTRA = {"affine": "zero", "log": "base"}  # the part that a kind of format has beside codes and scales
 _MOST = 2**30  # rows, columns
 
@@ -171,14 +171,15 @@ class Few:
 
 
 @lru_cache(maxsize=4096)
-def few(fmt: Format, m: int, n: int, k: int) -> Few:
+def few(fmt: Format, m: int, n: int, k: int, blocks: int = BLOCKS) -> Few:
     """The grid of cuda/few.cu, of one card as of another: so are the sums. Terms are divided where W has few rows."""
     groups = 1 << (-(-m // 8) - 1).bit_length()
     tiles = -(-n // (16 if groups <= 2 else 32))
     turn = 4 * (128 // fmt.bits)
     sweep = 8 * turn  # of the warps of a block
     sweeps = -(-k // sweep)
-    span = -(-sweeps // max(1, min(BLOCKS // tiles, sweeps))) * sweep
+    room = blocks if groups <= 2 else blocks // 2  # a multiprocessor has one block with more rows
+    span = -(-sweeps // max(1, min(room // tiles, sweeps))) * sweep
     return Few(groups, tiles, -(-k // span), span, turn)
 
 
@@ -199,16 +200,18 @@ def _module(runs: Machine, file: str, spec: str) -> Module:
     return runs.module(sources()[file], {**sources(), "spec.h": spec})
 
 
+# Few rows of common weights: rows of x, and turns that are under way (AHEAD in cuda/few.h).
+_FEW = [("int4", 8, 4), ("int4", 16, 4), ("int4", 64, 2), ("nf4", 8, 4), ("nf4", 64, 2), ("int8", 8, 4), ("e2m1", 8, 4)]
+
+
 def shipped() -> list[Specialisation]:
     """The kernels of common weights, aligned, with the values of W that a thread decodes in a turn of its loop."""
     found = []
     for name in ("int4", "int8", "nf4", "e2m1"):
-        fmt = find_format(name)
         values: Mapping[str, int] = {"linear": 32, "linear_transposed": 32}
-        found.append(Specialisation(f"linear {name}", "linear.cu", specialise(fmt, True), values))
-        for groups in (1, 2, 4, 8):
-            turns = 4 if groups <= 2 else 2  # AHEAD of cuda/few.h
-            values = {"linear_few": turns * (2 if groups <= 2 else 4) * (128 // fmt.bits)}
-            spec = specialise_few(fmt, True, groups)
-            found.append(Specialisation(f"few {name}, {8 * groups} rows", "few.cu", spec, values))
+        found.append(Specialisation(f"linear {name}", "linear.cu", specialise(find_format(name), True), values))
+    for name, rows, turns in _FEW:
+        fmt, groups = find_format(name), rows // 8
+        values = {"linear_few": turns * (2 if groups <= 2 else 4) * (128 // fmt.bits)}
+        found.append(Specialisation(f"few {name}, {rows} rows", "few.cu", specialise_few(fmt, True, groups), values))
     return found
