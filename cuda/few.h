@@ -66,7 +66,7 @@ LB_FN void multiply_few(const Dense &x, const Packed &w, int span, float (&sums)
     const int term = begin + mine * TURN + k * SWEEP;
     if (term < end) load_turn(turns[k], term);
   }
-  Codec<Weight>::prepare(tables);
+  Decoder::prepare(tables);
   __syncthreads();  // tables are filled
   for (int next = begin + mine * TURN; next < end; next += AHEAD * SWEEP) {
     LB_UNROLL for (int k = 0; k < AHEAD; ++k) {

@@ -171,13 +171,18 @@ template <class Fmt> struct Integers {
 
   template <int V>
   LB_FN void decode(const Codes<Fmt, V> &codes, float scale, float, const Shared &, float (&x)[V]) {
+    decode_with<V>(NATURAL_BITS, codes, scale, x);
+  }
+
+  // `natural` is NATURAL_BITS.
+  template <int V> LB_FN void decode_with(uint32_t natural, const Codes<Fmt, V> &codes, float scale, float (&x)[V]) {
     LB_UNROLL for (int i = 0; i < V; ++i) {
       const uint32_t bytes = bytes_at<V>(codes, i);
       float value;
       if constexpr (!Fmt::SIGNED && Fmt::SQUARE) {  // 2**15 + code, and 2**15 * scale is finite
         value = fma(float_of(permute(bytes, 0x47000000u, 0x7404u | byte_of(i) << 4)), scale, -0x1p15f * scale);
       } else {
-        value = (float_of(permute(bytes, NATURAL_BITS, 0x7440u | byte_of(i))) - (0x1p23f + HALF)) * scale;
+        value = (float_of(permute(bytes, natural, 0x7440u | byte_of(i))) - (0x1p23f + HALF)) * scale;
       }
       x[i] = Fmt::SQUARE ? value * value : value;
     }

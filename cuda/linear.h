@@ -96,7 +96,7 @@ LB_FN void multiply(const Dense &left, const Packed &right, int cols, Tile (&lef
     Right::put(packed, tables, rights[buffer]);
   };
 
-  Codec<Weight>::prepare(tables);
+  Decoder::prepare(tables);
   load_step(0);
   __syncthreads();
   store_step(0);

@@ -20,9 +20,27 @@ struct Packed {
   int rows, cols;
 };
 
-using Tables = Codec<Weight>::Shared;
-
 LB_FN int thread() { return (int)threadIdx.x; }
+
+// The codec of the weight. Of integers it has a constant in shared memory: a permutation takes one, and a compiler that
+// knows both of those that make a float of a code copies one of them into a register for each value.
+template <class Fmt, bool INTEGERS> struct Decoders : Codec<Fmt> {};
+template <class Fmt> struct Decoders<Fmt, true> {
+  struct Shared {
+    uint32_t natural;
+  };
+  LB_FN void prepare(Shared &shared) {
+    uint32_t natural = NATURAL_BITS;
+    LB_KEEP_NUMBER(natural);
+    if (thread() == 0) shared.natural = natural;
+  }
+  template <int V>
+  LB_FN void decode(const Codes<Fmt, V> &codes, float scale, float, const Shared &shared, float (&x)[V]) {
+    Codec<Fmt>::template decode_with<V>(shared.natural, codes, scale, x);
+  }
+};
+using Decoder = Decoders<Weight, Weight::KIND == LB_KIND_INTEGER>;
+using Tables = Decoder::Shared;
 
 // ---- the packed operand
 
@@ -69,7 +87,7 @@ template <int V> LB_FN void decode(const Piece<V> &piece, int q, const Tables &t
     codes.word[k] = BITS < 4 ? word >> q * BITS * 8 % 32 & ((1u << BITS * 8 % 32) - 1u) : word;
   }
   const int block = Piece<V>::BLOCKS == 1 ? 0 : q;
-  Codec<Weight>::template decode<8>(codes, piece.scale[block], piece.extra[block], tables, x);
+  Decoder::template decode<8>(codes, piece.scale[block], piece.extra[block], tables, x);
 }
 template <int V> LB_FN Four decode_chunk(const Piece<V> &piece, int q, const Tables &tables) {
   float x[8];

@@ -32,11 +32,11 @@ LEAN.update({f"few {name} rows": 128 for name in ("int4, 8", "int4, 16", "nf4, 8
 # Instructions for each value, on sm_90a, at most: what an H100 can issue while its memory streams, or less. And the
 # bytes that a thread moves for each value in the main loop, without which the count of values would be only a claim.
 BUDGETS = [
-    ("linear int4", "linear", 12, (4 * 16 + 16 + 4) / 32),
-    ("linear int4", "linear_transposed", 15, (4 * 16 + 2 * (8 + 4)) / 32),
-    ("few int4, 8 rows", "linear_few", 5.7, (4 * 16 + 2 * (16 + 4)) / 64),
-    ("few int4, 16 rows", "linear_few", 5.9, (8 * 16 + 2 * (16 + 4)) / 64),
-    ("few int4, 64 rows", "linear_few", 6.9, (32 * 16 + 4 * (16 + 4)) / 128),
+    ("linear int4", "linear", 10, (4 * 16 + 16 + 4) / 32),
+    ("linear int4", "linear_transposed", 13, (4 * 16 + 2 * (8 + 4)) / 32),
+    ("few int4, 8 rows", "linear_few", 4.7, (4 * 16 + 2 * (16 + 4)) / 64),
+    ("few int4, 16 rows", "linear_few", 4.9, (8 * 16 + 2 * (16 + 4)) / 64),
+    ("few int4, 64 rows", "linear_few", 5.9, (32 * 16 + 4 * (16 + 4)) / 128),
     ("few nf4, 8 rows", "linear_few", 5.3, (4 * 16 + 2 * (16 + 4)) / 64),
     ("few int8, 8 rows", "linear_few", 4.9, (2 * 16 + 2 * (16 + 4)) / 32),
     ("linear nf4", "linear", 12, (4 * 16 + 16 + 4) / 32),
