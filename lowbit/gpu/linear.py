@@ -93,16 +93,24 @@ def known(name: str) -> Format:
     return find_format(name)
 
 
+@lru_cache(maxsize=256)
+def _refused(fmt: Format) -> str:
+    """Why there is no kernel for a format, if there is none."""
+    if not fmt.compressed:
+        return "stores the weight itself: use torch.nn.functional.linear"
+    if fmt.plain and fmt.block[1] % 8 == 0:
+        return ""
+    return (
+        f"has {fmt.bits} bits, blocks of {fmt.block[0]} x {fmt.block[1]} values and {fmt.scaling.stored} scales, and "
+        "the kernel takes 2, 4 or 8 bits, blocks of a multiple of 8 along rows and fp32 scales: decode it first, "
+        "weight.dequantize(torch.bfloat16)"
+    )
+
+
 def check(name: str, x: Tensor, codes: Tensor, scale: Tensor | None, fmt: Format, k: int, transposed: bool) -> int:
     """That a product exists and that there is a kernel for it; returns the columns of the result."""
-    if not fmt.compressed:
-        raise ValueError(f"{name}: format {fmt.name!r} stores the weight itself: use torch.nn.functional.linear")
-    if not fmt.plain or fmt.block[1] % 8:
-        raise ValueError(
-            f"{name}: format {fmt.name!r} has {fmt.bits} bits, blocks of {fmt.block[0]} x {fmt.block[1]} values and "
-            f"{fmt.scaling.stored} scales, and the kernel takes 2, 4 or 8 bits, blocks of a multiple of 8 along rows "
-            "and fp32 scales: decode it first, weight.dequantize(torch.bfloat16)"
-        )
+    if wrong := _refused(fmt):
+        raise ValueError(f"{name}: format {fmt.name!r} {wrong}")
     if x.dtype != torch.bfloat16:
         raise TypeError(f"{name}: the input must be bfloat16, not {x.dtype}: convert it with .to(torch.bfloat16)")
     n = codes.shape[0]
@@ -125,33 +133,34 @@ def multiply(
     """Launch the kernel for operands that have passed `check`."""
     n, terms = codes.shape[0], x.shape[-1]
     columns = k if transposed else n
-    lead, x = x.shape[:-1], x.reshape(-1, terms).contiguous()
-    m = x.shape[0]
+    m = x.numel() // terms if terms else 0
+    out = torch.empty((*x.shape[:-1], columns), dtype=torch.bfloat16, device=x.device)
+    if not m or not columns:
+        return out.zero_()
     if max(m, n, k) > _MOST or tiles(m) * tiles(columns) > _MOST:
         raise ValueError(f"linear: {m} x {n} x {k} is more than one launch can do: give the input in parts")
-    out = torch.empty((m, columns), dtype=torch.bfloat16, device=x.device)
-    if not out.numel() or not terms:
-        return out.zero_().reshape(*lead, columns)
-    parts = [part.contiguous() for part in (codes, scale, extra) if part is not None]
+    parts = [part.contiguous() for part in (x, codes, scale, extra) if part is not None]
+    places = [part.data_ptr() for part in (*parts, out)]
     whole = n % 32 == 0 and k % 16 == 0 if transposed else n % 2 == 0 and k % max(32, 128 // fmt.bits) == 0
-    whole = whole and all(tensor.data_ptr() % 16 == 0 for tensor in (x, parts[0], out))
+    whole = whole and not (places[0] | places[1] | places[-1]) % 16
+    if extra is None:
+        places.insert(3, 0)
+    addresses, sizes = [*map(c_void_p, places)], [c_int(m), c_int(n), c_int(k)]
     runs = machine(x.device)
-    addresses = [c_void_p(t.data_ptr()) for t in (x, *parts)] + [c_void_p(None)] * (extra is None)
-    addresses.append(c_void_p(out.data_ptr()))
-    sizes = [c_int(m), c_int(n), c_int(k)]
-    if m <= FEW and not transposed:
-        plan = few(fmt, m, n, k)
-        module = _module(runs, "few.cu", specialise_few(fmt, whole and k % plan.turn == 0, plan.groups))
-        sums = torch.empty((plan.parts, m, n) if plan.parts > 1 else 0, dtype=torch.float32, device=x.device)
-        arguments = [*addresses, c_void_p(sums.data_ptr()), *sizes, c_int(plan.span)]
-        runs.launch(module.function("linear_few"), plan.parts * plan.tiles, 256, arguments)
-        if plan.parts > 1:
-            arguments = [c_void_p(sums.data_ptr()), c_void_p(out.data_ptr()), c_int64(m * n), c_int(plan.parts)]
-            runs.launch(module.function("linear_sum"), -(-m * n // 256), 256, arguments)
-    else:
-        kernel = _module(runs, "linear.cu", specialise(fmt, whole)).function(f"linear{'_transposed' * transposed}")
+    if transposed or m > FEW:
+        kernel = _module(runs, "linear.cu", specialise(fmt, whole)).function(NAMES[transposed])
         runs.launch(kernel, tiles(m) * tiles(columns), 128, [*addresses, *sizes])
-    return out.reshape(*lead, columns)
+        return out
+    plan = few(fmt, m, n, k)
+    module = _module(runs, "few.cu", specialise_few(fmt, whole and k % plan.turn == 0, plan.groups))
+    sums = torch.empty((plan.parts, m, n), dtype=torch.float32, device=x.device) if plan.parts > 1 else None
+    partial = c_void_p(None if sums is None else sums.data_ptr())
+    arguments = [*addresses, partial, *sizes, c_int(plan.span)]
+    runs.launch(module.function("linear_few"), plan.parts * plan.tiles, 256, arguments)
+    if sums is not None:
+        arguments = [partial, addresses[-1], c_int64(m * n), c_int(plan.parts)]
+        runs.launch(module.function("linear_sum"), -(-m * n // 256), 256, arguments)
+    return out
 
 
 def tiles(n: int) -> int:
