@@ -24,6 +24,7 @@ COPY = "probe: copy"
 HOST = "host"
 CODEC, LAYERS = "codec", "layers"
 DENSE = "torch bf16 linear"
+IN_GRAPH = ", in a graph"
 STEP_CAPTION = (
     "Picoseconds a parameter: median [quartiles] of the rounds; × torch fused: time over that of torch's fused fp32 "
     "AdamW, median of the ratios within each round. B/parameter: what must be moved at least (parameter and states to "
@@ -131,10 +132,10 @@ def linear(results: dict[str, Any]) -> list[Grid]:
     """Products with a packed weight, by the number of rows."""
     side, body = results["side"], []
     for group in results["groups"]:
-        dense, flops = times(group["cases"][DENSE]), 2 * group["rows"] * side**2
+        flops = 2 * group["rows"] * side**2
         for name, case in group["cases"].items():
             if not name.startswith("probe"):
-                own = times(case)
+                own, dense = times(case), times(group["cases"][DENSE + IN_GRAPH * name.endswith(IN_GRAPH)])
                 middle = statistics.median(own)
                 ratio, rate = f"{timing.median_ratio(own, dense):.2f}", f"{case['bytes'] / middle / 1e9:.0f}"
                 body.append([str(group["rows"]), name, spread(own, 1e6), ratio, rate, f"{flops / middle / 1e12:.0f}"])
