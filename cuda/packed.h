@@ -60,7 +60,8 @@ LB_FN float extra_of(const Packed &w, int64_t block) {
 // WHOLE: every access is aligned and within the row. Otherwise what lies beyond the end of the matrix is 0.
 template <int V, bool WHOLE> LB_FN Piece<V> fetch(const Packed &w, int row, int col) {
   constexpr int BYTES = V * Weight::BITS / 8;
-  const int64_t row_bytes = ((int64_t)w.cols * Weight::BITS + 7) / 8, offset = (uint32_t)col / 8 * (uint32_t)Weight::BITS;
+  constexpr uint32_t BITS = Weight::BITS;
+  const int64_t row_bytes = ((int64_t)w.cols * BITS + 7) / 8, offset = (uint32_t)col / 8 * BITS;
   const int64_t blocks = (w.cols - 1) / Weight::BLOCK + 1;
   Piece<V> to;
   if constexpr (WHOLE) {
