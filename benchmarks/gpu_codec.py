@@ -199,7 +199,9 @@ def linear(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
             ways[f"lowbit {name}, transposed"] = back, moved
         works: Works = {name: (each[0], moved) for name, (each, moved) in ways.items()}
         if m <= products.FEW:
-            works |= {name + gpu_tables.IN_GRAPH: (Replayed(each, device), moved) for name, (each, moved) in ways.items()}
+            works |= {
+                name + gpu_tables.IN_GRAPH: (Replayed(each, device), moved) for name, (each, moved) in ways.items()
+            }
         made = group(f"{m} rows", works, {}, args, device)
         timing.add(results, {**made, "rows": m}, args)
     return results

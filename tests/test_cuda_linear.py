@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parent / "emulator"))
 from emulator import REVERSE, compiler, installed, sanitized
@@ -143,6 +144,28 @@ def test_torch_compile_and_autograd_know_the_products(device: torch.device):
     assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
     y, gradient = results[0]
     assert torch.equal(gradient, linear_transposed((2 * (2 * y.float())).bfloat16(), weight) * (x > 0))
+
+
+def test_an_operator_is_called_for_a_compiler_or_a_gradient_only(device: torch.device):
+    weight, x = stored("int4", 24, 64, device), values(2, 64).bfloat16().to(device)
+    with _Seen() as seen:
+        assert linear(x, weight).shape == (2, 24)
+        linear_transposed(linear(x, weight), weight)
+        assert not any("lowbit" in name for name in seen.names)
+        linear(x.requires_grad_(), weight)
+        assert "lowbit.linear.default" in seen.names
+
+
+class _Seen(TorchDispatchMode):
+    """The names of the operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("name", ["linear", "linear_transposed"])

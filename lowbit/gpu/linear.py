@@ -29,6 +29,7 @@ TILE = 128  # rows and columns of a result that a block has, as in cuda/linear.h
 FEW = 64  # up to so many rows of x, W streams (cuda/few.cu)
 BLOCKS = 256  # among which few rows are divided, if there are terms for them: about two for each multiprocessor
 EXTRA = {"affine": "zero", "log": "base"}  # the part that a kind of format has beside codes and scales
+NAMES = ("linear", "linear_transposed")
 _MOST = 2**30  # rows, columns
 
 
@@ -62,21 +63,21 @@ def linear_transposed(dy: Tensor, weight: Stored) -> Tensor:
     return _product(dy, weight, True)
 
 
-NAMES = ("linear", "linear_transposed")
-
-
 def _product(x: Tensor, weight: Stored, transposed: bool) -> Tensor:
-    """By an operator where a compiler or autograd looks on; it takes half as long again to call as the kernel."""
+    """By an operator where a compiler or autograd looks on: it costs the host as much as all the rest."""
     fmt, parts = weight.format, weight.parts
     if len(weight.shape) != 2:
         raise ValueError(f"linear: the weight must be a matrix, and its shape is {tuple(weight.shape)}")
-    operands = parts["codes"], parts.get("scale"), parts.get(EXTRA.get(fmt.kind, ""))
+    codes, scale, extra = parts["codes"], parts.get("scale"), parts.get(EXTRA.get(fmt.kind, ""))
     if torch.compiler.is_compiling() or type(x) is not Tensor or (x.requires_grad and torch.is_grad_enabled()):
         from . import ops
 
-        return (ops.linear_transposed if transposed else ops.linear)(x, *operands, _name(fmt), weight.shape[1])
-    check(NAMES[transposed], x, *operands[:2], fmt, weight.shape[1], transposed)
-    return multiply(x, *operands, fmt, weight.shape[1], transposed)
+        return (ops.linear_transposed if transposed else ops.linear)(
+            x, codes, scale, extra, _name(fmt), weight.shape[1]
+        )
+    check(NAMES[transposed], x, codes, scale, fmt, weight.shape[1], transposed)
+    assert scale is not None
+    return multiply(x, codes, scale, extra, fmt, weight.shape[1], transposed)
 
 
 @constant
