@@ -16,8 +16,8 @@ constexpr int EACH = 128 * GROUPS;                            // results of a ti
 constexpr int TOGETHER = GROUPS > 2 ? 1 : 2;                  // blocks of threads on a multiprocessor
 
 // Turns whose codes are under way: as many as 56 registers hold, two at least.
-constexpr int WORDS = 2 * TILES * (4 + Piece<LONG>::BLOCKS * (Weight::KIND < LB_KIND_AFFINE ? 1 : 2));
-constexpr int AHEAD = WORDS > 28 ? 2 : WORDS > 18 ? 2 : WORDS > 14 ? 3 : 4;
+constexpr int WORDS = 2 * TILES * (4 + Piece<LONG>::BLOCKS * (EXTRA ? 2 : 1));
+constexpr int AHEAD = 56 / WORDS < 2 ? 2 : 56 / WORDS < 4 ? 56 / WORDS : 4;
 // Eights of terms for which x is loaded together.
 constexpr int BATCH = LONG / 8 * GROUPS <= 8 ? LONG / 8 : 8 / GROUPS;
 

@@ -41,6 +41,7 @@ template <class Fmt> struct Decoders<Fmt, true> {
 };
 using Decoder = Decoders<Weight, Weight::KIND == LB_KIND_INTEGER>;
 using Tables = Decoder::Shared;
+constexpr bool EXTRA = Weight::KIND == LB_KIND_AFFINE || Weight::KIND == LB_KIND_LOG;
 
 // ---- the packed operand
 
