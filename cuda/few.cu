@@ -1,7 +1,8 @@
-// y = x Wᵀ for few rows of x, m <= 64: what a language model does for each token. W is read and decoded once.
+// y = x Wᵀ for few rows of x, m <= 64: what a language model does for each token. W is read and decoded once
+// for up to 32 rows.
 //
 // spec.h says how W is stored (Weight), whether every access is aligned and every turn whole (WHOLE), and how many
-// groups of eight rows x has at most (GROUPS: 1, 2, 4 or 8).
+// groups of eight rows of x a block of threads has (GROUPS: 1, 2 or 4).
 //
 //   bytes         n k bits / 8 of codes and the scales; x once for every 16 rows of W, or 32 where x has more than 16.
 //   under way     AHEAD turns of two or four loads of 16 bytes a lane, and their scales: in 4 or 8 bits, with up to 16
@@ -9,7 +10,7 @@
 //                 yet asked for. With more rows it is 32 and 16 KB. An H100 that reads 3.35 TB/s with 700 ns between
 //                 question and answer needs 2.3 MB under way, 18 KB for each of 132 multiprocessors.
 //   instructions  of a value, on sm_90a, all of the loop divided by the values that are decoded: int4 4.7 for 8 rows of
-//                 x, 4.9 for 16, 5.8 for 64; int8 4.8, nf4 5.2. Of int4's 4.7 decoding takes 4: a permutation, a
+//                 x, 4.9 for 16, 5.1 for 32; int8 4.8, nf4 5.2. Of int4's 4.7 decoding takes 4: a permutation, a
 //                 subtraction, a product, half a rounding to bf16, and one and a half to take words apart and x apart.
 //
 // So 4096 x 4096 values in 4 bits take 9 MB, 2.7 us of an H100's memory, and 4.7 instructions each, 2.6 us of its 528

@@ -1,6 +1,6 @@
-// y [m, n] = x Wᵀ for few rows of x, m <= 8 * GROUPS: W streams through registers. few.cu says what that costs.
+// y [m, n] = x Wᵀ for few rows of x: W streams through registers. few.cu says what that costs.
 //
-// A block of threads has ROWS rows of W, and a part of the terms, of which its warps take turns. In a turn each lane
+// A block of threads has 8 * GROUPS rows of x, ROWS rows of W, and a part of the terms, of which its warps take turns. In a turn each lane
 // takes 16 bytes of codes of every eighth row: W is the left operand, whose 16 rows a multiplication wants anyway, and
 // x the right one, eight rows at a time. Columns of a product do not know of each other, so a group of x that is not
 // full repeats its last row, and what comes of that is not stored.
@@ -30,8 +30,9 @@ struct Turn {
 template <bool WHOLE>
 LB_FN void multiply_few(const Dense &x, const Packed &w, int span, float (&sums)[WARPS][EACH], Tables &tables,
                         uint16_t *y, float *partial) {
-  const int tiles = (w.rows - 1) / ROWS + 1, g = lane() / 4, t = lane() % 4;
-  const int row = (int)blockIdx.x % tiles * ROWS, part = (int)blockIdx.x / tiles;
+  const int across = (x.rows - 1) / (8 * GROUPS) + 1, tiles = (w.rows - 1) / ROWS + 1;
+  const int top = (int)blockIdx.x % across * 8 * GROUPS, rest = (int)blockIdx.x / across;  // neighbours share W
+  const int row = rest % tiles * ROWS, part = rest / tiles, g = lane() / 4, t = lane() % 4;
   const int mine = __shfl_sync(WHOLE_WARP, warp(), 0);  // that it is the same for a warp can now be seen
   const int begin = part * span, end = x.cols - begin < span ? x.cols : begin + span;
 
@@ -46,7 +47,7 @@ LB_FN void multiply_few(const Dense &x, const Packed &w, int span, float (&sums)
     LB_UNROLL for (int first = 0; first < LONG / 8; first += BATCH) {
       Four right[BATCH][GROUPS];
       LB_UNROLL for (int k = 0; k < BATCH * GROUPS; ++k) {
-        const int down = k % GROUPS * 8 + g, last = x.rows - 1;
+        const int down = top + k % GROUPS * 8 + g, last = x.rows - 1;
         right[k / GROUPS][k % GROUPS] =
             fetch<WHOLE>(x, down < last ? down : last, term + t * LONG + 8 * (first + k / GROUPS));
       }
@@ -82,11 +83,11 @@ LB_FN void multiply_few(const Dense &x, const Packed &w, int span, float (&sums)
     LB_UNROLL for (int k = 0; k < 4 * GROUPS; ++k) sums[mine][32 * k + lane()] = sum[tile][k / 4][k % 4];
     __syncthreads();  // before threads add up what all warps stored
     for (int number = thread(); number < EACH; number += 32 * WARPS) {
-      const int across = number % 16, down = number / 16;  // neighbours store neighbours
-      const int from = (down / 8 * 4 + across / 8 * 2 + down % 2) * 32 + across % 8 * 4 + down % 8 / 2;
+      const int c = number % 16, r = number / 16;  // neighbours store neighbours
+      const int from = (r / 8 * 4 + c / 8 * 2 + r % 2) * 32 + c % 8 * 4 + r % 8 / 2;
       float total = 0.0f;
       LB_UNROLL for (int k = 0; k < WARPS; ++k) total += sums[k][from];
-      const int col = row + 16 * tile + across;
+      const int down = top + r, col = row + 16 * tile + c;
       if (down >= x.rows || col >= w.rows) continue;
       if (partial) partial[((int64_t)part * x.rows + down) * w.rows + col] = total;
       else y[(int64_t)down * w.rows + col] = narrow_bf16(total);

@@ -36,7 +36,7 @@ BUDGETS = [
     ("linear int4", "linear_transposed", 13, (4 * 16 + 2 * (8 + 4)) / 32),
     ("few int4, 8 rows", "linear_few", 4.7, (4 * 16 + 2 * (16 + 4)) / 64),
     ("few int4, 16 rows", "linear_few", 4.9, (8 * 16 + 2 * (16 + 4)) / 64),
-    ("few int4, 64 rows", "linear_few", 5.9, (32 * 16 + 4 * (16 + 4)) / 128),
+    ("few int4, 32 rows", "linear_few", 5.1, (16 * 16 + 4 * (16 + 4)) / 128),
     ("few nf4, 8 rows", "linear_few", 5.3, (4 * 16 + 2 * (16 + 4)) / 64),
     ("few int8, 8 rows", "linear_few", 4.9, (2 * 16 + 2 * (16 + 4)) / 32),
     ("linear nf4", "linear", 12, (4 * 16 + 16 + 4) / 32),

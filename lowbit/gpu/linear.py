@@ -157,7 +157,7 @@ def multiply(
     sums = torch.empty((plan.parts, m, n), dtype=torch.float32, device=x.device) if plan.parts > 1 else None
     partial = c_void_p(None if sums is None else sums.data_ptr())
     arguments = [*addresses, partial, *sizes, c_int(plan.span)]
-    runs.launch(module.function("linear_few"), plan.parts * plan.tiles, 256, arguments)
+    runs.launch(module.function("linear_few"), plan.blocks, 256, arguments)
     if sums is not None:
         arguments = [partial, addresses[-1], c_int64(m * n), c_int(plan.parts)]
         runs.launch(module.function("linear_sum"), -(-m * n // 256), 256, arguments)
@@ -171,10 +171,10 @@ def tiles(n: int) -> int:
 
 @dataclass(frozen=True)
 class Few:
-    """How few rows are divided: by groups of eight rows of x, by tiles of rows of W, and terms by parts of `span`."""
+    """How few rows are divided: the grid of cuda/few.cu. Terms are in parts of `span`."""
 
-    groups: int
-    tiles: int
+    groups: int  # of eight rows of x, of a block
+    blocks: int
     parts: int
     span: int
     turn: int  # terms of a warp at a time
@@ -182,15 +182,16 @@ class Few:
 
 @lru_cache(maxsize=4096)
 def few(fmt: Format, m: int, n: int, k: int, blocks: int = BLOCKS) -> Few:
-    """The grid of cuda/few.cu, of one card as of another: so are the sums. Terms are divided where W has few rows."""
-    groups = 1 << (-(-m // 8) - 1).bit_length()
-    tiles = -(-n // (16 if groups <= 2 else 32))
+    """The grid, of one card as of another: so are the sums. Terms are divided where there are few tiles."""
+    groups = min(1 << (-(-m // 8) - 1).bit_length(), 4)
+    tiles = -(-m // (8 * groups)) * -(-n // (16 if groups <= 2 else 32))
     turn = 4 * (128 // fmt.bits)
     sweep = 8 * turn  # of the warps of a block
     sweeps = -(-k // sweep)
     room = blocks if groups <= 2 else blocks // 2  # a multiprocessor has one block with more rows
     span = -(-sweeps // max(1, min(room // tiles, sweeps))) * sweep
-    return Few(groups, tiles, -(-k // span), span, turn)
+    parts = -(-k // span)
+    return Few(groups, tiles * parts, parts, span, turn)
 
 
 @lru_cache(maxsize=256)
@@ -211,7 +212,7 @@ def _module(runs: Machine, file: str, spec: str) -> Module:
 
 
 # Few rows of common weights: rows of x, and turns that are under way (AHEAD in cuda/few.h).
-_FEW = [("int4", 8, 4), ("int4", 16, 4), ("int4", 64, 2), ("nf4", 8, 4), ("nf4", 64, 2), ("int8", 8, 4), ("e2m1", 8, 4)]
+_FEW = [("int4", 8, 4), ("int4", 16, 4), ("int4", 32, 2), ("nf4", 8, 4), ("nf4", 32, 2), ("int8", 8, 4), ("e2m1", 8, 4)]
 
 
 def shipped() -> list[Specialisation]:
