@@ -16,9 +16,9 @@
 // So 4096 x 4096 values in 4 bits take 9 MB, 2.7 us of an H100's memory, and 4.7 instructions each, 2.6 us of its 528
 // schedulers at 1.75 GHz; both go on at once.
 //
-// A small W has few tiles: 64 blocks of threads where n = 1024. Then its terms are divided among several
-// blocks, until there are about two for each multiprocessor, and linear_sum adds what they leave: in one order, whoever
-// was first, and no block waits for another.
+// A small W has few tiles: 64 blocks of threads where n = 1024. Then its terms are divided among several blocks, until
+// there are about two for each multiprocessor, and linear_sum adds what they leave: in one order, whoever was first,
+// and no block waits for another.
 #include "few.h"
 
 using namespace lb;

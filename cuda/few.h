@@ -1,9 +1,9 @@
 // y [m, n] = x Wᵀ for few rows of x: W streams through registers. few.cu says what that costs.
 //
-// A block of threads has 8 * GROUPS rows of x, ROWS rows of W, and a part of the terms, of which its warps take turns. In a turn each lane
-// takes 16 bytes of codes of every eighth row: W is the left operand, whose 16 rows a multiplication wants anyway, and
-// x the right one, eight rows at a time. Columns of a product do not know of each other, so a group of x that is not
-// full repeats its last row, and what comes of that is not stored.
+// A block of threads has 8 * GROUPS rows of x, ROWS rows of W, and a part of the terms, of which its warps take turns.
+// In a turn each lane takes 16 bytes of codes of every eighth row: W is the left operand, whose 16 rows a
+// multiplication wants anyway, and x the right one, eight rows at a time. Columns of a product do not know of each
+// other, so a group of x that is not full repeats its last row, and what comes of that is not stored.
 #pragma once
 #include "packed.h"
 

@@ -21,8 +21,8 @@ from lowbit.gpu import inspect
 from lowbit.gpu import linear as host
 from lowbit.gpu.inspect import Instruction
 
-# One group of eight rows of x, two, four, twice four; full and not. n: tiles of W's rows, full and not. k: whole turns of a
-# warp or not; one part, or several, of which the last is shorter, or ends within a turn.
+# One group of eight rows of x, two, four, twice four; full and not. n: tiles of W's rows, full and not. k: whole turns
+# of a warp or not; several parts, of which the last is shorter, or ends within a turn.
 ROWS = [1, 2, 8, 9, 15, 16, 17, 33, 64]
 SPLIT = {"int4": (4224, 4095), "int8": (2112, 1100), "nf4": (4224, 2050)}
 
