@@ -31,7 +31,7 @@ static void begin_course(Drafts &drafts, bool ends) {
   drafts.padded = n % 32;
   call.values = (n + 31) / 32 * 32;
   call.in_row = in_row;
-  for (int i = 0; i < drafts.before; ++i) drafts.frames[i].n = drafts.frames[i].piece = call.values;
+  for (int i = 0; i < drafts.before; ++i) drafts.frames[i].n = drafts.frames[i].piece = (n + 15) / 16 * 16;
   struct {
     lb_apart block, row;
     bool second;
@@ -91,18 +91,13 @@ static const float *read_gradient(Drafts &drafts, const Span &s, uint32_t *peak_
   const Run &run = *drafts.run;
   const lb_job &job = *run.job;
   const float *g = drafts.widen ? read_floats(job.grad, job.grad_dtype, s, room.array[1]) : nullptr;
-  const int n = (int)drafts.call.values;
   if (drafts.before) {  // loops ask for the next block of what they read, but this gradient they read from room
     const Place &p = drafts.places[1];
     const char *next = p.start + s.row * p.row_bytes + (s.col + LB_BLOCK) * p.bits / 8;
     for (int line = 0; line < LB_BLOCK * p.bits / 8; line += 64) __builtin_prefetch(next + line, 0, 3);
   }
   if (drafts.before && !g) g = read_floats(job.grad, job.grad_dtype, s, room.array[1]);
-  if (g && drafts.padded) {
-    if (g != room.array[1]) memcpy(room.array[1], g, 4 * (size_t)s.n);
-    g = room.array[1];
-    for (int i = s.n; i < n; ++i) room.array[1][i] = g[s.n - 1];
-  }
+  if (g == room.array[1]) clear_tail(room.array[1], s.n);
   bool raw = run.foreseen >= 0;  // g is what the first sweep has noted the peaks of
   for (int i = 0; i < drafts.before; ++i) {
     lb_frame &f = drafts.frames[i];
