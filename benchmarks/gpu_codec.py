@@ -191,7 +191,8 @@ def linear(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     for m in counts:
         x = torch.randn(m, side, device=device, dtype=BF16)
         rows = 2 * x.nbytes
-        ways = {gpu_tables.DENSE: ([lambda x=x, w=w: x @ w.T for w in dense], rows + dense[0].nbytes)}
+        ways: dict[str, tuple[list[Callable[[], Any]], float]] = {}
+        ways[gpu_tables.DENSE] = [lambda x=x, w=w: x @ w.T for w in dense], rows + dense[0].nbytes
         for name, weights in packed.items():
             moved = rows + weights[0].nbytes
             ways[f"lowbit {name}"] = [lambda x=x, w=w: products.linear(x, w) for w in weights], moved

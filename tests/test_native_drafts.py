@@ -20,8 +20,8 @@ OPTIMIZERS = {
     "stablespam": (StableSPAM, {"reset_interval": 2}),
 }
 STATES = ["fp32", "8bit", "4bit", {"exp_avg": "int8:128", "exp_avg_sq": "sqrt8:128"}, {"exp_avg": "int8"}, "dyn8"]
-# With fewer than 4,096 values states are fp32. The others: blocks at the end of a row are short, made of 32s or not, and
-# have one scale or two; rows begin anywhere.
+# With fewer than 4,096 values states are fp32. From the third on rows end in short blocks, made of 32s or not, with one
+# scale or two, and begin anywhere.
 SHAPES = [(16, 256), (4, 1024), (6, 700), (6, 736), (7, 608), (5, 857)]
 # Where in a tensor, and what: gradients that are not finite, values that overflow as they are computed or stored.
 FAULTS = {
