@@ -20,7 +20,7 @@ from lowbit.stages import Job
 FOUND = [getattr(optim, name) for name in optim.__all__]
 RULES = [one.__name__ for one in FOUND if isinstance(one, type) and issubclass(one, optim.Rule) and one != optim.Rule]
 SHAPES = {"aligned": (64, 1024), "ragged": (64, 300)}
-BY = "nvrtc12", "nvrtc13"  # nvcc has the second one's back end, and takes twice as long
+BY = "nvrtc12", "nvrtc13"  # what users have; nvcc, which takes twice as long, is in test_cuda_build.py
 MOST = 128  # registers of an update; with three moments (AdaPM) more than of those that most users take
 NAMES = "layer.weight", "lm_head.weight", "embed.weight", "norm.weight"
 
