@@ -194,7 +194,7 @@ SHAPES: dict[str, list[tuple[tuple[int, ...], str, str]]] = {
         ((12, 256), "plain", "offset"), ((5, 512), "offset", "plain"), ((7, 33), "offset", "strided"),
         ((6, 40), "plain", "expanded"), ((4, 4, 9), "transposed", "transposed"), ((10, 64), "negated", "negated"),
     ],
-    "large": [((170, 400), *PLAIN), ((24, 2048), *PLAIN), ((2,), *PLAIN)],
+    "large": [((170, 400), *PLAIN), ((24, 2048), *PLAIN), ((9, 608), *PLAIN), ((2,), *PLAIN)],
 }  # fmt: skip
 
 

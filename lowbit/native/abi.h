@@ -49,20 +49,27 @@ typedef void (*lb_kernel)(const lb_frame *);
 // order of their values, signed or not.
 enum lb_source_kind { LB_FLOATS, LB_BF16, LB_BYTES, LB_ROOT_BYTES, LB_NIBBLES, LB_CODES, LB_RISING_CODES };
 enum { LB_FUSED_WRITES = 8 };
-// An update on blocks of 256 values that lie one after the other. It decodes what it reads, makes a draft of a block, and
-// stores the block before, which waits, in the same loop; the last one waits for the next call. A block that cannot be
-// stored, because something in it is not finite or might not be once it is rounded, ends the call and does not wait.
+typedef struct lb_apart {  // from a block of an operand to the next
+  int64_t bytes, scales;
+} lb_apart;
+// An update on blocks of one length, some from each row. It decodes what it reads, makes a draft of a block, and stores
+// the block before, which waits, in the same loop; the last one waits for the next call. A block that cannot be stored,
+// because something in it is not finite or might not be once it is rounded, ends the call and does not wait.
 typedef struct lb_fused {
   lb_frame frame;  // its `in`: operands of the first block, as they are stored
   int64_t blocks;  // to draft, at least one
+  int64_t values;  // of a block: 32 to 256, a multiple of 32
+  int64_t in_row, at;  // blocks of a row; of those, the number of the first
   // By read.
   const void *table[LB_ARRAYS];   // of operands with codes: values, or their halves
   const float *scale[LB_ARRAYS];  // of the first block
   int32_t second[LB_ARRAYS];      // from the scale of a block's first half to that of its second: 0 or 1
+  lb_apart apart[2][LB_ARRAYS];   // in a row, and from the last of one to the first of the next
   // By write.
   void *to[LB_FUSED_WRITES];  // where the first block is going to be stored
   float *scale_to[LB_FUSED_WRITES];
   int32_t second_to[LB_FUSED_WRITES];
+  lb_apart apart_to[2][LB_FUSED_WRITES];
   const struct lb_format *format[LB_FUSED_WRITES];
   int32_t least[LB_FUSED_WRITES];  // of codes: the smallest of what is above 0
   float *draft[2][LB_FUSED_WRITES];

@@ -66,13 +66,14 @@ static bool finite16(const uint16_t *x, int dtype, int n) {
 
 struct Draws {
   alignas(64) uint32_t pairs[SPAN / 2 + 16];
-  const uint16_t *fill(const uint32_t key[2], int64_t start, int n) {
+  const uint16_t *fill(const uint32_t key[2], int64_t start, int n, int after = 0) {  // so many that stay; even
     const int64_t first = start / 2;
     const int count = (int)((start + n + 1) / 2 - first);
     const uint32_t low = (uint32_t)first;
     // A span never crosses a multiple of 2**33 elements, so its high bits are all the same.
     const uint32_t second = (uint32_t)(first >> 32) * 0x9E3779B1u + key[1];
-    for (int i = 0; i < count; ++i) pairs[i] = hash(low + (uint32_t)i, key[0], second);
+    uint32_t *to = pairs + after / 2;
+    for (int i = 0; i < count; ++i) to[i] = hash(low + (uint32_t)i, key[0], second);
     return (const uint16_t *)pairs + start % 2;
   }
 };

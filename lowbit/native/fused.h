@@ -1,6 +1,6 @@
-// The loop of a step where it is fast: a block of 256 values decoded, updated and drafted while the one before is encoded
-// and stored. The encoding fills the time in which square roots and divisions are waited for, and memory is read and
-// written evenly, as the processor's look-ahead likes it.
+// The loop of a step where it is fast: a block of up to 256 values decoded, updated and drafted while the one before is
+// encoded and stored. The encoding fills the time in which square roots and divisions are waited for, and memory is read
+// and written evenly, as the processor's look-ahead likes it.
 //
 // Pointers go from block to block and constants stay where they are: what is done once a block takes a tenth of the time.
 //
@@ -66,10 +66,10 @@ template <class Stage, uint64_t KINDS, int K> struct Reader {
     if (KIND == LB_NIBBLES) table = Table((const float *)call->table[K]);
     halves = (const uint16_t *)call->table[K];
   }
-  LB_IN void next() {  // block
-    from = (const char *)from + LB_BLOCK * BITS / 8;
-    if (SCALED) scales += 1 + second;
-    rest.next();
+  LB_IN void next(const lb_fused *call, bool row) {  // block
+    from = (const char *)from + call->apart[row][K].bytes;
+    if (SCALED) scales += call->apart[row][K].scales;
+    rest.next(call, row);
   }
   LB_IN void begin_half(int half) {
     if (SCALED) scale = scales[half ? second : 0];
@@ -96,7 +96,7 @@ template <class Stage, uint64_t KINDS, int K> struct Reader {
 };
 template <class Stage, uint64_t KINDS> struct Reader<Stage, KINDS, Stage::READS> {
   LB_IN Reader(const lb_fused *) {}
-  LB_IN void next() {}
+  LB_IN void next(const lb_fused *, bool) {}
   LB_IN void begin_half(int) {}
   LB_IN void begin(int) const {}
   LB_IN void read(int, Lanes *) const {}
@@ -136,16 +136,16 @@ template <class Stage, uint64_t KINDS, int W> struct Writer {
     if (SCALED) inverse = inverses[2 * W + half];
     rest.begin_half(call, inverses, half);
   }
-  LB_IN void next(const float *scale) {  // block: the one that has just been drafted, of these scales
+  LB_IN void next(const lb_fused *call, bool row, const float *scale) {  // block: the one just drafted, of these scales
     to = next_to;
-    next_to = (char *)next_to + LB_BLOCK * bits_of(KIND) / 8;
-    if (KIND == LB_BF16 && draws) draws += LB_BLOCK;
+    next_to = (char *)next_to + call->apart_to[row][W].bytes;
+    if (KIND == LB_BF16 && draws) draws += call->values;
     if (SCALED) {
       scales[0] = scale[2 * W];
       scales[second] = scale[2 * W + 1];
-      scales += 1 + second;
+      scales += call->apart_to[row][W].scales;
     }
-    rest.next(scale);
+    rest.next(call, row, scale);
   }
   LB_IN void leave(lb_fused *call) const {
     call->waits[W] = to;
@@ -174,26 +174,26 @@ template <class Stage, uint64_t KINDS, int W> struct Writer {
     rest.write(i, nearest);
   }
   // Arithmetic is not sure of a code: all that went through its lane are looked up.
-  void look_again(const lb_fused *call, const float *inverses, int half, const Lanes *nearest) const {
+  void look_again(const lb_fused *call, const float *inverses, int half, int end, const Lanes *nearest) const {
     if constexpr (CODES) {
       for (uint32_t left = slopes.doubtful(nearest[W]); left; left &= left - 1) {
-        for (int i = half * HALF + __builtin_ctz(left); i < (half + 1) * HALF; i += Lanes::COUNT) {
+        for (int i = half * HALF + __builtin_ctz(left); i < end; i += Lanes::COUNT) {
           const float x = draft[i];
           const int rung = rung_of(*call->format[W], x * inverses[2 * W + half]), live = x > 0.0f ? least : 0;
           ((uint8_t *)to)[i] = (uint8_t)(rung > live ? rung : live);
         }
       }
     }
-    rest.look_again(call, inverses, half, nearest);
+    rest.look_again(call, inverses, half, end, nearest);
   }
 };
 template <class Stage, uint64_t KINDS> struct Writer<Stage, KINDS, Stage::WRITES> {
   LB_IN Writer(const lb_fused *) {}
   LB_IN void begin_half(const lb_fused *, const float *, int) {}
-  LB_IN void next(const float *) {}
+  LB_IN void next(const lb_fused *, bool, const float *) {}
   LB_IN void leave(lb_fused *) const {}
   LB_IN void write(int, Lanes *) const {}
-  void look_again(const lb_fused *, const float *, int, const Lanes *) const {}
+  void look_again(const lb_fused *, const float *, int, int, const Lanes *) const {}
 };
 
 // The scales of a draft and their inverses, from the peaks of both halves of each write. False, and no scales, if it
@@ -217,11 +217,13 @@ LB_FN bool derive_scales(const lb_fused *call, const Lanes *peaks, float *scales
 
 template <class Stage, uint64_t KINDS> static int64_t fused(lb_fused *call) {
   constexpr int WRITES = Stage::WRITES;
+  const int ends[2] = {call->values < HALF ? (int)call->values : HALF, (int)call->values};
   const Stage stage(&call->frame);
   Reader<Stage, KINDS, 0> reader(call);
   Writer<Stage, KINDS, 0> writer(call);
   alignas(64) float scales[2 * LB_FUSED_WRITES], inverses[2 * LB_FUSED_WRITES];
   __builtin_memcpy(inverses, call->inverse, sizeof inverses);
+  int64_t at = call->at;
   for (int64_t block = 0; block < call->blocks; ++block) {
     float *const *out = call->draft[!call->turn];
     Finite finite, gradient;
@@ -233,7 +235,7 @@ template <class Stage, uint64_t KINDS> static int64_t fused(lb_fused *call) {
       Peak peaks[WRITES];
       Lanes nearest[WRITES];
       for (int w = 0; w < WRITES; ++w) nearest[w] = 0.5f;
-      for (int j = half * HALF; j < (half + 1) * HALF; j += 32) {
+      for (int j = half * HALF; j < ends[half]; j += 32) {
         reader.begin(j);
 #pragma GCC unroll 4
         for (int i = j; i < j + 32; i += Lanes::COUNT) {
@@ -254,7 +256,7 @@ template <class Stage, uint64_t KINDS> static int64_t fused(lb_fused *call) {
         }
         writer.write(j, nearest);
       }
-      writer.look_again(call, inverses, half, nearest);
+      writer.look_again(call, inverses, half, ends[half], nearest);
 #pragma GCC unroll 12
       for (int w = 0; w < WRITES; ++w) {
         if (kind_written<Stage, KINDS>(w) == LB_FLOATS) continue;
@@ -264,8 +266,10 @@ template <class Stage, uint64_t KINDS> static int64_t fused(lb_fused *call) {
     }
     if (!finite.all() || !gradient.all() || !derive_scales(call, found, scales, inverses)) return block;
     call->turn = !call->turn;
-    writer.next(scales);
-    reader.next();
+    const bool row = ++at == call->in_row;
+    if (row) at = 0;
+    writer.next(call, row, scales);
+    reader.next(call, row);
   }
   writer.leave(call);
   __builtin_memcpy(call->inverse, inverses, sizeof inverses);

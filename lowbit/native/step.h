@@ -12,7 +12,7 @@
 #pragma once
 #include <stdlib.h>
 
-#include "draft.h"
+#include "course.h"
 
 namespace LB_SPACE {
 
