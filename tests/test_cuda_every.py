@@ -21,15 +21,18 @@ from lowbit.stages import Job
 FOUND = [getattr(optim, name) for name in optim.__all__]
 RULES = [one.__name__ for one in FOUND if isinstance(one, type) and issubclass(one, optim.Rule) and one != optim.Rule]
 SHAPES = {"aligned": (64, 1024), "ragged": (64, 300)}
-# What has other kernels than the defaults: one moment, three; and ranks below those of these matrices, which would else
-# be stepped by Adam.
+# What has other kernels than the defaults: one moment, three, a master copy; and ranks below those of these matrices,
+# which would else be stepped by Adam.
 OPTIONS = {
     "SGD momentum": {"momentum": 0.9},
     "AdamW amsgrad": {"amsgrad": True},
+    "AdamW master": {"master": "fp32"},
+    "StableSPAM split8": {"master": "split8"},
     "APOLLO": {"rank": 32},
     "Fira": {"rank": 32},
     "GaLore": {"rank": 32},
 }
+SPILLING = "AdamS", "AdamW master", "StableSPAM split8"  # in 8 bits: docs/decisions/008-cuda.md
 BY = "nvrtc12", "nvrtc13"  # what users have; nvcc, which takes twice as long, is in test_cuda_build.py
 MOST = 128  # registers of an update; with three moments (AdaPM) more than of those that most users take
 NAMES = "layer.weight", "lm_head.weight", "embed.weight", "norm.weight"
@@ -81,8 +84,15 @@ def faults(file: str, spec: str, by: str, arch: str) -> list[str]:
     ]
 
 
+def cases() -> Iterator:
+    """Rules with their defaults, else with what `OPTIONS` says."""
+    known = pytest.mark.xfail(raises=AssertionError, strict=True, reason="spills some bytes: see SPILLING")
+    for case in dict.fromkeys([*RULES, *OPTIONS]):
+        yield pytest.param(case, marks=[known] if case in SPILLING else [])
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("case", dict.fromkeys([*RULES, *OPTIONS]))
+@pytest.mark.parametrize("case", list(cases()))
 def test_nothing_of_any_optimizer_is_spilled(case: str):
     """Of states in 8 bits and in 4, in rows of both kinds; what several of them ask for is compiled once."""
     found: list[str] = []
