@@ -112,15 +112,21 @@ COMPILERS = ["nvcc", "nvrtc12", "nvrtc13"]
 
 
 def matrix() -> Iterator:
-    """All compilers for H100s; for others each in turn, and the rest of them among the slow tests."""
+    """All compilers for H100s; for others each in turn, and the rest of them among the slow tests.
+
+    Codecs are many and much alike: on each architecture one compiler in turn, all but one architecture among the slow
+    tests.
+    """
     for k, name in enumerate(SHIPPED):
         for j, arch in enumerate(ARCHITECTURES):
             for i, by in enumerate(COMPILERS):
-                chosen = arch == "sm_90a" or (i + j + k) % len(COMPILERS) == 0
-                if name.startswith(("codec", "statistic")):  # there are many: one compiler, on one of the architectures
-                    chosen = (j, i) == (k % len(ARCHITECTURES), k % len(COMPILERS))
-                if name.startswith("few"):
-                    chosen = (i + j + k) % len(COMPILERS) == 0
+                in_turn = (i + j + k) % len(COMPILERS) == 0
+                if name.startswith(("codec", "statistic")):
+                    if not in_turn:
+                        continue
+                    chosen = j == k % len(ARCHITECTURES)
+                else:
+                    chosen = in_turn or (arch == "sm_90a" and not name.startswith("few"))
                 yield pytest.param(by, arch, name, marks=[] if chosen else [pytest.mark.slow])
 
 

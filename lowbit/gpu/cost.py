@@ -56,7 +56,7 @@ def report(special: Specialisation, arch: str, nvrtc: Nvrtc) -> list[Report]:
 
 def read(special: Specialisation, arch: str, cubin: bytes, log: str) -> Iterator[Report]:
     """The costs of a specialisation's kernels, from what a compiler has made of it and said about it."""
-    code = inspect.disassemble(cubin) if inspect.nvdisasm() else {}
+    code = inspect.disassemble(cubin) if special.values and inspect.nvdisasm() else {}
     for kernel, taken in sorted(inspect.resources(log).items()):
         values = special.values.get(kernel, 0)
         mix = Mix.of(inspect.hot_loop(code[kernel])) if values and code else None
