@@ -67,7 +67,8 @@ struct Fresh {
 template <int K> constexpr bool IN_TABLES = FormatOf<K>::KIND == LB_KIND_CODEBOOK || IN_TABLES<K + 1>;
 template <> constexpr bool IN_TABLES<MOMENTS> = false;
 constexpr bool HEAVY = !LINEAR || VECTORS > 0 || STORED || PARAM == LB_FLOAT32 || sizeof(Operands) > 112;
-constexpr int TOGETHER = MOMENTS > 2 ? 4 : HEAVY ? 5 : IN_TABLES<0> ? 6 : 7;
+constexpr bool LONG = DIVISIONS > 2;
+constexpr int TOGETHER = MOMENTS > 2 ? 4 : HEAVY ? 5 - LONG : IN_TABLES<0> || MASTER != LB_NONE || LONG ? 6 : 7;
 
 LB_FN void fetch_operands(const Job &job, const Dynamic &now, const Place &here, Operands &to) {
   if (here.count == 0) return;

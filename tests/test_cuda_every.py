@@ -32,7 +32,6 @@ OPTIONS = {
     "Fira": {"rank": 32},
     "GaLore": {"rank": 32},
 }
-SPILLING = "AdamS", "AdamW master", "StableSPAM split8"  # in 8 bits: docs/decisions/008-cuda.md
 BY = "nvrtc12", "nvrtc13"  # what users have; nvcc, which takes twice as long, is in test_cuda_build.py
 MOST = 128  # registers of an update; with three moments (AdaPM) more than of those that most users take
 NAMES = "layer.weight", "lm_head.weight", "embed.weight", "norm.weight"
@@ -84,15 +83,8 @@ def faults(file: str, spec: str, by: str, arch: str) -> list[str]:
     ]
 
 
-def cases() -> Iterator:
-    """Rules with their defaults, else with what `OPTIONS` says."""
-    known = pytest.mark.xfail(raises=AssertionError, strict=True, reason="spills some bytes: see SPILLING")
-    for case in dict.fromkeys([*RULES, *OPTIONS]):
-        yield pytest.param(case, marks=[known] if case in SPILLING else [])
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("case", list(cases()))
+@pytest.mark.parametrize("case", dict.fromkeys([*RULES, *OPTIONS]))
 def test_nothing_of_any_optimizer_is_spilled(case: str):
     """Of states in 8 bits and in 4, in rows of both kinds; what several of them ask for is compiled once."""
     found: list[str] = []
