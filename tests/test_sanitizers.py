@@ -28,8 +28,8 @@ ADDRESS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 THREAD = ["-fsanitize=thread"]
 # Optimized so far that it takes seconds. No -fopenmp: ThreadSanitizer knows no libgomp, and the driver has its threads.
 FLAGS = [*(f for f in build.FLAGS if f not in ("-O3", "-shared", "-fPIC")), "-O1", "-g1", "-pthread"]
-# Fused loops are one template, and the compiler takes seconds for each rule: only those of the rule that DRAFTED runs.
-OTHERS_FUSED = r"LB_FUSED\((?!adamw_adamw\))(\w+)\)"
+# Fused loops are one template, and the compiler takes seconds for each rule: only those of the rules that DRAFTED runs.
+OTHERS_FUSED = r"LB_FUSED\((?!(?:stabilizers_normalize_)?adamw_adamw\))(\w+)\)"
 NOT_FUSED = r"LB_EXPORT lb_fused_kernel LB_NAME(\1_fused)(uint64_t, uint32_t) { return nullptr; }"
 
 
@@ -58,9 +58,10 @@ CASES = {
 }
 
 
-# What fused loops take: whole blocks, moments in bytes and in 4 bits.
+# What fused loops take: moments in bytes and in 4 bits, parameters that are drawn; rows with ends of both kinds.
 DRAFTED = [
     Setting("adamw", "int8", "sqrt8", 0, "f32", "f32", "nearest", "nearest", "large", THREADS, "clean"),
+    Setting("adamw", "nf4", "log4", 256, "bf16", "bf16", "auto", "nearest", "large", THREADS, "clean"),
     Setting("stablespam", "nf4", "log4", 256, "bf16", "bf16", "auto", "nearest", "large", THREADS, "clean"),
 ]
 

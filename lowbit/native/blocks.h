@@ -66,7 +66,7 @@ static bool finite16(const uint16_t *x, int dtype, int n) {
 
 struct Draws {
   alignas(64) uint32_t pairs[SPAN / 2 + 16];
-  const uint16_t *fill(const uint32_t key[2], int64_t start, int n, int after = 0) {  // so many that stay; even
+  const uint16_t *fill(const uint32_t key[2], int64_t start, int n, int after = 0) {  // that stay; even, as start then is
     const int64_t first = start / 2;
     const int count = (int)((start + n + 1) / 2 - first);
     const uint32_t low = (uint32_t)first;

@@ -27,8 +27,8 @@ static void begin_course(Drafts &drafts, bool ends) {
   lb_fused &call = drafts.call;
   drafts.ends = ends;
   const int n = ends ? (int)(run.job->cols % LB_BLOCK) : LB_BLOCK;
-  const int64_t in_row = ends ? 1 : whole_blocks(drafts);
-  drafts.padded = n % 32;
+  const int64_t in_row = ends ? 1 : whole_blocks(drafts);  // 0: a course without blocks
+  drafts.padded = n % 32 != 0;
   call.values = (n + 31) / 32 * 32;
   call.in_row = in_row;
   for (int i = 0; i < drafts.before; ++i) drafts.frames[i].n = drafts.frames[i].piece = (n + 15) / 16 * 16;

@@ -1,4 +1,4 @@
-// The updating sweep where nothing is unusual: blocks of 256 values as drafts, stored while the next one is made
+// The updating sweep where nothing is unusual: blocks of up to 256 values as drafts, stored while the next one is made
 // (fused.h). A block is stored only when all of its draft is known to be finite.
 //
 // Whatever is not plain is left to update.h, which finds the block untouched: a value that is not finite or might not
