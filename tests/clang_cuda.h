@@ -49,3 +49,5 @@ __device__ double __longlong_as_double(long long);
 __device__ long long __double_as_longlong(double);
 __device__ unsigned __byte_perm(unsigned, unsigned, unsigned);
 __device__ int __popc(unsigned);
+__device__ __attribute__((const)) unsigned __isShared(const void *);
+__device__ float __saturatef(float);
