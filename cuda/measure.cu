@@ -69,7 +69,7 @@ extern "C" __global__ void __launch_bounds__(lb::THREADS) begin(LB_ARGUMENTS) {
   if (MEASURES == 0 && among<KEPT>(t)) *job.scalars[t] = run.scalars[t];
 }
 
-extern "C" __global__ void __launch_bounds__(lb::THREADS) measure(LB_ARGUMENTS) {
+extern "C" __global__ void __launch_bounds__(lb::THREADS, lb::MEASURERS) measure(LB_ARGUMENTS) {
   using namespace lb;
   __shared__ Tables<0> tables;
   __shared__ uint32_t room[THREADS / 32];
