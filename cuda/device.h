@@ -8,7 +8,6 @@
 #ifdef __CUDACC__
 #define LB_UNROLL _Pragma("unroll")
 #define LB_ONE_AT_A_TIME _Pragma("unroll 1")
-#define LB_RARELY asm volatile("pmevent 0;")  // a profiler can count it, and what reads machine code leaves its block out
 #define LB_KEEP(pointer) asm("" : "+l"(pointer))  // as it is: what it was made of is not to be added up again at each use
 #define LB_KEEP_NUMBER(number) asm("" : "+r"(number))
 #define LB_GLOBAL(pointer) __builtin_assume(__isGlobal(pointer))  // else every access finds out what it accesses
@@ -18,7 +17,6 @@
 #else
 #define LB_KEEP(pointer)
 #define LB_KEEP_NUMBER(number)
-#define LB_RARELY
 #define LB_GLOBAL(pointer)
 #define LB_SHARED(pointer)
 #define LB_UNROLL

@@ -4,8 +4,8 @@
 // fused multiply-adds (Markstein, "Computation of elementary functions on the IBM RISC System/6000 processor", 1990),
 // and for operands far from 1 it branches to a slower course, at every single division. Those branches keep the
 // scheduler from working on several values at once. Here the course is the compiler's own (a test compares them, for every
-// architecture), without branches, and so are the bits unless there is `Doubt`; then a warp does all of it again with
-// plain floats.
+// architecture), without branches, and so are the bits unless there is `Doubt`; then all of it is done again with plain
+// floats (step.cu).
 //
 // Doubt is cheap because it is summed up: integers are compared as they are, three at a time (VIMNMX3 on sm_90), and what
 // is infinite or NaN stays so in a sum of squares.

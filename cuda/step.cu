@@ -1,9 +1,9 @@
-// The updating sweep of an optimizer step: every tensor of a bucket in one launch.
+// The updating sweep of an optimizer step: every tensor of a bucket in two launches.
 //
 // A warp takes a step block: 32 lanes decode 8 values each of the parameter, the gradient and every moment, run the
 // printed updates on them, agree by shuffles on the block's scales and on whether all of it is finite, encode and store.
 // Nothing is fp32 outside registers, nothing waits for the host, and a block that is not finite is left as it was.
-// The first loop computes with quick numbers (quick.h), without choices; what they doubt, the second does with floats.
+// `update` computes with quick numbers (quick.h), without choices; what they doubt, `again` does with floats.
 //
 // Memory, bytes of a parameter: what is stored of p (read and written), g (read), and each moment (read and written).
 //   AdamW, bf16 p and g, 8-bit moments: 2 + 2 + 2 + 2 * 2 * (1 + 4/256) = 10.06; with 4 bits 2 * 2 * (1/2 + 4/128) = 8.13.
@@ -63,12 +63,15 @@ struct Fresh {
   As::New parameter;
   Stored<0> moments;
 };
-// For how many blocks of threads at once a multiprocessor's registers are to suffice: for fewer where they would spill.
-template <int K> constexpr bool IN_TABLES = FormatOf<K>::KIND == LB_KIND_CODEBOOK || IN_TABLES<K + 1>;
-template <> constexpr bool IN_TABLES<MOMENTS> = false;
-constexpr bool HEAVY = !LINEAR || VECTORS > 0 || STORED || PARAM == LB_FLOAT32 || sizeof(Operands) > 112;
-constexpr bool LONG = DIVISIONS > 2;
-constexpr int TOGETHER = MOMENTS > 2 ? 4 : HEAVY ? 5 - LONG : IN_TABLES<0> || MASTER != LB_NONE || LONG ? 6 : 7;
+// For how many blocks of threads at once a multiprocessor's registers are to suffice: for eight, of 64 registers a thread,
+// and for fewer where they would spill (docs/decisions/008-cuda.md).
+constexpr bool HEAVY = !LINEAR || VECTORS > 0 || STORED || PARAM == LB_FLOAT32, WIDE = sizeof(Operands) > 112;
+constexpr bool LONG = QUOTIENTS > 3;
+constexpr int TOGETHER = MOMENTS > 2                     ? 4
+                         : HEAVY                         ? 5 - LONG
+                         : LONG || MASTER != LB_NONE     ? 6 - WIDE
+                         : WIDE || QUOTIENTS > 2         ? 7
+                                                         : 8;
 
 LB_FN void fetch_operands(const Job &job, const Dynamic &now, const Place &here, Operands &to) {
   if (here.count == 0) return;
@@ -130,6 +133,20 @@ struct alignas(16) Told {
 constexpr bool ANEW = LINEAR && VECTORS == 0 && !STORED;
 constexpr uint32_t APART = UPDATERS * V;
 
+LB_FN void tell(const Job &job, const Dynamic &now, const Run &run, int64_t chunk, Told &told) {
+  bring(job, told.job);
+  bring(now, told.now);
+  if (among<SCALARS>((int)threadIdx.x)) told.scalars[threadIdx.x] = run.scalars[threadIdx.x];
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    told.chunk = (chunk - told.job.first_chunk) * CHUNK;
+    const int64_t left = told.job.rows * told.job.cols - told.chunk;
+    told.end = left < CHUNK ? (uint32_t)left : (uint32_t)CHUNK;
+    if (ANEW) begin_with(told.chunk, told.job, told.now);
+  }
+  __syncthreads();
+}
+
 LB_FN Place place_on(const Told &told, uint32_t at) {
   Place to = {};
   if (ANEW) {
@@ -156,29 +173,26 @@ LB_FN bool worth_trying(const float *constants, const float *scalars) {
   return !doubt.otherwise;
 }
 
+// `marks`: a word for each chunk, of which a warp has a byte, of that a bit for each turn that `update` leaves to `again`.
+static_assert(TURNS <= 8 && UPDATERS == 4 * 32, "a chunk's marks are a word");
+
+LB_FN void mark(uint8_t *marks, uint32_t turns) {
+  if (lane() == 0) marks[4 * (int64_t)blockIdx.x + warp()] = (uint8_t)turns;
+}
+
 }  // namespace lb
 
 extern "C" __global__ void __launch_bounds__(lb::UPDATERS, lb::TOGETHER)
-    update(const Job *jobs, const Dynamic *dynamic, const Run *runs, const int32_t *owner, uint8_t *workspace) {
+    update(const Job *jobs, const Dynamic *dynamic, const Run *runs, const int32_t *owner, uint8_t *workspace,
+           uint8_t *marks) {
   using namespace lb;
   __shared__ Tables<0> tables;
   __shared__ Told told;
   const int32_t index = owner[blockIdx.x];
   const Run &run = runs[index];
-  if (MEASURES > 0 && GUARDED && run.skip) return;
+  if (MEASURES > 0 && GUARDED && run.skip) return mark(marks, 0u);
   prepare_tables<0>(tables);
-  bring(jobs[index], told.job);
-  bring(dynamic[index], told.now);
-  if (among<SCALARS>((int)threadIdx.x)) told.scalars[threadIdx.x] = run.scalars[threadIdx.x];
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    Job &job = told.job;
-    told.chunk = ((int64_t)blockIdx.x - job.first_chunk) * CHUNK;
-    const int64_t left = job.rows * job.cols - told.chunk;
-    told.end = left < CHUNK ? (uint32_t)left : (uint32_t)CHUNK;
-    if (ANEW) begin_with(told.chunk, job, told.now);
-  }
-  __syncthreads();
+  tell(jobs[index], dynamic[index], run, blockIdx.x, told);
   const Told *its = &told;
   LB_KEEP(its);  // else its address is made anew for every use
   LB_SHARED(its);
@@ -189,7 +203,7 @@ extern "C" __global__ void __launch_bounds__(lb::UPDATERS, lb::TOGETHER)
   if (DRAWS) stream_keys(job, now, job.first + its->chunk, keys);
   const float *constants = job.constants;
   const bool quick = worth_trying(constants, its->scalars);
-  uint32_t lost = 0u, doubtful = quick ? 0u : ~0u;  // step blocks; turns, a bit each
+  uint32_t doubtful = quick ? 0u : ~0u;  // turns, a bit each
   Place here = place_on(*its, first);
   Operands old = {};
   if (quick) fetch_operands(job, now, here, old);
@@ -208,23 +222,47 @@ extern "C" __global__ void __launch_bounds__(lb::UPDATERS, lb::TOGETHER)
       store_fresh(job, place, x, fresh);
     }
   }
-  LB_ONE_AT_A_TIME for (uint32_t at = first; at < CHUNK && doubtful != 0u; at += APART, doubtful >>= 1) {
-    if ((doubtful & 1u) == 0u) continue;
-    LB_RARELY;
-    const Place place = place_on(*its, at);
-    if (!goes_on(place)) break;
-    old = {};  // a lane that has no values must not find others' here
-    fetch_operands(job, now, place, old);
-    float x[LOADED][V];
-    Fresh fresh;
-    load_vectors<0, Sweep<MEASURES>::READS>(job, workspace, place, x);
-    const bool bad = renew<float>(job, old, place, keys, tables, constants, its->scalars, x, fresh, [] {});
-    __syncwarp();
-    if (GUARDED && any<LANES>(bad)) {
-      lost += lane() % LANES == 0 && place.count > 0;
-    } else {
-      store_fresh(job, place, x, fresh);
+  mark(marks, doubtful);
+}
+
+// Blocks of threads go through chunks by turns: all of them may have marks, or only neighbours.
+extern "C" __global__ void __launch_bounds__(lb::UPDATERS, lb::MOMENTS > 2 ? 4 : 5)
+    again(const Job *jobs, const Dynamic *dynamic, const Run *runs, const int32_t *owner, uint8_t *workspace,
+          const uint32_t *marks, int32_t chunks) {
+  using namespace lb;
+  __shared__ Tables<0> tables;
+  __shared__ Told told;
+  bool prepared = false;
+  LB_ONE_AT_A_TIME for (int64_t chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
+    const uint32_t of_all = marks[chunk];
+    if (of_all == 0u) continue;
+    if (prepared) __syncthreads();  // nobody reads any more what was told of the chunk before
+    else prepare_tables<0>(tables);
+    prepared = true;
+    const int32_t index = owner[chunk];
+    tell(jobs[index], dynamic[index], runs[index], chunk, told);
+    const Job &job = told.job;
+    Key keys[1 + MOMENTS];
+    if (DRAWS) stream_keys(job, told.now, job.first + told.chunk, keys);
+    uint32_t lost = 0u, doubtful = of_all >> 8 * warp() & 0xFFu;  // step blocks; turns, a bit each
+    Operands old = {};
+    LB_ONE_AT_A_TIME for (uint32_t at = threadIdx.x * V; doubtful != 0u; at += APART, doubtful >>= 1) {
+      if ((doubtful & 1u) == 0u) continue;
+      const Place place = place_on(told, at);
+      if (!goes_on(place)) break;
+      old = {};  // a lane that has no values must not find others' here
+      fetch_operands(job, told.now, place, old);
+      float x[LOADED][V];
+      Fresh fresh;
+      load_vectors<0, Sweep<MEASURES>::READS>(job, workspace, place, x);
+      const bool bad = renew<float>(job, old, place, keys, tables, job.constants, told.scalars, x, fresh, [] {});
+      __syncwarp();
+      if (GUARDED && any<LANES>(bad)) {
+        lost += lane() % LANES == 0 && place.count > 0;
+      } else {
+        store_fresh(job, place, x, fresh);
+      }
     }
+    if (lost) atomicAdd((unsigned long long *)job.skipped, (unsigned long long)lost);
   }
-  if (lost) atomicAdd((unsigned long long *)job.skipped, (unsigned long long)lost);
 }

@@ -4,8 +4,9 @@ import contextlib
 import functools
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -50,7 +51,14 @@ def stepping(schedule: int = FORWARD) -> Iterator[Counting]:
         patch.setitem(machines, torch.device("cpu"), its)
         patch.setitem(backends._NATIVE, "cpu", cuda)
         patch.setenv("LOWBIT_BACKEND", "native")
+        patch.setattr(torch, "empty", full_of_ones)
         yield its
+
+
+def full_of_ones(*args: Any, empty: Callable[..., torch.Tensor] = torch.empty, **options: Any) -> torch.Tensor:
+    """Memory that nobody has written yet, among it a step's workspace: fresh memory is often zero, a GPU's is not."""
+    made = empty(*args, **options)
+    return made.fill_(0xFF) if type(made) is torch.Tensor and made.dtype == torch.uint8 else made
 
 
 def wrong(s: Setting, schedule: int = FORWARD) -> list[str]:

@@ -23,6 +23,7 @@ SETTINGS = {
     "small": PLAIN._replace(p="f32", g="f32", m="fp32", v="fp32", wrong="tiny"),
     "ended": PLAIN._replace(block=16, p="f16", g="f32", rounding="split8", shapes="ended", wrong="tiny"),
     "large": PLAIN._replace(optimizer="stablespam", shapes="large"),
+    "loud": PLAIN._replace(optimizer="stablespam", wrong="nan"),
     "vectors": PLAIN._replace(optimizer="vectors", m="e2m1", v="solo4", block=16, shapes="ragged"),
 }
 
@@ -96,7 +97,11 @@ FAULTS = {
     "quick numbers that are in doubt are kept": Fault(
         "small", "step.cu", "any<32>(doubt && (ANEW || place.count > 0))", "any<32>(doubt && place.count > V)"
     ),
-    "a lane judged by values that another turn has left": Fault("ended", "step.cu", "    old = {};  //", "    //"),
+    "a lane judged by values that another turn has left": Fault("ended", "step.cu", "      old = {};  //", "      //"),
+    "what is left alone is done again": Fault("loud", "step.cu", "return mark(marks, 0u);", "return;"),
+    "a chunk's numbers are written while others read those of the one before": Fault(
+        "small", "step.cu", "if (prepared) __syncthreads();", "if (prepared) (void)0;", "thread"
+    ),
     "what is doubtful is not done again": Fault(
         "small",
         "step.cu",

@@ -66,7 +66,7 @@ def test_no_order_of_threads_and_blocks_changes_a_bit(name: str, schedule: int):
 # ---- what quick numbers (cuda/quick.h) are in doubt of
 
 
-COUNTED = "doubtful |= 1u << at / APART;"
+COUNTED = "if (!goes_on(place)) break;"
 
 
 def trained_with_zeros(states: str, small: float) -> tuple[dict[str, Any], int]:

@@ -7,7 +7,8 @@ their constants are a bucket. A bucket's kernels are compiled for it and are lau
     begin      the working copies of scalars and vectors, and folds up to the first measurement
     measure    for each measurement a sweep over the gradient, then reductions, then folds
     judge      whether a tensor must be left as it is
-    update     the sweep that writes
+    update     the sweep that writes, but for what its quick numbers doubt
+    again      the same of that, with plain floats
     finish     the scalars and vectors that persist
 
 What a job is (pointers, shapes) is a table on the device for as long as the job's storage lasts. What a step changes
@@ -42,6 +43,7 @@ CONSTANTS, NODES = 4 * abi.CONSTANTS, sizeof(structs.Node) * tape.NODES  # bytes
 FOLLOWING = ("stdint.h", "abi.h", "job.h")  # headers of constants.cu
 EAGER = 4  # plans that are kept for steps that begin with the same tensor
 ENOUGH = 2048  # blocks of threads that keep a GPU busy
+REVISED = 8  # chunks for a block of threads that looks for what is to be done again, where that is enough of them
 _LOW = 2**64 - 1
 _DYNAMIC = sizeof(structs.Dynamic) // 8  # numbers of a job's
 
@@ -171,7 +173,9 @@ class _Plan:
         self.buckets = []
         for index, ((kind, turn), numbers) in enumerate(kinds.items()):
             rows, begins = [table[self.places[k]] for k in numbers], begun.pop((kind.folds, turn), 0)
-            self.buckets.append(_Bucket(self, kind, numbers, rows, begins, next(modules), next(modules)))
+            bucket = _Bucket(self, kind, numbers, rows, begins, next(modules), next(modules), self.room)
+            self.buckets.append(bucket)
+            self.room += _padded(4 * len(bucket.chunks))
             for row in rows:
                 row.constants = constants + index * CONSTANTS
         if self.follows:
@@ -256,6 +260,7 @@ class _Bucket:
         begins: int,
         updating: Module,
         measuring: Module,
+        marks_at: int,
     ):
         # Not a cycle of references: a plan's memory on the device is free as soon as its jobs are.
         self.plan, self.kind, self.numbers = proxy(plan), kind, numbers
@@ -273,6 +278,7 @@ class _Bucket:
         asked = [launch for launch in launches(kind.program) if launch.kernel != "begin" or begins]
         self.launches = [(launch, _share(launch, kind.program, table)) for launch in asked]
         self.prepared: list[tuple[str, int, Arguments]] = []
+        self.marks_at = marks_at  # in the workspace: of each chunk, what is to be done again
 
     def packed(self, turn: Turn) -> list[float]:
         """The constants of its jobs, with room for more, and for those that only the device knows."""
@@ -288,7 +294,7 @@ class _Bucket:
     def _prepare(self) -> None:
         """Make the arguments of all launches; `runs` and `room` are the step's."""
         plan = self.plan
-        self.runs, self.room = c_uint64(), c_uint64()
+        self.runs, self.room, self.marks = c_uint64(), c_uint64(), c_uint64()
         tables = [
             c_uint64(plan.table.data_ptr() + self.first * sizeof(structs.Job)),
             c_uint64(plan.buffer.data_ptr() + self.first * sizeof(structs.Dynamic)),
@@ -302,20 +308,25 @@ class _Bucket:
             numbers = [c_int32(launch.measure), c_int32(share)]
             self.prepared.append((launch.kernel, grid, Arguments([*pointers, *numbers])))
         owner = self.owners["chunks"]
-        self.prepared.append(("update", len(owner), Arguments([*tables, c_uint64(owner.data_ptr()), self.room])))
+        updating, count = [*tables, c_uint64(owner.data_ptr()), self.room, self.marks], len(owner)
+        self.prepared.append(("update", count, Arguments(updating)))
+        grid = max(min(count, ENOUGH), count // REVISED)
+        self.prepared.append(("again", grid, Arguments([*updating, c_int32(count)])))
 
     def run(self, workspace: int) -> Iterator[Stage]:
         """Launch its kernels; yields where a number over all tensors must be made first."""
         if not self.prepared:
             self._prepare()
         self.runs.value, self.room.value = workspace + self.first * sizeof(structs.Run), workspace
-        *measuring, (_, grid, arguments) = self.prepared
-        for kernel, its_grid, its_arguments in measuring:
+        self.marks.value = workspace + self.marks_at
+        *measuring, update, again = self.prepared
+        for kernel, grid, arguments in measuring:
             if kernel == "total":
-                yield self.kind.program.measures[its_arguments[5].value]
+                yield self.kind.program.measures[arguments[5].value]
             else:
-                self.plan.machine.launch(self.measuring.function(kernel), its_grid, THREADS, its_arguments)
-        self.plan.machine.launch(self.updating.function("update"), grid, UPDATERS, arguments)
+                self.plan.machine.launch(self.measuring.function(kernel), grid, THREADS, arguments)
+        for kernel, grid, arguments in (update, again):
+            self.plan.machine.launch(self.updating.function(kernel), grid, UPDATERS, arguments)
 
 
 _plans: WeakKeyDictionary[Job, list[_Plan]] = WeakKeyDictionary()  # by the first job

@@ -4,8 +4,7 @@ A step streams memory, and while it does the chip can issue only so many instruc
 known without a GPU. Counted is the loop that does the work: the innermost one with most of the 128-bit accesses. Left
 out of it are blocks that do not run on aligned, finite input: those that call a subroutine (IEEE division and square
 root of subnormals and the like), those that gather lanes which have drifted apart, those that access memory by 8 or 16
-bits, those that a kernel marks itself (LB_RARELY, a performance monitor's event); and, where there is another way past
-it, a stretch of blocks from which such blocks are reached.
+bits; and, where there is another way past it, a stretch of blocks from which such blocks are reached.
 
 What ptxas says is in the log of the compiler (`VERBOSE`); the instructions come from NVIDIA's nvdisasm.
 """
@@ -253,7 +252,7 @@ def _likely(
 
 
 def _cold(i: Instruction, narrow: int) -> bool:
-    return _slow(i, narrow) or i.opcode.startswith("WARPSYNC.COLLECTIVE") or i.name == "PMTRIG"
+    return _slow(i, narrow) or i.opcode.startswith("WARPSYNC.COLLECTIVE")
 
 
 def _slow(i: Instruction, narrow: int) -> bool:
