@@ -7,7 +7,7 @@
 //
 // Memory, bytes of a parameter: what is stored of p (read and written), g (read), and each moment (read and written).
 //   AdamW, bf16 p and g, 8-bit moments: 2 + 2 + 2 + 2 * 2 * (1 + 4/256) = 10.06; with 4 bits 2 * 2 * (1/2 + 4/128) = 8.13.
-// Instructions of a parameter: 68 and 76, as `lowbit doctor --arch sm_90a` counts; an H100 can issue 99 and 80 meanwhile.
+// Instructions of a parameter: 68 and 77, as `lowbit doctor --arch sm_90a` counts; an H100 can issue 99 and 80 meanwhile.
 #include "weights.h"
 
 namespace lb {

@@ -24,14 +24,16 @@ needs_compiler = pytest.mark.skipif(compiler() is None, reason="kernels are comp
 
 
 class Counting(Emulator):
-    """Counts launches by the kernel's name."""
+    """Counts launches by the kernel's name, and notes the last one's blocks."""
 
     def __init__(self) -> None:
         super().__init__()
         self.launched: Counter[str] = Counter()
+        self.grids: dict[str, int] = {}
 
     def launch(self, function, grid, block, arguments, shared=0) -> None:
         self.launched[function.name] += self.driver.is_current(self.context)  # else this is called once more
+        self.grids[function.name] = grid
         super().launch(function, grid, block, arguments, shared)
 
 

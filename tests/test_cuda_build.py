@@ -42,7 +42,7 @@ BUDGETS = [
     ("few int8, 8 rows", "linear_few", 4.9, (2 * 16 + 2 * (16 + 4)) / 32),
     ("linear nf4", "linear", 12, (4 * 16 + 16 + 4) / 32),
     ("linear e2m1", "linear", 12, (4 * 16 + 16 + 4) / 32),
-    ("AdamW 8bit", "update", 68, 12),
+    ("AdamW 8bit", "update", 69, 12),
     ("AdamW 4bit", "update", 77, 10),
     ("StableSPAM 4bit", "update", 82, 10),
     ("Lion 8bit", "update", 39, 9),

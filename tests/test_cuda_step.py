@@ -14,6 +14,7 @@ from emulator import REVERSE
 from native_cases import COVERING, DIMENSIONS, OPTIMIZERS, Setting, every_value
 from test_native_own import RULE
 
+from lowbit.backends import cuda_step
 from lowbit.optim import AdamW, StableSPAM
 from lowbit.policy import PRESETS
 
@@ -91,6 +92,17 @@ def test_what_is_zero_is_not_done_again(states: str, monkeypatch: pytest.MonkeyP
         found, _ = trained_with_zeros(states, 0.0)
     monkeypatch.setenv("LOWBIT_BACKEND", "reference")
     assert_same(found, trained_with_zeros(states, 0.0)[0])
+
+
+@pytest.mark.parametrize("states", ["8bit", "4bit"])
+def test_one_block_of_threads_does_many_chunks_again(states: str, monkeypatch: pytest.MonkeyPatch):
+    with stepping() as device, monkeypatch.context() as patch:
+        patch.setattr(cuda_step, "ENOUGH", 1)
+        found = trained_with_zeros(states, 1e-18)
+        grids = device.grids["update"], device.grids["again"]
+    monkeypatch.setenv("LOWBIT_BACKEND", "reference")
+    assert_same(found[0], trained_with_zeros(states, 1e-18)[0])
+    assert grids == (3, 1)
 
 
 # ---- rules of a user's own
