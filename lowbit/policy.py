@@ -73,6 +73,16 @@ class Policy:
     def __repr__(self) -> str:
         return f"Policy({list(self.rules)!r})"
 
+    def unmatched(self, names: Iterable[str]) -> list[str]:
+        """The globs that none of these names match.
+
+        >>> Policy([("*.norm.*", "fp32"), ("layer.*", "bf16")]).unmatched(["layers.0.norm.weight"])
+        ['layer.*']
+        """
+        names = list(names)
+        globs = [match for match, _ in self.rules if isinstance(match, str) and not match.startswith("@")]
+        return [glob for glob in globs if not any(fnmatchcase(name, glob) for name in names)]
+
     def decide(
         self, storage: Storage, moment: str, signed: bool, name: str, shape: tuple[int, ...], role: str = ""
     ) -> Decision:

@@ -1,5 +1,7 @@
 """Which tensor's state is stored how, why, and how much it takes."""
 
+import warnings
+
 import pytest
 import torch
 from cases import COMPRESSED, STATE_FORMATS, every_case, every_preset, gradient, train
@@ -32,6 +34,23 @@ def test_small_and_narrow_tensors_are_fp32(shape: tuple[int, ...], compressed: b
     formats = one(shape, states=states)
     assert all(lowbit.format(f).compressed == compressed for f in formats.values())
     assert compressed or set(formats.values()) == {"fp32"}
+
+
+@pytest.mark.parametrize(
+    ("globs", "said"),
+    [
+        (["layer.*"], ["layer.*"]),
+        (["layers.*", "*norm", "head"], ["*norm", "head"]),
+        (["layers.*", "*", "@head", "layers.0.norm.weight"], []),
+    ],
+)
+def test_a_glob_that_matches_nothing_is_warned_of(globs: list[str], said: list[str]):
+    named = [(f"module.layers.0.{name}.weight", Parameter(torch.zeros(4, 4))) for name in ("norm", "proj")]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        AdamW(named, policy=Policy([(glob, "fp32") for glob in globs]))
+    assert [str(one.message).split("'")[1] for one in caught] == said
+    assert all("none of the 2 parameters" in str(one.message) and one.filename == __file__ for one in caught)
 
 
 def test_a_float_format_is_what_was_asked_for_whatever_the_shape():

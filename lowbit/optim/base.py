@@ -163,6 +163,7 @@ class Rule(torch.optim.Optimizer, Part):
         named = [pair for g in self.param_groups for pair in zip(g.get("param_names", ()), g["params"], strict=False)]
         check_used(roles or {}, {name: p.shape for name, p in named})
         advice.nameless(self)
+        advice.unmatched(self)
 
     # ---- what a subclass may override
 
