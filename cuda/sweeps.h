@@ -21,11 +21,11 @@ LB_FN int64_t length_of(const Job &job, int over) {  // of a vector
 template <int M> constexpr bool MAX = Sweep<M>::REDUCE == LB_MAX;
 template <int M> constexpr bool IN_ALL = Sweep<M>::OVER == LB_TENSOR || Sweep<M>::OVER == LB_ALL;
 
-// Blocks of threads that a multiprocessor's registers are to suffice for. Where moments are decoded, too, compilers chose
-// too few registers by themselves, and spilled (sm_90a).
-template <int M> constexpr bool MORE_THAN_GRADIENTS = (Sweep<M>::READS & ~2u) != 0u || MORE_THAN_GRADIENTS<M + 1>;
-template <> constexpr bool MORE_THAN_GRADIENTS<MEASURES> = false;
-constexpr int MEASURERS = MORE_THAN_GRADIENTS<0> ? 6 : 8;
+// Blocks of threads that a multiprocessor's registers are to suffice for; 0: as a compiler likes. With several measurements,
+// one of them of lines, it liked too few registers and spilled (sm_90a).
+template <int M> constexpr bool OF_LINES = !IN_ALL<M> || OF_LINES<M + 1>;
+template <> constexpr bool OF_LINES<MEASURES> = false;
+constexpr int MEASURERS = MEASURES > 1 && OF_LINES<0> ? 6 : 0;
 
 template <int M> LB_FN double mean(double sum, int64_t rows, int64_t cols) {
   return Sweep<M>::REDUCE == LB_MEAN ? sum / ((double)rows * (double)cols) : sum;

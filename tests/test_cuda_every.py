@@ -28,7 +28,7 @@ OPTIONS = {
     "AdamW amsgrad": {"amsgrad": True},
     "AdamW master": {"master": "fp32"},
     "StableSPAM split8": {"master": "split8"},
-    "AdaPM mini": {"second_moment": "mini"},
+    "AdaPM mini": {"second_moment": "mini", "stabilize": (optim.AdaGN(),)},
     "APOLLO": {"rank": 32},
     "Fira": {"rank": 32},
     "GaLore": {"rank": 32},
