@@ -1,7 +1,7 @@
 // Values of many blocks at once, each in units of its block's scale: what is left is one block of scale 1. And the scales
 // of short blocks.
 #pragma once
-#include "blocks.h"
+#include "encode.h"
 #include "scale_bytes.h"
 #include "trees.h"
 

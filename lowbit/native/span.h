@@ -1,6 +1,6 @@
 // How a tensor is cut for a step, and what a thread needs room for.
 #pragma once
-#include "blocks.h"
+#include "encode.h"
 
 namespace LB_SPACE {
 
