@@ -68,7 +68,7 @@ struct Fresh {
 constexpr bool HEAVY = !LINEAR || VECTORS > 0 || STORED || PARAM == LB_FLOAT32, WIDE = sizeof(Operands) > 112;
 constexpr bool LONG = QUOTIENTS > 3;
 constexpr int TOGETHER = MOMENTS > 2                     ? 4
-                         : HEAVY                         ? 5 - LONG
+                         : HEAVY                         ? 5 - (LONG || (!LINEAR && VECTORS > 0))
                          : LONG || MASTER != LB_NONE     ? 6 - WIDE
                          : WIDE || QUOTIENTS > 2         ? 7
                                                          : 8;

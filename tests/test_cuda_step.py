@@ -97,7 +97,7 @@ def test_what_is_zero_is_not_done_again(states: str, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("states", ["8bit", "4bit"])
 def test_one_block_of_threads_does_many_chunks_again(states: str, monkeypatch: pytest.MonkeyPatch):
     with stepping() as device, monkeypatch.context() as patch:
-        patch.setattr(cuda_step, "ENOUGH", 1)
+        patch.setattr(cuda_step, "REVISERS", 1)
         found = trained_with_zeros(states, 1e-18)
         grids = device.grids["update"], device.grids["again"]
     monkeypatch.setenv("LOWBIT_BACKEND", "reference")

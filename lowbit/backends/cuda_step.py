@@ -43,7 +43,7 @@ CONSTANTS, NODES = 4 * abi.CONSTANTS, sizeof(structs.Node) * tape.NODES  # bytes
 FOLLOWING = ("stdint.h", "abi.h", "job.h")  # headers of constants.cu
 EAGER = 4  # plans that are kept for steps that begin with the same tensor
 ENOUGH = 2048  # blocks of threads that keep a GPU busy
-REVISED = 8  # chunks for a block of threads that looks for what is to be done again, where that is enough of them
+REVISERS = 2048  # blocks of threads that look for what is to be done again, or one for 8 chunks if that is more
 _LOW = 2**64 - 1
 _DYNAMIC = sizeof(structs.Dynamic) // 8  # numbers of a job's
 
@@ -310,7 +310,7 @@ class _Bucket:
         owner = self.owners["chunks"]
         updating, count = [*tables, c_uint64(owner.data_ptr()), self.room, self.marks], len(owner)
         self.prepared.append(("update", count, Arguments(updating)))
-        grid = max(min(count, ENOUGH), count // REVISED)
+        grid = max(min(count, REVISERS), count // 8)
         self.prepared.append(("again", grid, Arguments([*updating, c_int32(count)])))
 
     def run(self, workspace: int) -> Iterator[Stage]:
