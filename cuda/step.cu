@@ -65,7 +65,8 @@ struct Fresh {
 };
 // For how many blocks of threads at once a multiprocessor's registers are to suffice: for eight, of 64 registers a thread,
 // and for fewer where they would spill (docs/decisions/008-cuda.md).
-constexpr bool HEAVY = !LINEAR || VECTORS > 0 || STORED || PARAM == LB_FLOAT32, WIDE = sizeof(Operands) > 112;
+constexpr bool HEAVY = !LINEAR || (VECTORS > 0 && MOMENTS > 1) || STORED || PARAM == LB_FLOAT32;
+constexpr bool WIDE = sizeof(Operands) > 112;
 constexpr bool LONG = QUOTIENTS > 3;
 constexpr int TOGETHER = MOMENTS > 2                     ? 4
                          : HEAVY                         ? 5 - (LONG || (!LINEAR && VECTORS > 0))
