@@ -1,6 +1,7 @@
 """Steps of CPU tensors on the CUDA backend: the emulator takes the place of the GPU, the rest is what a GPU runs."""
 
 import contextlib
+import ctypes
 import functools
 import sys
 from collections import Counter
@@ -60,7 +61,9 @@ def stepping(schedule: int = FORWARD) -> Iterator[Counting]:
 def full_of_ones(*args: Any, empty: Callable[..., torch.Tensor] = torch.empty, **options: Any) -> torch.Tensor:
     """Memory that nobody has written yet, among it a step's workspace: fresh memory is often zero, a GPU's is not."""
     made = empty(*args, **options)
-    return made.fill_(0xFF) if type(made) is torch.Tensor and made.dtype == torch.uint8 else made
+    if type(made) is torch.Tensor and made.dtype == torch.uint8:
+        ctypes.memset(made.data_ptr(), 0xFF, made.nbytes)  # and no operation, which a captured graph could not have
+    return made
 
 
 def wrong(s: Setting, schedule: int = FORWARD) -> list[str]:
