@@ -61,7 +61,7 @@ def stepping(schedule: int = FORWARD) -> Iterator[Counting]:
 def full_of_ones(*args: Any, empty: Callable[..., torch.Tensor] = torch.empty, **options: Any) -> torch.Tensor:
     """Memory that nobody has written yet, among it a step's workspace: fresh memory is often zero, a GPU's is not."""
     made = empty(*args, **options)
-    if type(made) is torch.Tensor and made.dtype == torch.uint8:
+    if type(made) is torch.Tensor and made.dtype == torch.uint8 and made.is_cpu:
         ctypes.memset(made.data_ptr(), 0xFF, made.nbytes)  # and no operation, which a captured graph could not have
     return made
 
