@@ -296,25 +296,25 @@ def test_ranks_that_meet_later_are_refused_before_a_step(request: pytest.Fixture
 
 
 MANY_HOLES = """
-import resource, sys, torch, lowbit
+import sys, torch, lowbit
 model = torch.nn.Linear(64, 64)
 if sys.argv[1] == "released":
     lowbit.optim.step_in_backward(lowbit.optim.AdamW(model.named_parameters(), lr=1e-3))
 def resident():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS")) / 1024
 torch.empty(31 << 20, dtype=torch.uint8).fill_(1)  # from now on glibc keeps what is smaller
-before, kept = resident(), []
-for size in range(20):  # large blocks that are freed, each below a small one that is kept
-    large = torch.empty((4 << 20) + (size << 18), dtype=torch.uint8).fill_(1)
-    kept.append(torch.empty(1 << 16, dtype=torch.uint8).fill_(1))
-    del large
+before, large, kept = resident(), [], []
+for _ in range(20):  # all at once: a small one that finds room in a hole leaves no hole below it
+    large.append(torch.empty(4 << 20, dtype=torch.uint8).fill_(1))
+    kept.append(torch.empty(1 << 18, dtype=torch.uint8).fill_(1))
+large.clear()
 print(resident() - before)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc is asked, which is on Linux")
 def test_freed_memory_is_given_back():
-    """Of 20 large blocks freed, below small ones that are kept: nothing stays, where much stays by default."""
+    """Of 20 large blocks freed, between small ones that are kept: nothing stays, where 80 MB stay by default."""
     found = {}
     for what, threshold in (("released", None), ("usual", None), ("released", "33554432")):
         env = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
@@ -322,5 +322,5 @@ def test_freed_memory_is_given_back():
         words = [sys.executable, "-c", MANY_HOLES, what]
         done = subprocess.run(words, env=env, capture_output=True, text=True, check=True)
         found[what, threshold] = float(done.stdout)
-    assert found["released", None] < 3
-    assert min(found["usual", None], found["released", "33554432"]) > found["released", None] + 1  # the user's stays
+    assert found["released", None] < 10  # 5 are kept
+    assert min(found["usual", None], found["released", "33554432"]) > 40  # the user's threshold is left alone
