@@ -167,9 +167,9 @@ LB_FN float load_low(uint32_t raw, float p, const uint32_t *kept, int k) {
     return same && p == p ? whole : p;
   }
   if (MASTER == LB_KAHAN) return load_kahan(p, value<PARAM>(kept, k), HALF);
-  if (MASTER == LB_SPLIT8) return load_share(p, (float)(int8_t)(uint8_t)(kept[k / 4] >> (k % 4 * 8)), 127.0f, HALF);
+  if (MASTER == LB_SPLIT8) return load_share(p, (float)(int8_t)(uint8_t)(kept[k / 4] >> (k % 4 * 8)), STEPS8, HALF);
   const int16_t low = (int16_t)half_word(kept, k);
-  return PARAM == LB_BFLOAT16 ? load_split16((uint16_t)raw, low) : load_share(p, (float)low, 8192.0f, HALF);
+  return PARAM == LB_BFLOAT16 ? load_split16((uint16_t)raw, low) : load_share(p, (float)low, STEPS16, HALF);
 }
 
 struct Parameter {  // as it is stored
@@ -239,13 +239,13 @@ LB_FN void store_parameter(const Job &job, const Place &place, const float (&p)[
     if (MASTER == LB_MASTER32) {
       low.word[k % CompanionWords::COUNT] = bits_of(p[k]);
     } else if (MASTER == LB_SPLIT8) {
-      const uint32_t share = (uint32_t)(int32_t)store_share(p[k], own, 127.0f, HALF) & 0xFFu;
+      const uint32_t share = (uint32_t)(int32_t)store_share(p[k], own, STEPS8, HALF) & 0xFFu;
       low.word[k / 4] |= share << (k % 4 * 8);
     } else {
       const uint16_t half = MASTER == LB_KAHAN ? (PARAM == LB_BFLOAT16 ? narrow_bf16(p[k] - own) : narrow_fp16(p[k] - own))
                             : PARAM == LB_BFLOAT16
                                 ? (uint16_t)low_split16(p[k], half_word(stored.word, k))
-                                : (uint16_t)(int16_t)(int32_t)store_share(p[k], own, 8192.0f, HALF);
+                                : (uint16_t)(int16_t)(int32_t)store_share(p[k], own, STEPS16, HALF);
       set_half_word(low.word, k, half);
     }
   }

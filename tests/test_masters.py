@@ -4,11 +4,12 @@ import pytest
 import torch
 from cases import assert_same, every_case, everything, gradient, parameters, train
 from cases import one_thread as one_thread
+from native_cases import every_isa, need, using
 from torch import Tensor
 from torch.nn import Parameter
 
 from lowbit import masters
-from lowbit.optim import AdamW, StableSPAM
+from lowbit.optim import SGD, AdamW, StableSPAM
 from lowbit.rounding import bits16, key
 
 HALVES = [torch.bfloat16, torch.float16]
@@ -60,6 +61,31 @@ def test_split16_is_the_bits_of_fp32():
     x = x[x.isfinite() & (x.abs() < 3.3e38)]
     p, rest = masters.store("split16", x, torch.bfloat16, None)
     assert torch.equal(masters.load("split16", p, rest).view(torch.int32), x.view(torch.int32))
+
+
+@every_half
+@every_isa
+@pytest.mark.parametrize("moved", [False, True])
+def test_every_step_of_half_an_ulp_has_the_references_bits(dtype: torch.dtype, isa: str, moved: bool):
+    """Each code of split8 beside every exponent: loaded, perhaps moved by an ulp or less, and stored again."""
+    need(isa)
+    ps = torch.arange(1 << 16).short()[::29].view(dtype)
+    whole = ps[:, None].expand(-1, 256).contiguous()
+    noise = torch.rand(whole.shape, generator=torch.Generator().manual_seed(1)) - 0.5
+    grad = (noise * whole.float().abs() * 2.0**-6 * moved).to(dtype)
+    found = {}
+    for backend in ("reference", "native"):
+        p = Parameter(whole.clone())
+        p.grad = torch.zeros_like(p)
+        opt = SGD([("w", p)], lr=1.0, master="split8")
+        opt.step()
+        opt.state[p]["master"].copy_(torch.arange(-128, 128).to(torch.int8))
+        p.grad = grad
+        with using(backend, isa if backend == "native" else ""):
+            opt.step()
+        found[backend] = p.detach().view(torch.int16), opt.state[p]["master"]
+    for own, expected in zip(found["native"], found["reference"], strict=True):
+        assert torch.equal(own, expected)
 
 
 @every_half

@@ -89,23 +89,36 @@ struct Half {  // a 16-bit float format: the exponent field of its smallest norm
 };
 constexpr Half BF16 = {1u << 23, 0x1p-8f}, FP16 = {113u << 23, 0x1p-11f};
 
-LB_FN float half_ulp(float p, Half f) {
+LB_FN uint32_t power_of(float p, Half f) {  // of two, below p, as bits; frexp says 0 of what is not finite
   const uint32_t field = bits_of(p) & 0x7F800000u, power = field > f.least ? field : f.least;
-  return float_of(power < 0x7F800000u ? power : 0x3F000000u) * f.half_ulp;  // frexp says 0 of what is not finite
+  return power < 0x7F800000u ? power : 0x3F000000u;
 }
+LB_FN float half_ulp(float p, Half f) { return float_of(power_of(p, f)) * f.half_ulp; }
+
+// x / half_ulp(p), exactly: by 2 / power, which is a float where 1 / power or 1 / half_ulp need not be.
+LB_FN float half_ulps(float x, float p, Half f) { return x * float_of(0x7F800000u - power_of(p, f)) * (0.5f / f.half_ulp); }
 
 LB_FN float load_kahan(float p, float error, Half f) {
   const bool own = float_of(magnitude_bits(error)) <= half_ulp(p, f);
   return p + (own ? error : 0.0f);
 }
 
-LB_FN float load_share(float p, float share, float steps, Half f) { return p + share / steps * half_ulp(p, f); }
+// Half an ulp is cut into COUNT steps. A number of steps times COARSE is exact, and with what is missing, times FINE, it
+// is rounded as number / COUNT is, for each number there is.
+struct Steps {
+  float count, coarse, fine;
+};
+constexpr Steps STEPS8 = {127.0f, 0x1p-7f, 0x1.020408p-14f}, STEPS16 = {8192.0f, 0x1p-13f, 0.0f};
 
-LB_FN float store_share(float value, float p, float steps, Half f) {
-  float share = (value - p) / half_ulp(p, f);
+LB_FN float load_share(float p, float steps, Steps of, Half f) {
+  return p + (steps * of.coarse + steps * of.fine) * half_ulp(p, f);
+}
+
+LB_FN float store_share(float value, float p, Steps of, Half f) {
+  float share = half_ulps(value - p, p, f);
   share = share == share ? share : 0.0f;
   share = share > 1.0f ? 1.0f : share;
-  return rint((share < -1.0f ? -1.0f : share) * steps);
+  return rint((share < -1.0f ? -1.0f : share) * of.count);
 }
 
 // The bits of which split16 stores the upper half, ties going up, and then what is left, so that it fits 16 bits; a NaN

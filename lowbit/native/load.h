@@ -95,10 +95,10 @@ static void load_parameter(const Run &run, const Span &s, Room &room) {
     LB_IVDEP for (int i = 0; i < n; ++i) p[i] = load_kahan(p[i], room.companion[i], half);
   } else if (job.master == LB_SPLIT8) {
     const int8_t *kept = (const int8_t *)job.companion + s.at;
-    LB_IVDEP for (int i = 0; i < n; ++i) p[i] = load_share(p[i], (float)kept[i], 127.0f, half);
+    LB_IVDEP for (int i = 0; i < n; ++i) p[i] = load_share(p[i], (float)kept[i], STEPS8, half);
   } else if (job.master == LB_SPLIT16 && dtype == LB_FLOAT16) {
     const int16_t *kept = (const int16_t *)job.companion + s.at;
-    LB_IVDEP for (int i = 0; i < n; ++i) p[i] = load_share(p[i], (float)kept[i], 8192.0f, half);
+    LB_IVDEP for (int i = 0; i < n; ++i) p[i] = load_share(p[i], (float)kept[i], STEPS16, half);
   } else if (job.master == LB_SPLIT16) {
     const int16_t *kept = (const int16_t *)job.companion + s.at;
     const uint16_t *own = (const uint16_t *)job.param + s.at;

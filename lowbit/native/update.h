@@ -166,10 +166,10 @@ static void store_companion(const Run &run, int64_t at, int from, int n, Room &r
     narrow(wide, dtype, n, nullptr, (uint16_t *)job.companion + at);
   } else if (job.master == LB_SPLIT8) {
     int8_t *to = (int8_t *)job.companion + at;
-    LB_IVDEP for (int i = 0; i < n; ++i) to[i] = (int8_t)(int32_t)store_share(p[i], wide[i], 127.0f, half);
+    LB_IVDEP for (int i = 0; i < n; ++i) to[i] = (int8_t)(int32_t)store_share(p[i], wide[i], STEPS8, half);
   } else {
     int16_t *to = (int16_t *)job.companion + at;
-    LB_IVDEP for (int i = 0; i < n; ++i) to[i] = (int16_t)(int32_t)store_share(p[i], wide[i], 8192.0f, half);
+    LB_IVDEP for (int i = 0; i < n; ++i) to[i] = (int16_t)(int32_t)store_share(p[i], wide[i], STEPS16, half);
   }
 }
 
