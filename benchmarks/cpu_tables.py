@@ -122,7 +122,8 @@ def step(results: dict[str, Any]) -> list[Grid]:
             times = {name: case["seconds"][threads] for name, case in group["cases"].items()}
             clock, probe = times.get("probe: clock"), times.get("probe: Adam's traffic")
             for name, case in group["cases"].items():
-                if name == "probe: clock" or (group["title"] != OURS and name in results["groups"][0]["cases"]):
+                again = group["title"] != OURS and name in results["groups"][0]["cases"]
+                if again or name in ("probe: clock", "probe: core"):
                     continue
                 own, size = times[name], case["bytes"]
                 turns = timing.median_ratio(own, clock) * timing.ADDS * int(threads) * 8 / n if clock else None
@@ -134,6 +135,9 @@ def step(results: dict[str, Any]) -> list[Grid]:
         caption = STEP_CAPTION
         if chain := results["groups"][0]["cases"].get("probe: clock"):
             caption += f" Clock: {timing.ADDS / statistics.median(chain['seconds'][threads]) / 1e9:.2f} GHz."
+        if core := results["groups"][0]["cases"].get("probe: core"):
+            each = spread(core["seconds"][threads], 1e9 / timing.WIDE_ADDS)
+            caption += f" An addition of 16 numbers, ns: {each}; it takes longer where a neighbour has part of a core."
         made.append(Grid(f"A step of {n:,} parameters, threads: {threads}", heads, rows, caption))
     return made
 

@@ -29,12 +29,14 @@ from lowbit.native import build, library
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 ADDS = 1 << 24  # of the clock's chain
+WIDE_ADDS = 1 << 22  # of 16 floats, on each thread
 
 Case = Callable[[], float]  # does its work once; how long that took, in seconds
 Times = dict[str, dict[str, list[float]]]  # by case and number of threads: seconds, one a round
 
-# What the machine can do at best: additions that wait for one another, one a cycle; and memory read and written, in
-# place and as a fused Adam in fp32 does it (four streams read, three of them written).
+# What the machine can do at best: additions that wait for one another, one a cycle; additions of 16 floats that do not,
+# on all threads, which take longer where a neighbour has part of a core (the chain does not: it leaves room for him);
+# and memory read and written, in place and as a fused Adam in fp32 does it (four streams read, three of them written).
 PROBES = r"""
 #include <stdint.h>
 #define PUBLIC extern "C" __attribute__((visibility("default")))
@@ -44,6 +46,22 @@ PUBLIC uint64_t probe_clock(int64_t adds) {
   uint64_t x = 0, y = 1;
   for (int64_t i = 0; i < adds; i += 16) { ADD ADD ADD ADD ADD ADD ADD ADD ADD ADD ADD ADD ADD ADD ADD ADD }
   return x;
+}
+
+typedef float Wide __attribute__((vector_size(64)));
+
+PUBLIC float probe_core(int64_t adds, int threads) {
+  float found = 0.0f;
+#pragma omp parallel num_threads(threads) reduction(+ : found)
+  {
+    Wide sums[8] = {}, one = {};
+    for (int k = 0; k < 8 * 16; ++k) sums[k / 16][k % 16] = (float)k, one[k % 16] = 1.0f;  // equal ones would be one
+    for (int64_t i = 0; i < adds; i += 8) {
+      for (int k = 0; k < 8; ++k) sums[k] += one;
+    }
+    for (int k = 0; k < 8 * 16; ++k) found += sums[k / 16][k % 16];
+  }
+  return found;
 }
 
 PUBLIC void probe_scale(float *__restrict__ p, int64_t n, int threads) {
@@ -159,6 +177,7 @@ def probes(n: int) -> dict[str, Case]:
     count = ctypes.c_int64(n)
     return {
         "probe: clock": timed(lambda: handle.probe_clock(ctypes.c_int64(ADDS))),
+        "probe: core": timed(lambda: handle.probe_core(ctypes.c_int64(WIDE_ADDS), torch.get_num_threads())),
         # The tensors as a default: they must live as long as the case.
         "probe: read + write": timed(lambda _=tensors: handle.probe_scale(p, count, torch.get_num_threads())),
         "probe: Adam's traffic": timed(lambda: handle.probe_adam(p, g, m, v, count, torch.get_num_threads())),
