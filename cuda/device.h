@@ -61,30 +61,13 @@ LB_FN uint32_t nothing_plus(uint32_t sums, uint32_t numbers) {
   return sums;
 }
 
-// ---- tables in shared memory that begin on a multiple of their size: an address is put together by one logical instruction
+// ---- tables in shared memory
 
-// The entry that is `offset & MASK` bytes from the beginning; tables are not written after a barrier.
-#ifdef __CUDACC__
-template <uint32_t MASK> LB_FN uint32_t address_in(const void *table, uint32_t offset) {
-  return (uint32_t)__cvta_generic_to_shared(table) | (offset & MASK);
+// The entry `offset & MASK` bytes from the beginning: a mask is all that an address takes, since accesses add up the rest.
+template <uint32_t MASK, class T> LB_FN T entry(const T *table, uint32_t offset) {
+  LB_SHARED(table);
+  return *(const T *)((const char *)table + (offset & MASK));
 }
-template <uint32_t MASK> LB_FN float float_in(const void *table, uint32_t offset) {
-  float found;
-  asm("ld.shared.f32 %0, [%1];" : "=f"(found) : "r"(address_in<MASK>(table, offset)));
-  return found;
-}
-template <uint32_t MASK> LB_FN void pair_in(const void *table, uint32_t offset, float &x, uint32_t &y) {
-  asm("ld.shared.v2.b32 {%0, %1}, [%2];" : "=f"(x), "=r"(y) : "r"(address_in<MASK>(table, offset)));
-}
-#else
-template <uint32_t MASK> LB_FN float float_in(const void *table, uint32_t offset) {
-  return *(const float *)((const char *)table + (offset & MASK));
-}
-template <uint32_t MASK> LB_FN void pair_in(const void *table, uint32_t offset, float &x, uint32_t &y) {
-  x = float_in<MASK>(table, offset);
-  y = *(const uint32_t *)((const char *)table + (offset & MASK) + 4);
-}
-#endif
 
 // ---- reductions over LANES neighbouring lanes, a power of two; every lane of the warp takes part and gets the result
 

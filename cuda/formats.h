@@ -235,7 +235,7 @@ struct alignas(8) Bin {
 
 template <class Fmt, bool BINS> struct Ways;  // to a rung
 template <class Fmt> struct Ways<Fmt, true> {
-  alignas(sizeof(Bin) * Fmt::BINS) Bin bins[Fmt::BINS];
+  Bin bins[Fmt::BINS];
   LB_FN void prepare(Ways &ways) {
     for (int k = (int)threadIdx.x; k < Fmt::BINS; k += (int)blockDim.x) {
       ways.bins[k] = {float_of(Fmt::bins(2 * k)), Fmt::bins(2 * k + 1)};
@@ -243,9 +243,8 @@ template <class Fmt> struct Ways<Fmt, true> {
   }
   // u is on the ladder's range, or next to it. The sum's low bits are the offset of an entry.
   LB_FN uint32_t rung(float u, const Ways &ways) {
-    Bin bin;
     constexpr uint32_t MASK = (Fmt::BINS - 1) * (uint32_t)sizeof(Bin);
-    pair_in<MASK>(ways.bins, bits_of(fma(u, Fmt::TIMES, Fmt::PLUS)), bin.threshold, bin.rung);
+    const Bin bin = entry<MASK>(ways.bins, bits_of(fma(u, Fmt::TIMES, Fmt::PLUS)));
     return bin.rung + (bits_of(bin.threshold - u) >> 31);  // the sign of a difference is exact
   }
 };
@@ -271,7 +270,7 @@ template <class Fmt> struct Ways<Fmt, false> {
 template <class Fmt> struct Codebook {
   using To = Ways<Fmt, (Fmt::BINS > 0)>;
   struct Shared {
-    alignas(4 << Fmt::BITS) float values[1 << Fmt::BITS];
+    float values[1 << Fmt::BITS];
     To ways;
   };
   LB_FN void prepare(Shared &shared) {
@@ -288,7 +287,7 @@ template <class Fmt> struct Codebook {
     LB_UNROLL for (int i = 0; i < V; ++i) {
       const uint32_t word = ACROSS<Fmt> ? code_at<Fmt, V>(codes, i) : codes.word[i / EACH];
       const int at = ACROSS<Fmt> ? -2 : i % EACH * Fmt::BITS - 2;
-      const float value = float_in<MASK>(shared.values, at < 0 ? word << 2 : word >> (at < 0 ? 0 : at)) * scale;
+      const float value = entry<MASK>(shared.values, at < 0 ? word << 2 : word >> (at < 0 ? 0 : at)) * scale;
       x[i] = Fmt::SQUARE ? value * value : value;
     }
   }
