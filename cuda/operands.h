@@ -27,29 +27,35 @@ struct Place {
   int count;         // how many of the V values exist: those beyond a row's or the tensor's end do not
 };
 
-LB_FN int64_t stride_of(const Job &job) { return (job.cols + WIDTH - 1) / WIDTH * WIDTH; }
+LB_FN int64_t stride_of(const Job &job) { return LINEAR ? job.cols : (job.cols + WIDTH - 1) / WIDTH * WIDTH; }
 
 LB_FN int64_t quotient(int64_t a, int64_t b) {  // of natural numbers: 64 bits take five times as long as 32
   return ((uint64_t)a | (uint64_t)b) >> 32 == 0 ? (int64_t)((uint32_t)a / (uint32_t)b) : a / b;
 }
 
-LB_FN Place place(const Job &job, int64_t number) {
+// Whether a row and a column have to be found: a division. LINEAR without vectors, nobody asks for them.
+constexpr bool DIVIDED = !LINEAR || VECTORS > 0;
+
+LB_FN Place place_in(const Job &job, int64_t number, int64_t row, int64_t col) {
   Place to;
+  to.row = row, to.col = col;
   to.number = to.counted = number;
   to.block = (int64_t)((uint64_t)number / WIDTH);
-  if (LINEAR) {  // only vectors ask for a row and a column
-    to.row = VECTORS > 0 ? quotient(number, job.cols) : 0;
-    to.col = VECTORS > 0 ? number - to.row * job.cols : 0;
-    to.at = number;
-    to.count = number < job.rows * job.cols ? V : 0;
-    return to;
+  to.at = LINEAR ? number : row * job.cols + col;
+  const int64_t left = row < job.rows ? job.cols - col : 0;
+  to.count = LINEAR ? (row < job.rows ? V : 0) : left < V ? (int)(left > 0 ? left : 0) : V;
+  return to;
+}
+
+LB_FN Place place(const Job &job, int64_t number) {
+  if (DIVIDED) {
+    const int64_t length = stride_of(job), row = quotient(number, length);
+    return place_in(job, number, row, number - row * length);
   }
-  const int64_t stride = stride_of(job);
-  to.row = quotient(number, stride);
-  to.col = number - to.row * stride;
-  to.at = to.row * job.cols + to.col;
-  const int64_t left = to.row < job.rows ? job.cols - to.col : 0;
-  to.count = left < V ? (int)(left > 0 ? left : 0) : V;
+  Place to = {};
+  to.number = to.counted = to.at = number;
+  to.block = (int64_t)((uint64_t)number / WIDTH);
+  to.count = number < job.rows * job.cols ? V : 0;
   return to;
 }
 

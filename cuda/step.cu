@@ -65,14 +65,14 @@ struct Fresh {
 };
 // For how many blocks of threads at once a multiprocessor's registers are to suffice: for eight, of 64 registers a thread,
 // and for fewer where they would spill (docs/decisions/008-cuda.md).
-constexpr bool HEAVY = !LINEAR || (VECTORS > 0 && MOMENTS > 1) || STORED || PARAM == LB_FLOAT32;
-constexpr bool WIDE = sizeof(Operands) > 112;
-constexpr bool LONG = QUOTIENTS > 3;
-constexpr int TOGETHER = MOMENTS > 2                     ? 4
-                         : HEAVY                         ? 5 - (LONG || (!LINEAR && VECTORS > 0))
-                         : LONG || MASTER != LB_NONE     ? 6 - WIDE
-                         : WIDE || QUOTIENTS > 2         ? 7
-                                                         : 8;
+constexpr bool OTHER = PARAM != LB_BFLOAT16 || GRAD != LB_BFLOAT16 || MASTER != LB_NONE;
+constexpr bool WIDE = sizeof(Fetched<0, ~0u>) > 64;  // two moments in fp32
+constexpr int FEWER = (QUOTIENTS > 3 ? 2 : 0) + (QUOTIENTS > 2 && OTHER) + (MASTER == LB_MASTER32) +
+                      (LINEAR ? 0 : 2 + OTHER) + (!WIDE ? 0 : (OTHER || MEASURES > 0 ? 2 : 0) + (MASTER != LB_NONE));
+constexpr int TOGETHER = STORED        ? 5 - (QUOTIENTS > 3 || (!LINEAR && VECTORS > 0))
+                         : MOMENTS > 2 ? 5 - !LINEAR
+                         : FEWER < 3   ? 8 - FEWER
+                                       : 5;
 
 LB_FN void fetch_operands(const Job &job, const Dynamic &now, const Place &here, Operands &to) {
   if (here.count == 0) return;
@@ -112,8 +112,9 @@ LB_FN bool renew(const Job &job, const Operands &from, const Place &here, const 
     LB_UNROLL for (int slot = 0; slot < 2 + MOMENTS; ++slot) x[slot][k] = Number<F>::value(values[slot]);
     Stored<0>::template take_sources<F>(k, x, each[k], to.moments);
   }
-  Doubt doubt = Doubt::together(each);
+  bad |= QUICK<F> && Doubt::any(Doubt::together(each));  // now, or its registers are taken until the end
   between();
+  Doubt doubt;
   to.parameter = As::template encode<QUICK<F>>(job, keys[0], here, tables, old, x[0], finite, doubt);
   if (!QUICK<F>) bad |= !finite && As::spoils(here, tables, old, to.parameter, x[0]);
   bad |= Stored<0>::template encode<F>(here, keys, tables, x, doubt, to.moments);
@@ -162,7 +163,31 @@ LB_FN Place place_on(const Told &told, uint32_t at) {
   return to;
 }
 
-LB_FN bool goes_on(const Place &here) { return ANEW ? here.count > 0 : any<32>(here.count > 0); }
+// Row and column of a lane's turn, and of the next, whose operands are fetched already. They take a division to find and ten
+// registers to keep until the turn is stored, so shared memory keeps them.
+struct alignas(16) Spot {
+  int64_t row, col;
+};
+struct Spots {
+  Spot own[2][DIVIDED ? UPDATERS : 1];
+};
+
+LB_FN Place note(const Told &told, uint32_t at, Spots &spots) {
+  const Place to = place_on(told, at);
+  if (DIVIDED) spots.own[at / APART % 2][threadIdx.x] = {to.row, to.col};
+  return to;
+}
+
+LB_FN Place noted(const Told &told, uint32_t at, const Spots &spots) {
+  if (!DIVIDED) return place_on(told, at);
+  __syncwarp();  // else it would be kept in registers after all
+  const Spot &spot = spots.own[at / APART % 2][threadIdx.x];
+  Place to = place_in(told.job, told.chunk + at, spot.row, spot.col);
+  to.counted = at;
+  return to;
+}
+
+LB_FN bool goes_on(int count) { return ANEW ? count > 0 : any<32>(count > 0); }
 
 // Whether quick numbers are of any use: not if they doubt the weights of an average, which are the same for all values.
 LB_FN bool worth_trying(const float *constants, const float *scalars) {
@@ -177,21 +202,23 @@ LB_FN bool worth_trying(const float *constants, const float *scalars) {
 // `marks`: a word for each chunk, of which a warp has a byte, of that a bit for each turn that `update` leaves to `again`.
 static_assert(TURNS <= 8 && UPDATERS == 4 * 32, "a chunk's marks are a word");
 
-LB_FN void mark(uint8_t *marks, uint32_t turns) {
-  if (lane() == 0) marks[4 * (int64_t)blockIdx.x + warp()] = (uint8_t)turns;
+LB_FN void leave(uint32_t turns, uint32_t *marks) {  // at once: to keep them until the end would take a register
+  if (lane() == 0) atomicOr(marks + blockIdx.x, turns << 8 * warp());
 }
 
 }  // namespace lb
 
 extern "C" __global__ void __launch_bounds__(lb::UPDATERS, lb::TOGETHER)
     update(const Job *jobs, const Dynamic *dynamic, const Run *runs, const int32_t *owner, uint8_t *workspace,
-           uint8_t *marks) {
+           uint32_t *marks) {
   using namespace lb;
   __shared__ Tables<0> tables;
   __shared__ Told told;
+  __shared__ Spots spots;
   const int32_t index = owner[blockIdx.x];
   const Run &run = runs[index];
-  if (MEASURES > 0 && GUARDED && run.skip) return mark(marks, 0u);
+  if (threadIdx.x == 0) marks[blockIdx.x] = 0u;
+  if (MEASURES > 0 && GUARDED && run.skip) return;
   prepare_tables<0>(tables);
   tell(jobs[index], dynamic[index], run, blockIdx.x, told);
   const Told *its = &told;
@@ -203,27 +230,30 @@ extern "C" __global__ void __launch_bounds__(lb::UPDATERS, lb::TOGETHER)
   Key keys[1 + MOMENTS];
   if (DRAWS) stream_keys(job, now, job.first + its->chunk, keys);
   const float *constants = job.constants;
-  const bool quick = worth_trying(constants, its->scalars);
-  uint32_t doubtful = quick ? 0u : ~0u;  // turns, a bit each
-  Place here = place_on(*its, first);
+  if (!worth_trying(constants, its->scalars)) return leave(0xFFu, marks);
   Operands old = {};
-  if (quick) fetch_operands(job, now, here, old);
-  LB_ONE_AT_A_TIME for (uint32_t at = first; quick && goes_on(here); at += APART) {
-    const Place place = ANEW ? place_on(*its, at) : here;
-    here = place_on(*its, at + APART);
+  int count;
+  const auto fetch = [&](uint32_t at) {
+    const Place place = note(*its, at, spots);
+    count = place.count;
+    fetch_operands(job, now, place, old);
+  };
+  fetch(first);
+  LB_ONE_AT_A_TIME for (uint32_t at = first; goes_on(count); at += APART) {
+    const Place from = noted(*its, at, spots);
     float x[LOADED][V];
     Fresh fresh;
-    load_vectors<0, Sweep<MEASURES>::READS>(job, workspace, place, x);
-    const bool doubt = renew<Quick>(job, old, place, keys, tables, constants, its->scalars, x, fresh,
-                                    [&] { fetch_operands(job, now, here, old); });
+    load_vectors<0, Sweep<MEASURES>::READS>(job, workspace, from, x);
+    const bool doubt = renew<Quick>(job, old, from, keys, tables, constants, its->scalars, x, fresh,
+                                    [&] { fetch(at + APART); });
     __syncwarp();  // all lanes have loaded the scales, which one of them stores: a vote alone orders no memory
-    if (any<32>(doubt && (ANEW || place.count > 0))) {
-      doubtful |= 1u << at / APART;
+    const Place to = noted(*its, at, spots);
+    if (any<32>(doubt && (ANEW || to.count > 0))) {
+      leave(1u << at / APART, marks);
     } else {
-      store_fresh(job, place, x, fresh);
+      store_fresh(job, to, x, fresh);
     }
   }
-  mark(marks, doubtful);
 }
 
 // Blocks of threads go through chunks by turns: all of them may have marks, or only neighbours.
@@ -250,7 +280,7 @@ extern "C" __global__ void __launch_bounds__(lb::UPDATERS, lb::MOMENTS > 2 ? 4 :
     LB_ONE_AT_A_TIME for (uint32_t at = threadIdx.x * V; doubtful != 0u; at += APART, doubtful >>= 1) {
       if ((doubtful & 1u) == 0u) continue;
       const Place place = place_on(told, at);
-      if (!goes_on(place)) break;
+      if (!goes_on(place.count)) break;
       old = {};  // a lane that has no values must not find others' here
       fetch_operands(job, told.now, place, old);
       float x[LOADED][V];

@@ -28,7 +28,6 @@ REGISTERS = {"linear": 255, "linear_transposed": 255, "linear_few": 255}
 REGISTERS.update({"again": 96, "rows": 112, "elements": 80, "scalars": 80})  # short, or few blocks of threads have work
 # Of some specialisations' main kernels. Of few rows, two blocks of 256 threads fit.
 OF = {f"few {name} rows": 128 for name in ("int4, 8", "int4, 16", "nf4, 8", "int8, 8", "e2m1, 8")}
-OF.update({"AdamW fp32": 72, "SPAM 4bit": 72})
 
 # Instructions for each value, on sm_90a, at most: what an H100 can issue while its memory streams, or less. And the
 # bytes that a thread moves for each value in the main loop, without which the count of values would be only a claim.
@@ -43,8 +42,8 @@ BUDGETS = [
     ("linear nf4", "linear", 12, (4 * 16 + 16 + 4) / 32),
     ("linear e2m1", "linear", 12, (4 * 16 + 16 + 4) / 32),
     ("AdamW 8bit", "update", 69, 12),
-    ("AdamW 4bit", "update", 77, 10),
-    ("StableSPAM 4bit", "update", 82, 10),
+    ("AdamW 4bit", "update", 78, 10),
+    ("StableSPAM 4bit", "update", 83, 10),
     ("Lion 8bit", "update", 39, 9),
 ]
 
