@@ -137,7 +137,7 @@ def step(results: dict[str, Any]) -> list[Grid]:
             caption += f" Clock: {timing.ADDS / statistics.median(chain['seconds'][threads]) / 1e9:.2f} GHz."
         if core := results["groups"][0]["cases"].get("probe: core"):
             each = spread(core["seconds"][threads], 1e9 / timing.WIDE_ADDS)
-            caption += f" An addition of 16 numbers, ns: {each}; it takes longer where a neighbour has part of a core."
+            caption += f" An addition of a vector, ns: {each}; it takes longer where a neighbour has part of a core."
         made.append(Grid(f"A step of {n:,} parameters, threads: {threads}", heads, rows, caption))
     return made
 

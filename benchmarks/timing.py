@@ -29,14 +29,14 @@ from lowbit.native import build, library
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 ADDS = 1 << 24  # of the clock's chain
-WIDE_ADDS = 1 << 22  # of 16 floats, on each thread
+WIDE_ADDS = 1 << 22  # of vectors, on each thread
 
 Case = Callable[[], float]  # does its work once; how long that took, in seconds
 Times = dict[str, dict[str, list[float]]]  # by case and number of threads: seconds, one a round
 
-# What the machine can do at best: additions that wait for one another, one a cycle; additions of 16 floats that do not,
-# on all threads, which take longer where a neighbour has part of a core (the chain does not: it leaves room for him);
-# and memory read and written, in place and as a fused Adam in fp32 does it (four streams read, three of them written).
+# What the machine can do at best: additions that wait for one another, one a cycle; additions of whole vectors that do
+# not, on all threads, which take longer where a neighbour has part of a core (the chain does not: it leaves room for
+# him); and memory read and written, in place and as a fused Adam in fp32 does it (four streams read, three written).
 PROBES = r"""
 #include <stdint.h>
 #define PUBLIC extern "C" __attribute__((visibility("default")))
@@ -48,18 +48,26 @@ PUBLIC uint64_t probe_clock(int64_t adds) {
   return x;
 }
 
-typedef float Wide __attribute__((vector_size(64)));
+#if defined(__AVX512F__)
+enum { LANES = 16 };
+#elif defined(__AVX__)
+enum { LANES = 8 };
+#else
+enum { LANES = 4 };
+#endif
+typedef float Wide __attribute__((vector_size(4 * LANES)));
 
 PUBLIC float probe_core(int64_t adds, int threads) {
   float found = 0.0f;
 #pragma omp parallel num_threads(threads) reduction(+ : found)
   {
     Wide sums[8] = {}, one = {};
-    for (int k = 0; k < 8 * 16; ++k) sums[k / 16][k % 16] = (float)k, one[k % 16] = 1.0f;  // equal ones would be one
+    for (int k = 0; k < 8 * LANES; ++k) sums[k / LANES][k % LANES] = (float)k;  // equal ones would be one
+    for (int k = 0; k < LANES; ++k) one[k] = 1.0f;
     for (int64_t i = 0; i < adds; i += 8) {
       for (int k = 0; k < 8; ++k) sums[k] += one;
     }
-    for (int k = 0; k < 8 * 16; ++k) found += sums[k / 16][k % 16];
+    for (int k = 0; k < 8 * LANES; ++k) found += sums[k / LANES][k % LANES];
   }
   return found;
 }

@@ -69,10 +69,10 @@ constexpr bool OTHER = PARAM != LB_BFLOAT16 || GRAD != LB_BFLOAT16 || MASTER != 
 constexpr bool WIDE = sizeof(Fetched<0, ~0u>) > 64;  // two moments in fp32
 constexpr int FEWER = (QUOTIENTS > 3 ? 2 : 0) + (QUOTIENTS > 2 && OTHER) + (MASTER == LB_MASTER32) +
                       (LINEAR ? 0 : 2 + OTHER) + (!WIDE ? 0 : (OTHER || MEASURES > 0 ? 2 : 0) + (MASTER != LB_NONE));
-constexpr int TOGETHER = STORED        ? 5 - (QUOTIENTS > 3 || (!LINEAR && VECTORS > 0))
-                         : MOMENTS > 2 ? 5 - !LINEAR
-                         : FEWER < 3   ? 8 - FEWER
-                                       : 5;
+constexpr int TOGETHER = MOMENTS > 2 ? 5 - (STORED || !LINEAR)
+                         : STORED    ? 5 - (QUOTIENTS > 3 || (!LINEAR && VECTORS > 0))
+                         : FEWER < 3 ? 8 - FEWER
+                                     : 5;
 
 LB_FN void fetch_operands(const Job &job, const Dynamic &now, const Place &here, Operands &to) {
   if (here.count == 0) return;

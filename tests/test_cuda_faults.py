@@ -81,7 +81,7 @@ FAULTS = {
         "halves", "operands.h", "left < V ? (int)(left > 0 ? left : 0) : V", "left > 0 ? V : 0", "address"
     ),
     "a row that is not masked": Fault(
-        "adamw", "operands.h", "left = to.row < job.rows ? job.cols - to.col : 0", "left = job.cols - to.col", "address"
+        "adamw", "operands.h", "left = row < job.rows ? job.cols - col : 0", "left = job.cols - col", "address"
     ),
     "an unaligned gradient taken for an aligned one": Fault(
         "adamw",
@@ -92,15 +92,23 @@ FAULTS = {
     ),
     "a lane skips its own values only": Fault("spoilt", "step.cu", "GUARDED && any<LANES>(bad)", "GUARDED && bad"),
     "a parameter's random bits for a moment": Fault("adamw", "step.cu", "keys[1 + K]", "keys[K]"),
-    "lanes leave before the others": Fault("adamw", "step.cu", ": any<32>(here.count > 0);", ": here.count > 0;", "__"),
+    "lanes leave before the others": Fault("adamw", "step.cu", ": any<32>(count > 0);", ": count > 0;", "__"),
     "what is beyond a row counts": Fault(
         "vectors", "moments.h", "x[k] = k < place.count ? x[k] : 0.0f;", "x[k] = x[k];"
     ),
     "quick numbers that are in doubt are kept": Fault(
-        "small", "step.cu", "any<32>(doubt && (ANEW || place.count > 0))", "any<32>(doubt && place.count > V)"
+        "small", "step.cu", "any<32>(doubt && (ANEW || to.count > 0))", "any<32>(doubt && to.count > V)"
     ),
     "a lane judged by values that another turn has left": Fault("ended", "step.cu", "      old = {};  //", "      //"),
-    "what is left alone is done again": Fault("loud", "step.cu", "return mark(marks, 0u);", "return;"),
+    "what is left alone is done again": Fault("loud", "step.cu", "if (threadIdx.x == 0) marks[blockIdx.x] = 0u;", ""),
+    "marks that are set before all are cleared": Fault(
+        "small",
+        "step.cu",
+        "0u;\n  if (MEASURES > 0 && GUARDED && run.skip) return;",
+        "0u;\n  leave(1u, marks);",
+        "thread",
+    ),
+    "a column that is not written down": Fault("adamw", "step.cu", "= {to.row, to.col};", "= {to.row, 0};"),
     "a chunk's numbers are written while others read those of the one before": Fault(
         "small", "step.cu", "if (prepared) __syncthreads();", "if (prepared) (void)0;", "thread"
     ),

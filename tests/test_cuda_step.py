@@ -67,7 +67,7 @@ def test_no_order_of_threads_and_blocks_changes_a_bit(name: str, schedule: int):
 # ---- what quick numbers (cuda/quick.h) are in doubt of
 
 
-COUNTED = "if (!goes_on(place)) break;"
+COUNTED = "if (!goes_on(place.count)) break;"
 
 
 def trained_with_zeros(states: str, small: float) -> tuple[dict[str, Any], int]:

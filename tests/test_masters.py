@@ -67,7 +67,7 @@ def test_split16_is_the_bits_of_fp32():
 @every_isa
 @pytest.mark.parametrize("moved", [False, True])
 def test_every_step_of_half_an_ulp_has_the_references_bits(dtype: torch.dtype, isa: str, moved: bool):
-    """Each code of split8 beside every exponent: loaded, perhaps moved by an ulp or less, and stored again."""
+    """Each code of split8 beside every exponent: loaded, perhaps moved by a few ulps, and stored again."""
     need(isa)
     ps = torch.arange(1 << 16).short()[::29].view(dtype)
     whole = ps[:, None].expand(-1, 256).contiguous()

@@ -95,7 +95,8 @@ LB_FN uint32_t power_of(float p, Half f) {  // of two, below p, as bits; frexp s
 }
 LB_FN float half_ulp(float p, Half f) { return float_of(power_of(p, f)) * f.half_ulp; }
 
-// x / half_ulp(p), exactly: by 2 / power, which is a float where 1 / power or 1 / half_ulp need not be.
+// x / half_ulp(p), exactly for what is left of a number that was rounded to p: by 2 / power, which is a float where 1 / power
+// or 1 / half_ulp need not be.
 LB_FN float half_ulps(float x, float p, Half f) { return x * float_of(0x7F800000u - power_of(p, f)) * (0.5f / f.half_ulp); }
 
 LB_FN float load_kahan(float p, float error, Half f) {
