@@ -308,7 +308,7 @@ for _ in range(20):  # all at once: a small one that finds room in a hole leaves
     large.append(torch.empty(4 << 20, dtype=torch.uint8).fill_(1))
     kept.append(torch.empty(1 << 18, dtype=torch.uint8).fill_(1))
 large.clear()
-print(resident() - before)
+print(resident() - before - 20 / 4)  # without those that are kept
 """
 
 
@@ -322,5 +322,5 @@ def test_freed_memory_is_given_back():
         words = [sys.executable, "-c", MANY_HOLES, what]
         done = subprocess.run(words, env=env, capture_output=True, text=True, check=True)
         found[what, threshold] = float(done.stdout)
-    assert found["released", None] < 10  # 5 are kept
+    assert found["released", None] < 3
     assert min(found["usual", None], found["released", "33554432"]) > 40  # the user's threshold is left alone

@@ -65,9 +65,12 @@ def test_split16_is_the_bits_of_fp32():
 
 @every_half
 @every_isa
+@pytest.mark.parametrize(("master", "apart"), [("split8", 1), ("split16", 255)])
 @pytest.mark.parametrize("moved", [False, True])
-def test_every_step_of_half_an_ulp_has_the_references_bits(dtype: torch.dtype, isa: str, moved: bool):
-    """Each code of split8 beside every exponent: loaded, perhaps moved by a few ulps, and stored again."""
+def test_every_step_of_half_an_ulp_has_the_references_bits(
+    dtype: torch.dtype, isa: str, master: str, apart: int, moved: bool
+):
+    """Each code of split8, some of split16, beside every exponent: loaded, perhaps moved by some ulps, stored again."""
     need(isa)
     ps = torch.arange(1 << 16).short()[::29].view(dtype)
     whole = ps[:, None].expand(-1, 256).contiguous()
@@ -77,9 +80,9 @@ def test_every_step_of_half_an_ulp_has_the_references_bits(dtype: torch.dtype, i
     for backend in ("reference", "native"):
         p = Parameter(whole.clone())
         p.grad = torch.zeros_like(p)
-        opt = SGD([("w", p)], lr=1.0, master="split8")
+        opt = SGD([("w", p)], lr=1.0, master=master)
         opt.step()
-        opt.state[p]["master"].copy_(torch.arange(-128, 128).to(torch.int8))
+        opt.state[p]["master"].copy_(torch.arange(-128, 128) * apart)
         p.grad = grad
         with using(backend, isa if backend == "native" else ""):
             opt.step()
