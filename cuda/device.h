@@ -12,6 +12,7 @@
 #define LB_KEEP_NUMBER(number) asm("" : "+r"(number))
 #define LB_GLOBAL(pointer) __builtin_assume(__isGlobal(pointer))  // else every access finds out what it accesses
 #define LB_SHARED(pointer) __builtin_assume(__isShared(pointer))  // the same of shared memory
+#define LB_REREAD() asm volatile("" ::: "memory")  // what was read before is not what memory has now
 // The bytes of shared memory that the launch asks for; the shim has its own.
 #define LB_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 #else
@@ -19,6 +20,7 @@
 #define LB_KEEP_NUMBER(number)
 #define LB_GLOBAL(pointer)
 #define LB_SHARED(pointer)
+#define LB_REREAD()
 #define LB_UNROLL
 #define LB_ONE_AT_A_TIME
 #endif

@@ -118,18 +118,15 @@ struct Key {
 };
 
 // rounding.key of (seed, step, tensor, operand), for numbers of the chunk of `from` and counted from there: the high bits of
-// their pairs are the same. The lanes of a warp share the work.
+// their pairs are the same. Some of a block's threads find a word each.
 template <int COUNT> LB_FN void stream_keys(const Job &job, const Dynamic &now, int64_t from, Key (&keys)[COUNT]) {
-  static_assert(2 * COUNT <= 32, "a lane for each word of each key");
+  const uint32_t t = threadIdx.x;
+  if (t >= 2 * COUNT) return;
   const uint32_t words[6] = {(uint32_t)now.seed, (uint32_t)(now.seed >> 32), (uint32_t)now.step,
-                             (uint32_t)(now.step >> 32), (uint32_t)job.tensor, (uint32_t)(lane() / 2)};
-  uint32_t mixed = lane() % 2 ? 0x5BF03635u : 0u;
+                             (uint32_t)(now.step >> 32), (uint32_t)job.tensor, t / 2};
+  uint32_t mixed = t % 2 ? 0x5BF03635u : 0u;
   LB_UNROLL for (int k = 0; k < 6; ++k) mixed = mix(mixed * 0x9E3779B9u + words[k] + 1u);
-  LB_UNROLL for (int k = 0; k < COUNT; ++k) {
-    keys[k].first = __shfl_sync(WHOLE_WARP, mixed, 2 * k);
-    keys[k].second = __shfl_sync(WHOLE_WARP, mixed, 2 * k + 1) + (uint32_t)(from >> 33) * 0x9E3779B1u;
-    keys[k].first += (uint32_t)(from >> 1);
-  }
+  ((uint32_t *)keys)[t] = mixed + (t % 2 ? (uint32_t)(from >> 33) * 0x9E3779B1u : (uint32_t)(from >> 1));
 }
 
 // 16 random bits for each of the V values from a place on.
@@ -216,7 +213,7 @@ LB_FN ParamWords narrow_parameter(const Key &key, const Place &place, const floa
   ParamWords words = {};
   uint32_t draws[V] = {};
   if (STOCHASTIC && PARAM != LB_FLOAT32) draw(key, place, draws);
-  if constexpr (QUICK && PARAM == LB_BFLOAT16 && V % 2 == 0 && (MASTER == LB_NONE || MASTER == LB_KAHAN)) {
+  if constexpr (QUICK && PARAM == LB_BFLOAT16 && V % 2 == 0 && MASTER != LB_SPLIT16) {
     LB_UNROLL for (int k = 0; k < V; k += 2) {
       const uint32_t a = bits_of(p[k]), b = bits_of(p[k + 1]);
       const uint32_t low = a + (STOCHASTIC ? draws[k] : 0x7FFFu + (a >> 16 & 1u));

@@ -45,23 +45,6 @@ struct Doubt {
     doubt.most = bits > doubt.most ? bits : doubt.most;
   }
 
-  // That of several numbers, of which each has begun with what was strange so far. In loops of their own the compiler finds
-  // integers three at a time.
-  template <int COUNT> LB_FN Doubt together(const Doubt (&each)[COUNT]) {
-    Doubt all = each[COUNT - 1];
-    LB_UNROLL for (int k = 0; k < COUNT - 1; ++k) all.otherwise |= each[k].otherwise;
-    LB_UNROLL for (int k = 0; k < COUNT - 1; ++k) {
-      all.numerator = each[k].numerator < all.numerator ? each[k].numerator : all.numerator;
-    }
-    LB_UNROLL for (int k = 0; k < COUNT - 1; ++k) {
-      all.denominator = each[k].denominator > all.denominator ? each[k].denominator : all.denominator;
-    }
-    LB_UNROLL for (int k = 0; k < COUNT - 1; ++k) all.least = each[k].least < all.least ? each[k].least : all.least;
-    all.most = 0u;
-    LB_UNROLL for (int k = 0; k < COUNT; ++k) all.most = each[k].most > all.most ? each[k].most : all.most;
-    return all;
-  }
-
   LB_FN bool any(const Doubt &doubt) {
     return !(doubt.strange <= 3.4028234663852886e38f) | (doubt.numerator < 2u * LEAST_NUMERATOR - 1u) |
            (doubt.denominator > MOST_DENOMINATOR) | (doubt.least < LEAST_POSITIVE - 1u) | (doubt.most > MOST_POSITIVE) |

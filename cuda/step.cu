@@ -7,7 +7,7 @@
 //
 // Memory, bytes of a parameter: what is stored of p (read and written), g (read), and each moment (read and written).
 //   AdamW, bf16 p and g, 8-bit moments: 2 + 2 + 2 + 2 * 2 * (1 + 4/256) = 10.06; with 4 bits 2 * 2 * (1/2 + 4/128) = 8.13.
-// Instructions of a parameter: 68 and 77, as `lowbit doctor --arch sm_90a` counts; an H100 can issue 99 and 80 meanwhile.
+// Instructions of a parameter: 69 and 77, as `lowbit doctor --arch sm_90a` counts; an H100 can issue 99 and 80 meanwhile.
 #include "weights.h"
 
 namespace lb {
@@ -63,19 +63,27 @@ struct Fresh {
   As::New parameter;
   Stored<0> moments;
 };
-// For how many blocks of threads at once a multiprocessor's registers are to suffice: for eight, of 64 registers a thread,
-// and for fewer where they would spill (docs/decisions/008-cuda.md).
-constexpr bool OTHER = PARAM != LB_BFLOAT16 || GRAD != LB_BFLOAT16 || MASTER != LB_NONE;
+
+// A lane's places are APART numbers from each other, TURNS of them at most. Where nobody asks for rows or columns they are
+// counted from the chunk's first number, in 32 bits.
+constexpr bool ANEW = LINEAR && VECTORS == 0 && !STORED;
+constexpr uint32_t APART = UPDATERS * V;
+
+// Whether the next turn's operands are fetched while this one's are encoded, for which there must be registers.
+constexpr bool PLAIN = PARAM == LB_BFLOAT16 && GRAD == LB_BFLOAT16 && MASTER == LB_NONE;
 constexpr bool WIDE = sizeof(Fetched<0, ~0u>) > 64;  // two moments in fp32
-constexpr int FEWER = (QUOTIENTS > 3 ? 2 : 0) + (QUOTIENTS > 2 && OTHER) + (MASTER == LB_MASTER32) +
-                      (LINEAR ? 0 : 2 + OTHER) + (!WIDE ? 0 : (OTHER || MEASURES > 0 ? 2 : 0) + (MASTER != LB_NONE));
-constexpr int TOGETHER = MOMENTS > 2 ? 5 - (STORED || !LINEAR)
-                         : STORED    ? 5 - (QUOTIENTS > 3 || (!LINEAR && VECTORS > 0))
-                         : FEWER < 3 ? 8 - FEWER
-                                     : 5;
+constexpr bool EARLY = ANEW && PLAIN && !WIDE && MOMENTS < 3;
+
+// For how many blocks of threads at once a multiprocessor's registers are to suffice: for eight, of 64 registers a thread,
+// and in ragged rows for fewer, where they would spill (docs/decisions/008-cuda.md).
+constexpr int TOGETHER = LINEAR ? 8 : PARAM == LB_FLOAT16 ? 4 : MOMENTS > 2 ? 6 : 7;
 
 LB_FN void fetch_operands(const Job &job, const Dynamic &now, const Place &here, Operands &to) {
-  if (here.count == 0) return;
+  if (here.count == 0) {
+    // Else a lane's doubt would be another turn's, and registers would keep that turn's operands until the next are fetched.
+    if (!EARLY) to = {};
+    return;
+  }
   to.gradient = fetch_gradient(now, here);
   to.parameter = As::fetch(job, here);
   Fetched<0, ~0u>::fetch(job, here, to.moments);
@@ -101,24 +109,23 @@ LB_FN bool renew(const Job &job, const Operands &from, const Place &here, const 
   using Update = Sweep<MEASURES, F>;
   const auto own = Update::scalars(scalars);
   const As::Old old = from.parameter;
-  Doubt each[V];
+  Doubt doubt;
   bool bad = !finite_gradient(from.gradient), finite;
   decode_operands(from, here, tables, x);
   LB_UNROLL for (int k = 0; k < V; ++k) {
     F values[SLOTS];
-    if (k > 0) each[k].strange = each[k - 1].strange;
-    LB_UNROLL for (int slot = 0; slot < LOADED; ++slot) values[slot] = Number<F>::made(x[slot][k], each[k]);
+    LB_UNROLL for (int slot = 0; slot < LOADED; ++slot) values[slot] = Number<F>::made(x[slot][k], doubt);
     Update::run(values, constants, own);
     LB_UNROLL for (int slot = 0; slot < 2 + MOMENTS; ++slot) x[slot][k] = Number<F>::value(values[slot]);
-    Stored<0>::template take_sources<F>(k, x, each[k], to.moments);
+    Stored<0>::template take_sources<F>(k, x, doubt, to.moments);
   }
-  bad |= QUICK<F> && Doubt::any(Doubt::together(each));  // now, or its registers are taken until the end
+  bad |= QUICK<F> && Doubt::any(doubt);  // now, or its registers are taken until the end
   between();
-  Doubt doubt;
-  to.parameter = As::template encode<QUICK<F>>(job, keys[0], here, tables, old, x[0], finite, doubt);
+  Doubt then;
+  to.parameter = As::template encode<QUICK<F>>(job, keys[0], here, tables, old, x[0], finite, then);
   if (!QUICK<F>) bad |= !finite && As::spoils(here, tables, old, to.parameter, x[0]);
-  bad |= Stored<0>::template encode<F>(here, keys, tables, x, doubt, to.moments);
-  return QUICK<F> ? bad | Doubt::any(doubt) : bad;
+  bad |= Stored<0>::template encode<F>(here, keys, tables, x, then, to.moments);
+  return QUICK<F> ? bad | Doubt::any(then) : bad;
 }
 
 // What all threads of a block share; in their registers all addresses would be too many.
@@ -127,24 +134,26 @@ struct alignas(16) Told {
   Dynamic now;
   int64_t chunk;  // its first number
   uint32_t end;   // of the chunk, counted from there
+  uint32_t *marks;  // the chunk's word: in registers its address would be kept for a branch that hardly ever runs
+  int64_t length, rows, cols;  // of a row; and how many rows and columns further the next turn is
   float scalars[SCALARS + 1];
+  Key keys[1 + MOMENTS];  // of the chunk's random bits
 };
-
-// A lane's places are APART numbers from each other, TURNS of them at most. Where nobody asks for rows or columns they are
-// counted from the chunk's first number, in 32 bits.
-constexpr bool ANEW = LINEAR && VECTORS == 0 && !STORED;
-constexpr uint32_t APART = UPDATERS * V;
 
 LB_FN void tell(const Job &job, const Dynamic &now, const Run &run, int64_t chunk, Told &told) {
   bring(job, told.job);
   bring(now, told.now);
   if (among<SCALARS>((int)threadIdx.x)) told.scalars[threadIdx.x] = run.scalars[threadIdx.x];
   __syncthreads();
+  if (DRAWS) stream_keys(told.job, told.now, told.job.first + (chunk - told.job.first_chunk) * CHUNK, told.keys);
   if (threadIdx.x == 0) {
     told.chunk = (chunk - told.job.first_chunk) * CHUNK;
     const int64_t left = told.job.rows * told.job.cols - told.chunk;
     told.end = left < CHUNK ? (uint32_t)left : (uint32_t)CHUNK;
     if (ANEW) begin_with(told.chunk, told.job, told.now);
+    told.length = stride_of(told.job);
+    told.rows = DIVIDED ? quotient(APART, told.length) : 0;
+    told.cols = APART - told.rows * told.length;
   }
   __syncthreads();
 }
@@ -163,28 +172,41 @@ LB_FN Place place_on(const Told &told, uint32_t at) {
   return to;
 }
 
-// Row and column of a lane's turn, and of the next, whose operands are fetched already. They take a division to find and ten
-// registers to keep until the turn is stored, so shared memory keeps them.
+// Row and column of a lane's turn. They would take registers until the turn is stored, so shared memory keeps them. A
+// division finds the first; the others are found from that before.
 struct alignas(16) Spot {
   int64_t row, col;
 };
 struct Spots {
-  Spot own[2][DIVIDED ? UPDATERS : 1];
+  Spot own[DIVIDED ? UPDATERS : 1];
 };
 
-LB_FN Place note(const Told &told, uint32_t at, Spots &spots) {
+LB_FN Place place_of(const Told &told, uint32_t at, const Spot &spot) {
+  Place to = place_in(told.job, told.chunk + at, spot.row, spot.col);
+  to.counted = at;
+  return to;
+}
+
+LB_FN Place first_place(const Told &told, uint32_t at, Spots &spots) {
   const Place to = place_on(told, at);
-  if (DIVIDED) spots.own[at / APART % 2][threadIdx.x] = {to.row, to.col};
+  if (DIVIDED) spots.own[threadIdx.x] = {to.row, to.col};
+  return to;
+}
+
+LB_FN Place next_place(const Told &told, uint32_t at, Spots &spots) {
+  if (!DIVIDED) return place_on(told, at);
+  Spot &own = spots.own[threadIdx.x];
+  own.row += told.rows, own.col += told.cols;
+  if (own.col >= told.length) own.row += 1, own.col -= told.length;
+  Place to = place_of(told, at, own);
+  if (at >= CHUNK) to.count = 0;
   return to;
 }
 
 LB_FN Place noted(const Told &told, uint32_t at, const Spots &spots) {
   if (!DIVIDED) return place_on(told, at);
-  __syncwarp();  // else it would be kept in registers after all
-  const Spot &spot = spots.own[at / APART % 2][threadIdx.x];
-  Place to = place_in(told.job, told.chunk + at, spot.row, spot.col);
-  to.counted = at;
-  return to;
+  LB_REREAD();  // else it would be kept in registers after all
+  return place_of(told, at, spots.own[threadIdx.x]);
 }
 
 LB_FN bool goes_on(int count) { return ANEW ? count > 0 : any<32>(count > 0); }
@@ -202,8 +224,8 @@ LB_FN bool worth_trying(const float *constants, const float *scalars) {
 // `marks`: a word for each chunk, of which a warp has a byte, of that a bit for each turn that `update` leaves to `again`.
 static_assert(TURNS <= 8 && UPDATERS == 4 * 32, "a chunk's marks are a word");
 
-LB_FN void leave(uint32_t turns, uint32_t *marks) {  // at once: to keep them until the end would take a register
-  if (lane() == 0) atomicOr(marks + blockIdx.x, turns << 8 * warp());
+LB_FN void leave(uint32_t turns, const Told &told) {  // at once: to keep them until the end would take a register
+  if (lane() == 0) atomicOr(told.marks, turns << 8 * warp());
 }
 
 }  // namespace lb
@@ -217,7 +239,10 @@ extern "C" __global__ void __launch_bounds__(lb::UPDATERS, lb::TOGETHER)
   __shared__ Spots spots;
   const int32_t index = owner[blockIdx.x];
   const Run &run = runs[index];
-  if (threadIdx.x == 0) marks[blockIdx.x] = 0u;
+  if (threadIdx.x == 0) {
+    told.marks = marks + blockIdx.x;
+    *told.marks = 0u;
+  }
   if (MEASURES > 0 && GUARDED && run.skip) return;
   prepare_tables<0>(tables);
   tell(jobs[index], dynamic[index], run, blockIdx.x, told);
@@ -227,32 +252,32 @@ extern "C" __global__ void __launch_bounds__(lb::UPDATERS, lb::TOGETHER)
   const Job &job = its->job;
   const Dynamic &now = its->now;
   const uint32_t first = threadIdx.x * V;
-  Key keys[1 + MOMENTS];
-  if (DRAWS) stream_keys(job, now, job.first + its->chunk, keys);
   const float *constants = job.constants;
-  if (!worth_trying(constants, its->scalars)) return leave(0xFFu, marks);
+  if (!worth_trying(constants, its->scalars)) return leave(0xFFu, *its);
   Operands old = {};
   int count;
-  const auto fetch = [&](uint32_t at) {
-    const Place place = note(*its, at, spots);
+  const auto fetch = [&](const Place &place) {
     count = place.count;
     fetch_operands(job, now, place, old);
   };
-  fetch(first);
+  const auto fetch_next = [&](uint32_t at) { fetch(next_place(*its, at + APART, spots)); };
+  fetch(first_place(*its, first, spots));
   LB_ONE_AT_A_TIME for (uint32_t at = first; goes_on(count); at += APART) {
     const Place from = noted(*its, at, spots);
     float x[LOADED][V];
     Fresh fresh;
     load_vectors<0, Sweep<MEASURES>::READS>(job, workspace, from, x);
-    const bool doubt = renew<Quick>(job, old, from, keys, tables, constants, its->scalars, x, fresh,
-                                    [&] { fetch(at + APART); });
+    if (!EARLY) constants = job.constants;  // read anew each turn: no register holds it between
+    const bool doubt = renew<Quick>(job, old, from, its->keys, tables, constants, its->scalars, x, fresh,
+                                    [&] { if (EARLY) fetch_next(at); });
     __syncwarp();  // all lanes have loaded the scales, which one of them stores: a vote alone orders no memory
     const Place to = noted(*its, at, spots);
     if (any<32>(doubt && (ANEW || to.count > 0))) {
-      leave(1u << at / APART, marks);
+      leave(1u << at / APART, *its);
     } else {
       store_fresh(job, to, x, fresh);
     }
+    if (!EARLY) fetch_next(at);
   }
 }
 
@@ -273,20 +298,17 @@ extern "C" __global__ void __launch_bounds__(lb::UPDATERS, lb::MOMENTS > 2 ? 4 :
     const int32_t index = owner[chunk];
     tell(jobs[index], dynamic[index], runs[index], chunk, told);
     const Job &job = told.job;
-    Key keys[1 + MOMENTS];
-    if (DRAWS) stream_keys(job, told.now, job.first + told.chunk, keys);
     uint32_t lost = 0u, doubtful = of_all >> 8 * warp() & 0xFFu;  // step blocks; turns, a bit each
     Operands old = {};
     LB_ONE_AT_A_TIME for (uint32_t at = threadIdx.x * V; doubtful != 0u; at += APART, doubtful >>= 1) {
       if ((doubtful & 1u) == 0u) continue;
       const Place place = place_on(told, at);
       if (!goes_on(place.count)) break;
-      old = {};  // a lane that has no values must not find others' here
       fetch_operands(job, told.now, place, old);
       float x[LOADED][V];
       Fresh fresh;
       load_vectors<0, Sweep<MEASURES>::READS>(job, workspace, place, x);
-      const bool bad = renew<float>(job, old, place, keys, tables, job.constants, told.scalars, x, fresh, [] {});
+      const bool bad = renew<float>(job, old, place, told.keys, tables, job.constants, told.scalars, x, fresh, [] {});
       __syncwarp();
       if (GUARDED && any<LANES>(bad)) {
         lost += lane() % LANES == 0 && place.count > 0;

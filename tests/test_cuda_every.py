@@ -4,6 +4,7 @@ import functools
 import warnings
 from collections.abc import Iterator
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -16,14 +17,15 @@ from lowbit.gpu import CompileError, inspect
 from lowbit.gpu.cost import ARCHITECTURES
 from lowbit.gpu.inspect import Specialisation
 from lowbit.gpu.specialise import print_spec, special
+from lowbit.nn.stored import StoredWeight
 from lowbit.stages import Job
 
 FOUND = [getattr(optim, name) for name in optim.__all__]
 RULES = [one.__name__ for one in FOUND if isinstance(one, type) and issubclass(one, optim.Rule) and one != optim.Rule]
 SHAPES = {"aligned": (64, 1024), "ragged": (64, 300)}
-# What has other kernels than the defaults: one moment, three, other parameters, a master copy; and ranks below those of
-# these matrices, which would else be stepped by Adam.
-OPTIONS = {
+# What has other kernels than the defaults: one moment, three, other parameters, a master copy, other states, weights
+# that are codes; and ranks below those of these matrices, which would else be stepped by Adam.
+OPTIONS: dict[str, dict[str, Any]] = {
     "SGD momentum": {"momentum": 0.9},
     "AdamW amsgrad": {"amsgrad": True},
     "AdamW fp32": {"dtype": torch.float32},
@@ -36,24 +38,27 @@ OPTIONS = {
     "StableSPAM fp32": {"dtype": torch.float32},
     "StableSPAM split8": {"master": "split8"},
     "Muon master": {"master": "fp32"},
+    "AdamW states": {"states": "fp32"},
+    "AdamS states": {"states": "fp32", "dtype": torch.float32},
+    "AdamS halves": {"states": "fp32", "dtype": torch.float16},
+    "StableSPAM states": {"states": "fp32", "master": "fp32"},
+    "AdamW int8": {"store": "int8"},
+    "AdamW nf4": {"store": "nf4"},
+    "AdamS mxfp4": {"store": "mxfp4"},
+    "AdamS nvfp4": {"store": "nvfp4"},
+    "StableSPAM split": {"store": "split"},
+    "StableSPAM nvfp4": {"store": "nvfp4"},
+    "AdamMini int4": {"store": "int4"},
+    "AdamW amsgrad split8": {"store": "split8", "amsgrad": True},
     "AdaPM mini": {"second_moment": "mini", "stabilize": (optim.AdaGN(),)},
     "APOLLO": {"rank": 32},
     "Fira": {"rank": 32},
     "GaLore": {"rank": 32},
 }
 BY = "nvrtc12", "nvrtc13"  # what users have; nvcc, which takes twice as long, is in test_cuda_build.py
-# Registers of what updates rows of whole blocks, where they are more than 64; and ragged rows.
-MORE = {
-    "AdamS": 80,
-    "AdamS fp32": 96,
-    "AdamS split16": 96,
-    "AdaPM mini": 80,
-    "AdamW master": 72,
-    "Muon master": 72,
-    "Fira": 80,
-}
-MORE.update({"SPAM fp16": 72, "SPAM split8": 72})
-RAGGED = 96
+# Registers of what updates ragged rows, for moments up to two and for more; where parameters are in fp16, more yet.
+# Rows of whole blocks take 64, whatever is updated.
+RAGGED, HALVES = (72, 80), 128
 NAMES = "layer.weight", "lm_head.weight", "embed.weight", "norm.weight"
 
 
@@ -68,16 +73,18 @@ def asked(case: str, states: str, shape: tuple[int, int]) -> Iterator[tuple[str,
 
     noting = ModuleType("noting")
     vars(noting).update(find=lambda device: None, unsupported=lambda program: "", takes=lambda *_: False, step=step)
-    options = {"dtype": torch.bfloat16, **OPTIONS.get(case, {})}
-    dtype = options.pop("dtype")
+    options = {"dtype": torch.bfloat16, "states": states, "store": None, **OPTIONS.get(case, {})}
+    dtype, store = options.pop("dtype"), options.pop("store")
     named = [(name, Parameter(torch.ones(shape if k < 3 else shape[1:], dtype=dtype))) for k, name in enumerate(NAMES)]
+    if store:
+        named = [(name, Parameter(StoredWeight.of(p.detach(), store))) for name, p in named[:3]]
     for k, (_, p) in enumerate(named):
         p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(k)).to(dtype)
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         patch.setitem(backends._NATIVE, "cpu", noting)
         patch.setenv("LOWBIT_BACKEND", "native")
-        getattr(optim, case.split()[0])(named, lr=1e-3, states=states, **options).step()
+        getattr(optim, case.split()[0])(named, lr=1e-3, **options).step()
     for kind in dict.fromkeys(map(special, jobs)):
         yield "step.cu", print_spec(kind)
         if kind.program.measures:
@@ -99,15 +106,16 @@ def compiled(file: str, spec: str, by: str, arch: str) -> dict[str, inspect.Reso
         return error
 
 
-def faults(case: str, file: str, spec: str, by: str, arch: str) -> list[str]:
+def faults(file: str, spec: str, by: str, arch: str) -> list[str]:
     """What a compiler warns of, spills among it; and kernels that take more registers than they may."""
     found = compiled(file, spec, by, arch)
     if isinstance(found, CompileError):
         return [f"{by}: {found}"]
     moments = int(spec.partition("MOMENTS = ")[2][0])
-    lean = "LINEAR = true" in spec and moments < 3
-    update = MORE.get(case, 64) if lean else RAGGED if moments < 3 else 128
-    most = {kernel: REGISTERS.get(kernel, 64) for kernel in found} | {"update": update, "again": 128}
+    ragged = HALVES if "PARAM = LB_FLOAT16" in spec else RAGGED[moments > 2]
+    update = 64 if "LINEAR = true" in spec else ragged
+    most = {kernel: REGISTERS.get(kernel, 64) for kernel in found} | {"update": update}
+    most["again"] = 96 if moments < 3 else 128
     return [
         f"{by}: {kernel} of {file} for {arch} may take {most[kernel]} registers, and takes {taken}"
         for kernel, taken in found.items()
@@ -123,6 +131,6 @@ def test_nothing_of_any_optimizer_is_spilled(case: str):
     for lie, shape in SHAPES.items():
         for states in ("8bit", "4bit"):
             for file, spec in asked(case, states, shape):
-                said = [fault for arch in ARCHITECTURES for by in BY for fault in faults(case, file, spec, by, arch)]
+                said = [fault for arch in ARCHITECTURES for by in BY for fault in faults(file, spec, by, arch)]
                 found += [f"{states}, {lie}: {fault}" for fault in said]
     assert not found, "\n".join(found)

@@ -64,10 +64,10 @@ class Fault(NamedTuple):
 FAULTS = {
     # step.cu
     "tables are read before they are filled": Fault(
-        "adamw", "step.cu", "told.now);\n  }\n  __syncthreads();", "told.now);\n  }", "thread"
+        "adamw", "step.cu", "told.length;\n  }\n  __syncthreads();", "told.length;\n  }", "thread"
     ),
     "addresses are moved before they are there": Fault(
-        "adamw", "step.cu", "__syncthreads();\n  if (threadIdx.x == 0) {", "if (threadIdx.x == 0) {", "thread"
+        "adamw", "step.cu", "__syncthreads();\n  if (DRAWS) stream_keys", "if (DRAWS) stream_keys", "thread"
     ),
     "what is above 0 becomes 0": Fault("large", "formats.h", "saturated(source * 0x1p100f)", "0.0f"),
     "each lane its own scale": Fault("adamw", "moments.h", "largest<SCALE_LANES<K>>(most_of<QUICK", "(most_of<QUICK"),
@@ -99,14 +99,18 @@ FAULTS = {
     "quick numbers that are in doubt are kept": Fault(
         "small", "step.cu", "any<32>(doubt && (ANEW || to.count > 0))", "any<32>(doubt && to.count > V)"
     ),
-    "a lane judged by values that another turn has left": Fault("ended", "step.cu", "      old = {};  //", "      //"),
-    "what is left alone is done again": Fault("loud", "step.cu", "if (threadIdx.x == 0) marks[blockIdx.x] = 0u;", ""),
+    "a lane judged by values that another turn has left": Fault("ended", "step.cu", "if (!EARLY) to = {};", ""),
+    "what is left alone is done again": Fault("loud", "step.cu", "*told.marks = 0u;", ""),
     "marks that are set before all are cleared": Fault(
         "small",
         "step.cu",
-        "0u;\n  if (MEASURES > 0 && GUARDED && run.skip) return;",
-        "0u;\n  leave(1u, marks);",
+        "if (MEASURES > 0 && GUARDED && run.skip) return;",
+        "if (lane() == 0) atomicOr(marks + blockIdx.x, 1u);",
         "thread",
+    ),
+    "a turn that begins in a row that has ended": Fault("ended", "step.cu", "own.row += 1, own.col -=", "own.col -="),
+    "each chunk the same random bits": Fault(
+        "large", "step.cu", "told.job.first + (chunk - told.job.first_chunk) * CHUNK", "told.job.first"
     ),
     "a column that is not written down": Fault("adamw", "step.cu", "= {to.row, to.col};", "= {to.row, 0};"),
     "a chunk's numbers are written while others read those of the one before": Fault(
