@@ -76,7 +76,7 @@ constexpr bool EARLY = ANEW && PLAIN && !WIDE && MOMENTS < 3;
 
 // For how many blocks of threads at once a multiprocessor's registers are to suffice: for eight, of 64 registers a thread,
 // and in ragged rows for fewer, where they would spill (docs/decisions/008-cuda.md).
-constexpr int TOGETHER = LINEAR ? 8 : PARAM == LB_FLOAT16 ? 4 : MOMENTS > 2 ? 6 : 7;
+constexpr int TOGETHER = LINEAR ? 8 : PARAM == LB_FLOAT16 ? 4 : MOMENTS > 2 ? 5 : 7;
 
 LB_FN void fetch_operands(const Job &job, const Dynamic &now, const Place &here, Operands &to) {
   if (here.count == 0) {

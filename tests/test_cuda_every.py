@@ -58,7 +58,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 BY = "nvrtc12", "nvrtc13"  # what users have; nvcc, which takes twice as long, is in test_cuda_build.py
 # Registers of what updates ragged rows, for moments up to two and for more; where parameters are in fp16, more yet.
 # Rows of whole blocks take 64, whatever is updated.
-RAGGED, HALVES = (72, 80), 128
+RAGGED, HALVES = (72, 96), 128
 NAMES = "layer.weight", "lm_head.weight", "embed.weight", "norm.weight"
 
 
