@@ -118,8 +118,9 @@ struct Key {
 };
 
 // rounding.key of (seed, step, tensor, operand), for numbers of the chunk of `from` and counted from there: the high bits of
-// their pairs are the same. Some of a block's threads find a word each.
+// their pairs are the same. Of a block's threads each finds a word, in shared memory; the caller has them meet then.
 template <int COUNT> LB_FN void stream_keys(const Job &job, const Dynamic &now, int64_t from, Key (&keys)[COUNT]) {
+  static_assert(2 * COUNT <= UPDATERS, "a thread for each word of each key");
   const uint32_t t = threadIdx.x;
   if (t >= 2 * COUNT) return;
   const uint32_t words[6] = {(uint32_t)now.seed, (uint32_t)(now.seed >> 32), (uint32_t)now.step,

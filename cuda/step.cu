@@ -71,16 +71,20 @@ constexpr uint32_t APART = UPDATERS * V;
 
 // Whether the next turn's operands are fetched while this one's are encoded, for which there must be registers.
 constexpr bool PLAIN = PARAM == LB_BFLOAT16 && GRAD == LB_BFLOAT16 && MASTER == LB_NONE;
-constexpr bool WIDE = sizeof(Fetched<0, ~0u>) > 64;  // two moments in fp32
+constexpr bool WIDE = sizeof(Fetched<0, ~0u>) > 64;  // two moments in fp32, or many scales
 constexpr bool EARLY = ANEW && PLAIN && !WIDE && MOMENTS < 3;
 
 // For how many blocks of threads at once a multiprocessor's registers are to suffice: for eight, of 64 registers a thread,
 // and in ragged rows for fewer, where they would spill (docs/decisions/008-cuda.md).
-constexpr int TOGETHER = LINEAR ? 8 : PARAM == LB_FLOAT16 ? 4 : MOMENTS > 2 ? 5 : 7;
+constexpr bool LOW_BITS = MASTER != LB_NONE;
+constexpr int RAGGED = PARAM == LB_FLOAT16 || (LOW_BITS && QUOTIENTS > 3) ? 4 : LOW_BITS || MOMENTS > 2 ? 5 : 7;
+constexpr int TOGETHER = LINEAR ? 8 : RAGGED;
 
 LB_FN void fetch_operands(const Job &job, const Dynamic &now, const Place &here, Operands &to) {
   if (here.count == 0) {
-    // Else a lane's doubt would be another turn's, and registers would keep that turn's operands until the next are fetched.
+    // Else registers would keep another turn's operands until the next are fetched, and `again` would judge by them. Lanes
+    // of EARLY kernels that have no values leave the loop.
+    static_assert(!EARLY || ANEW, "a lane may leave before the others");
     if (!EARLY) to = {};
     return;
   }
@@ -121,11 +125,11 @@ LB_FN bool renew(const Job &job, const Operands &from, const Place &here, const 
   }
   bad |= QUICK<F> && Doubt::any(doubt);  // now, or its registers are taken until the end
   between();
-  Doubt then;
-  to.parameter = As::template encode<QUICK<F>>(job, keys[0], here, tables, old, x[0], finite, then);
+  Doubt later;
+  to.parameter = As::template encode<QUICK<F>>(job, keys[0], here, tables, old, x[0], finite, later);
   if (!QUICK<F>) bad |= !finite && As::spoils(here, tables, old, to.parameter, x[0]);
-  bad |= Stored<0>::template encode<F>(here, keys, tables, x, then, to.moments);
-  return QUICK<F> ? bad | Doubt::any(then) : bad;
+  bad |= Stored<0>::template encode<F>(here, keys, tables, x, later, to.moments);
+  return QUICK<F> ? bad | Doubt::any(later) : bad;
 }
 
 // What all threads of a block share; in their registers all addresses would be too many.
@@ -151,9 +155,11 @@ LB_FN void tell(const Job &job, const Dynamic &now, const Run &run, int64_t chun
     const int64_t left = told.job.rows * told.job.cols - told.chunk;
     told.end = left < CHUNK ? (uint32_t)left : (uint32_t)CHUNK;
     if (ANEW) begin_with(told.chunk, told.job, told.now);
-    told.length = stride_of(told.job);
-    told.rows = DIVIDED ? quotient(APART, told.length) : 0;
-    told.cols = APART - told.rows * told.length;
+    if (DIVIDED) {
+      told.length = stride_of(told.job);
+      told.rows = quotient(APART, told.length);
+      told.cols = APART - told.rows * told.length;
+    }
   }
   __syncthreads();
 }
@@ -267,7 +273,7 @@ extern "C" __global__ void __launch_bounds__(lb::UPDATERS, lb::TOGETHER)
     float x[LOADED][V];
     Fresh fresh;
     load_vectors<0, Sweep<MEASURES>::READS>(job, workspace, from, x);
-    if (!EARLY) constants = job.constants;  // read anew each turn: no register holds it between
+    if (!EARLY) constants = job.constants;  // the address is read anew each turn: no register holds it between
     const bool doubt = renew<Quick>(job, old, from, its->keys, tables, constants, its->scalars, x, fresh,
                                     [&] { if (EARLY) fetch_next(at); });
     __syncwarp();  // all lanes have loaded the scales, which one of them stores: a vote alone orders no memory

@@ -42,6 +42,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "AdamS states": {"states": "fp32", "dtype": torch.float32},
     "AdamS halves": {"states": "fp32", "dtype": torch.float16},
     "StableSPAM states": {"states": "fp32", "master": "fp32"},
+    "AdamW amsgrad master": {"amsgrad": True, "master": "fp32"},
+    "AdamW blocks": {"states": "int8:16"},
+    "AdamW stochastic": {"state_rounding": "stochastic"},
+    "StableSPAM stochastic": {"state_rounding": "stochastic", "master": "fp32"},
     "AdamW int8": {"store": "int8"},
     "AdamW nf4": {"store": "nf4"},
     "AdamS mxfp4": {"store": "mxfp4"},
@@ -56,9 +60,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "GaLore": {"rank": 32},
 }
 BY = "nvrtc12", "nvrtc13"  # what users have; nvcc, which takes twice as long, is in test_cuda_build.py
-# Registers of what updates ragged rows, for moments up to two and for more; where parameters are in fp16, more yet.
-# Rows of whole blocks take 64, whatever is updated.
-RAGGED, HALVES = (72, 96), 128
 NAMES = "layer.weight", "lm_head.weight", "embed.weight", "norm.weight"
 
 
@@ -85,7 +86,9 @@ def asked(case: str, states: str, shape: tuple[int, int]) -> Iterator[tuple[str,
         patch.setitem(backends._NATIVE, "cpu", noting)
         patch.setenv("LOWBIT_BACKEND", "native")
         getattr(optim, case.split()[0])(named, lr=1e-3, **options).step()
+    assert jobs
     for kind in dict.fromkeys(map(special, jobs)):
+        assert (kind.stored is not None) == bool(store)
         yield "step.cu", print_spec(kind)
         if kind.program.measures:
             yield "measure.cu", print_spec(kind.folds)
@@ -112,8 +115,13 @@ def faults(file: str, spec: str, by: str, arch: str) -> list[str]:
     if isinstance(found, CompileError):
         return [f"{by}: {found}"]
     moments = int(spec.partition("MOMENTS = ")[2][0])
-    ragged = HALVES if "PARAM = LB_FLOAT16" in spec else RAGGED[moments > 2]
-    update = 64 if "LINEAR = true" in spec else ragged
+    master = "MASTER = LB_NONE" not in spec
+    if "LINEAR = true" in spec:
+        update = 64
+    elif "PARAM = LB_FLOAT16" in spec or (master and int(spec.partition("QUOTIENTS = ")[2][0]) > 3):
+        update = 128
+    else:
+        update = 96 if master or moments > 2 else 72
     most = {kernel: REGISTERS.get(kernel, 64) for kernel in found} | {"update": update}
     most["again"] = 96 if moments < 3 else 128
     return [

@@ -19,6 +19,7 @@ SETTINGS = {
     "stablespam": PLAIN._replace(optimizer="stablespam", m="int4", v="sqrt4", rounding="stochastic", wrong="nan"),
     "adammini": PLAIN._replace(optimizer="adammini", m="nf4", v="log4", g="f32", shapes="ragged", wrong="broken"),
     "adafactor": PLAIN._replace(optimizer="adafactor-relative", p="f32", m="nf4", shapes="dense"),
+    "shares": PLAIN._replace(rounding="split8"),
     "spoilt": PLAIN._replace(block=16, wrong="nan"),
     # What quick numbers doubt. In "ended", a warp comes from a NaN to a row's end, where that lane has no value.
     "small": PLAIN._replace(p="f32", g="f32", m="fp32", v="fp32", wrong="tiny"),
@@ -64,7 +65,7 @@ class Fault(NamedTuple):
 FAULTS = {
     # step.cu
     "tables are read before they are filled": Fault(
-        "adamw", "step.cu", "told.length;\n  }\n  __syncthreads();", "told.length;\n  }", "thread"
+        "adamw", "step.cu", "told.length;\n    }\n  }\n  __syncthreads();", "told.length;\n    }\n  }", "thread"
     ),
     "addresses are moved before they are there": Fault(
         "adamw", "step.cu", "__syncthreads();\n  if (DRAWS) stream_keys", "if (DRAWS) stream_keys", "thread"
@@ -109,6 +110,13 @@ FAULTS = {
         "thread",
     ),
     "a turn that begins in a row that has ended": Fault("ended", "step.cu", "own.row += 1, own.col -=", "own.col -="),
+    "a turn that begins in the rows of the one before": Fault(
+        "large", "step.cu", "own.row += told.rows", "own.row += 0"
+    ),
+    "a turn that begins at a row's end": Fault("large", "step.cu", "own.col >= told.length", "own.col > told.length"),
+    "two parameters in each other's place": Fault(
+        "shares", "operands.h", "permute(low, high, 0x7632)", "permute(low, high, 0x3276)"
+    ),
     "each chunk the same random bits": Fault(
         "large", "step.cu", "told.job.first + (chunk - told.job.first_chunk) * CHUNK", "told.job.first"
     ),
