@@ -240,7 +240,9 @@ def sanitized(sanitizer: str, code: str, timeout: float = 600) -> subprocess.Com
         # Python and torch are not compiled for it.
         "TSAN_OPTIONS": "halt_on_error=1 ignore_noninstrumented_modules=1",
     }
-    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=timeout)
+    with tempfile.TemporaryDirectory(prefix="lowbit-sanitized-") as scratch:  # a fault ends it before it can tidy up
+        env["TMPDIR"] = scratch
+        return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=timeout)
 
 
 def _library_of(name: str) -> str:
