@@ -132,7 +132,7 @@ def test_doctor_on_a_gpu(forced: str, tmp_path: Path, capsys: pytest.CaptureFixt
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(describe, "Driver", lambda: SimpleNamespace(version=lambda: (13, 1)))
+    monkeypatch.setattr(describe, "Driver", lambda: SimpleNamespace(version=lambda: (13, 1), by="ctypes"))
     monkeypatch.setattr(describe, "_KERNEL_MODULE", tmp_path / "version")
     (tmp_path / "version").write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.65.06  Sun Jul 27\n")
     compiler = SimpleNamespace(version=(13, 0), path="/lib/libnvrtc.so.13", architectures=lambda: [80, 90, 100])
@@ -142,7 +142,8 @@ def test_doctor_on_a_gpu(forced: str, tmp_path: Path, capsys: pytest.CaptureFixt
     (tmp_path / f"kernel-sm_90a-{'0' * 32}").write_bytes(b"")
     (tmp_path / f"kernel-sm_90a-{'0' * 32}.lock").write_bytes(b"")
     found = tell()["gpu"]
-    assert found["driver"] == "580.65.06, up to CUDA 13.1" and found["NVRTC"] == "13.0, /lib/libnvrtc.so.13"
+    assert found["driver"] == "580.65.06, up to CUDA 13.1, by ctypes"
+    assert found["NVRTC"] == "13.0, /lib/libnvrtc.so.13"
     assert found["architecture"] == "sm_90a" and found["kernels kept"].startswith(f"1 in {tmp_path}")
     assert found["backend"].startswith("reference" if forced else "CUDA kernels")
 

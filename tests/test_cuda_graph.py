@@ -62,7 +62,7 @@ class Graph:
 
     @contextlib.contextmanager
     def captured(self) -> Iterator[None]:
-        library, stream = self.machine.driver.library, c_void_p(self.machine.current)
+        library, stream = self.machine.library, c_void_p(self.machine.current)
         assert library.cuStreamBeginCapture_v2(stream, 0) == 0
         try:
             with Capturing(self.pool):
@@ -73,7 +73,7 @@ class Graph:
     def replay(self) -> None:
         with self.machine.driver.within(self.machine.context):
             stream = c_void_p(self.machine.current)
-            assert self.machine.driver.library.cuGraphLaunch(self.handle, stream) == 0
+            assert self.machine.library.cuGraphLaunch(self.handle, stream) == 0
 
 
 def made(shapes=SHAPES, dtype: torch.dtype = torch.bfloat16) -> Named:
@@ -214,7 +214,7 @@ def test_graphs_that_share_kernels_are_replayed_at_the_same_time(rule, machine: 
     rates = 1e-2, 0.3
     opts = [[after_steps(rule, made(), 1) for _ in rates] for _ in ("eager", "replayed")]
     graphs = [capture(opt, machine) for opt in opts[1]]
-    library = machine.driver.library
+    library = machine.library
     sizes = [library.emulator_graph_size(graph.handle) for graph in graphs]
     assert sizes[0] == sizes[1] > 2
     for t in (2, 3):
@@ -253,7 +253,7 @@ def test_what_a_step_changes_is_one_copy(machine: Emulator):
     """However many tensors; and a replay reads it on the device."""
     opt = after_steps(stable_spam, made(), 1)
     capture(opt, machine)
-    library = machine.driver.library
+    library = machine.library
     library.emulator_calls.restype = c_char_p
     library.emulator_note_calls(1)
     opt.prepare_replay()

@@ -236,7 +236,7 @@ def test_another_optimizer_of_the_same_kernels_may_step_in_between(emulated: Cou
 def test_the_stream_is_asked_for_in_every_step(emulated: Counting):
     named = parameters(SHAPES, torch.bfloat16)
     opt = AdamW(named)
-    library = emulated.driver.library
+    library = emulated.library
     library.emulator_calls.restype = c_char_p
     for t, stream in enumerate((0, 3, 3, 4, 0), 1):
         give(named, t)

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from ctypes import Structure, byref, c_double, c_float, c_int, c_int8, c_int64, c_uint16, c_void_p
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,9 +16,8 @@ sys.path.insert(0, str(Path(__file__).parent / "emulator"))
 import emulator
 from emulator import Emulator
 
-from lowbit.gpu import Arguments, CompileError, DriverError, NoDriver, machine, machines, sources
+from lowbit.gpu import Arguments, CompileError, DriverError, NoDriver, entries, machine, machines, sources
 from lowbit.gpu import cache as gpu_cache
-from lowbit.gpu.driver import Driver
 
 pytestmark = pytest.mark.skipif(emulator.compiler() is None, reason="no g++")
 
@@ -44,9 +44,12 @@ class Mixed(Structure):
     _fields_ = [("a", c_int8), ("b", c_double), ("c", c_uint16 * 3)]
 
 
-@pytest.fixture
-def gpu() -> Emulator:
-    return Emulator()
+@pytest.fixture(params=["ctypes", "cuda-bindings"])
+def gpu(request: pytest.FixtureRequest) -> Emulator:
+    bindings = request.param == "cuda-bindings"
+    if bindings and (reason := emulator.without_bindings()):
+        pytest.skip(reason)
+    return Emulator(bindings=bindings)
 
 
 @pytest.fixture
@@ -63,7 +66,7 @@ THREE = torch.tensor(3.0)
 
 def calls(gpu: Emulator, act: Callable[[], object]) -> list[str]:
     """What reaches the driver, in its order."""
-    library = gpu.driver.library
+    library = gpu.library
     library.emulator_calls.restype = ctypes.c_char_p
     library.emulator_note_calls(1)
     try:
@@ -89,8 +92,14 @@ def test_arguments_of_other_sizes_are_refused(gpu, module, arguments):
         gpu.launch(module.function("scale"), 1, 1, arguments)
 
 
-def test_a_driver_that_cannot_tell_sizes_is_believed(gpu, module, monkeypatch):
-    monkeypatch.setattr(gpu.driver, "_parameter", None)
+def not_found(*inputs: object) -> tuple:
+    raise RuntimeError("function cuFuncGetParamInfo is not found")
+
+
+@pytest.mark.parametrize("ask", [{}, {"cuFuncGetParamInfo": not_found}])
+def test_a_driver_that_cannot_tell_sizes_is_believed(gpu, module, monkeypatch, ask):
+    others = {name: entry for name, entry in gpu.driver._functions.items() if name not in entries.LATER}
+    monkeypatch.setattr(gpu.driver, "_functions", {**others, **ask})
     monkeypatch.setattr(module, "_functions", {})
     x = torch.ones(3)
     gpu.launch(module.function("scale"), 1, 32, [at(x), c_int(2), at(THREE)])
@@ -129,9 +138,7 @@ def test_a_stream_is_held_by_the_thread_that_says_so(gpu, module):
 
     said = [call for call in calls(gpu, act) if call.startswith("launch")]
     assert said == [f"launch scale on {stream}" for stream in (5, 6, 5, 6, 6)]
-    here = c_void_p()
-    gpu.driver.call("cuCtxGetCurrent", byref(here), doing="")
-    assert here.value is None  # as it was
+    assert gpu.driver.call("cuCtxGetCurrent", doing="") == 0  # as it was
 
 
 @pytest.mark.parametrize(("grid", "block"), [(1, 1), (1, 64), (7, 33), (300, 64)])
@@ -189,9 +196,7 @@ def test_any_thread_may_launch(gpu, module):
     for thread in threads:
         thread.join()
     assert all(torch.equal(one, torch.full((100,), 32.0)) for one in x)
-    here = c_void_p()
-    gpu.driver.call("cuCtxGetCurrent", byref(here), doing="")
-    assert here.value is None  # as it was
+    assert gpu.driver.call("cuCtxGetCurrent", doing="") == 0  # as it was
 
 
 # ---- memory
@@ -244,7 +249,7 @@ def test_a_graph_replays_launches(gpu, module):
     x, function = torch.ones(70), module.function("scale")
     gpu.current = 5
     gpu.launch(function, 3, 32, [at(x), c_int(0), at(factors)])
-    library, graph = gpu.driver.library, c_void_p()
+    library, graph = gpu.library, c_void_p()
     assert not gpu.capturing()
     assert library.cuStreamBeginCapture_v2(c_void_p(5), 0) == 0
     assert gpu.capturing()
@@ -372,7 +377,39 @@ def test_headers_given_with_a_text_are_those_it_includes(gpu):
 
 def test_no_driver_is_a_sentence():
     with pytest.raises(NoDriver, match=r"there is no CUDA driver here .*install NVIDIA's .*or use CPU tensors"):
-        Driver("libcuda-of-nobody.so")
+        entries.of_library("libcuda-of-nobody.so")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a driver here")
+def test_no_driver_is_a_sentence_by_cuda_bindings():
+    if entries.of_bindings() is None:
+        pytest.skip("cuda-bindings is not installed")
+    # In a process of its own: in this one the emulator may have NVIDIA's name.
+    code = "from lowbit.gpu.driver import Driver\ntry: Driver()\nexcept Exception as error: print(type(error), error)"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "NoDriver" in said and "there is no CUDA driver here" in said and "or use CPU tensors" in said
+
+
+def test_cuda_bindings_come_first(monkeypatch):
+    """Unless they are not there, are too old, or mean another stream by 0 than torch does."""
+    functions = {name.removesuffix("_v2"): lambda *inputs: (0, *inputs) for name in entries.FUNCTIONS}
+    numbers = {"CUresult": lambda x: ("result", x), "CUfunction_attribute": lambda x: ("attribute", x)}
+    modules = {"cuda.bindings": SimpleNamespace(__version__="13.0.3"), "cuda.bindings.driver": SimpleNamespace()}
+    vars(modules["cuda.bindings.driver"]).update({**functions, **numbers})
+    for name, there in modules.items():
+        monkeypatch.setitem(sys.modules, name, there)
+    monkeypatch.setattr(entries, "of_library", lambda path: path)
+    monkeypatch.delenv(entries.PER_THREAD, raising=False)
+    found = entries.of_nvidia()
+    assert found.by == "cuda-bindings 13.0.3" and found.functions.keys() == entries.FUNCTIONS.keys()
+    assert found.functions["cuFuncSetAttribute"](5, 8, 99) == (0, 5, ("attribute", 8), 99)
+    assert found.functions["cuGetErrorName"](700) == (0, ("result", 700))
+    monkeypatch.setenv(entries.PER_THREAD, "1")
+    assert entries.of_nvidia() == entries.LIBRARY
+    monkeypatch.setenv(entries.PER_THREAD, "0")
+    assert entries.of_nvidia().by == "cuda-bindings 13.0.3"
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", None)  # importing it fails
+    assert entries.of_nvidia() == entries.LIBRARY
 
 
 def test_a_driver_that_lacks_something_is_too_old(tmp_path):
@@ -380,7 +417,7 @@ def test_a_driver_that_lacks_something_is_too_old(tmp_path):
     path = tmp_path / "libold.so"
     subprocess.run([emulator.compiler(), "-shared", "-fPIC", tmp_path / "old.cpp", "-o", path], check=True)
     with pytest.raises(NoDriver, match=r"libold.so has no cuDriverGetVersion: install a newer one"):
-        Driver(str(path))
+        entries.of_library(str(path))
 
 
 def test_what_cannot_be_loaded_names_both_versions(gpu, monkeypatch):

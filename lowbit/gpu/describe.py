@@ -10,7 +10,8 @@ import torch
 
 from ..native import build
 from . import nvrtc
-from .driver import Driver, DriverError, NoDriver
+from .driver import Driver, DriverError
+from .entries import NoDriver
 
 _KERNEL_MODULE = Path("/proc/driver/nvidia/version")
 
@@ -21,8 +22,9 @@ def describe(device: torch.device) -> tuple[dict[str, str], str]:
     found = {"capability": "{}.{}".format(*capability)}
     problem = ""
     try:
-        version = Driver().version()
-        found["driver"] = f"{_release()}up to CUDA {version[0]}.{version[1]}"
+        driver = Driver()
+        version = driver.version()
+        found["driver"] = f"{_release()}up to CUDA {version[0]}.{version[1]}, by {driver.by}"
         compiler = nvrtc.find(version[0])
         found["NVRTC"] = f"{compiler.version[0]}.{compiler.version[1]}, {compiler.path}"
         found["architecture"] = nvrtc.architecture(capability, compiler)

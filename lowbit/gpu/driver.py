@@ -1,48 +1,13 @@
-"""The CUDA driver, by ctypes: modules, launches and copies, in the context and on the streams that torch uses.
-
-Every machine with an NVIDIA GPU has this library, and its C interface stays: nothing is built for a version of torch,
-Python or CUDA. NVIDIA's cuda-bindings wraps the same functions. It is not used: it would be a second way through all of
-this, and on a machine without a GPU a test could not run it, for it takes no other library in the driver's place.
-"""
+"""The CUDA driver: modules, launches and copies, in the context and on the streams that torch uses."""
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from ctypes import CDLL, POINTER, byref, c_char_p, c_int, c_size_t, c_uint, c_void_p
 from typing import Any
 
-LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
-INSTALL = "https://www.nvidia.com/drivers"
+from .entries import INSTALL, Entries, no_driver, of_nvidia
 
-# https://docs.nvidia.com/cuda/cuda-driver-api/: name, and the types of the arguments. All return a CUresult.
-_OUT, _SIZE_OUT, _INT_OUT, _TEXT_OUT = POINTER(c_void_p), POINTER(c_size_t), POINTER(c_int), POINTER(c_char_p)
-_FUNCTIONS: dict[str, list[Any]] = {
-    "cuInit": [c_uint],
-    "cuDriverGetVersion": [_INT_OUT],
-    "cuDeviceGet": [_INT_OUT, c_int],
-    "cuDevicePrimaryCtxRetain": [_OUT, c_int],
-    "cuCtxGetCurrent": [_OUT],
-    "cuCtxPushCurrent_v2": [c_void_p],
-    "cuCtxPopCurrent_v2": [_OUT],
-    "cuModuleLoadData": [_OUT, c_char_p],
-    "cuModuleGetFunction": [_OUT, c_void_p, c_char_p],
-    "cuFuncGetAttribute": [_INT_OUT, c_int, c_void_p],
-    "cuFuncSetAttribute": [c_void_p, c_int, c_int],
-    "cuLaunchKernel": [c_void_p, *[c_uint] * 7, c_void_p, c_void_p, c_void_p],
-    "cuMemcpyHtoDAsync_v2": [c_void_p, c_void_p, c_size_t, c_void_p],
-    "cuMemAllocHost_v2": [_OUT, c_size_t],
-    "cuEventCreate": [_OUT, c_uint],
-    "cuEventRecord": [c_void_p, c_void_p],
-    "cuEventQuery": [c_void_p],
-    "cuStreamIsCapturing": [c_void_p, _INT_OUT],
-    "cuGetErrorName": [c_int, _TEXT_OUT],
-    "cuGetErrorString": [c_int, _TEXT_OUT],
-}
-# Drivers of CUDA 12.4 and later have it: https://docs.nvidia.com/cuda/cuda-driver-api/group__CUDA__EXEC.html
-_PARAMETER = "cuFuncGetParamInfo"
 _INVALID_VALUE, _NOT_READY = 1, 600
 _NO_TIMING = 2
 THREADS, SHARED, CONSTANT, LOCAL, REGISTERS, DYNAMIC = 0, 1, 2, 3, 4, 8  # attributes of a function
@@ -76,117 +41,101 @@ class DriverError(RuntimeError):
         self.code, self.name = code, name
 
 
-class NoDriver(RuntimeError):
-    """There is no CUDA driver on this machine, or it lacks what is needed."""
-
-
 class Driver:
-    """The driver's library; another than NVIDIA's may be named for tests."""
+    """The driver, by its entry points: those of this machine's, if no others are named. Raises `NoDriver`."""
 
-    def __init__(self, library: str = LIBRARY):
+    def __init__(self, entries: Entries | None = None):
+        entries = entries or of_nvidia()
+        self.by, self._functions = entries.by, entries.functions
+        self._launch = self._functions["cuLaunchKernel"]
+        self._current = self._functions["cuCtxGetCurrent"]
         try:
-            handle = CDLL(library)
-        except OSError as error:
-            raise NoDriver(
-                f"there is no CUDA driver here ({error}): install NVIDIA's ({INSTALL}), or use CPU tensors"
-            ) from None
-        self._functions: dict[str, Any] = {}
-        for name, arguments in _FUNCTIONS.items():
-            function = getattr(handle, name, None)
-            if function is None:
-                raise NoDriver(f"the CUDA driver {library} has no {name}: install a newer one ({INSTALL})")
-            function.argtypes, function.restype = arguments, c_int
-            self._functions[name] = function
-        self._parameter = getattr(handle, _PARAMETER, None)
-        if self._parameter is not None:
-            self._parameter.argtypes = [c_void_p, c_size_t, _SIZE_OUT, _SIZE_OUT]
-        self.library = handle
-        self.launch = self._functions["cuLaunchKernel"]  # bare, for speed: who calls looks at what it returns
-        self._get_current = self._functions["cuCtxGetCurrent"]
-        self.call("cuInit", 0, doing="starting the CUDA driver")
+            code = self._functions["cuInit"](0)[0]
+        except RuntimeError as error:  # cuda-bindings looks for the driver in the first call
+            raise no_driver(error) from None
+        if code:
+            raise self.error(code, "starting the CUDA driver")
 
-    def call(self, name: str, *arguments: Any, doing: str) -> None:
-        """Call an entry point; `doing` is how an error begins."""
-        if code := self._functions[name](*arguments):
+    def call(self, name: str, *inputs: Any, doing: str) -> int:
+        """What an entry point puts out: a number, handle or address. `doing` is how an error begins."""
+        code, *out = self._functions[name](*inputs)
+        if code:
             raise self.error(code, doing)
+        return int(out[0] or 0) if out else 0
 
     def error(self, code: int, doing: str) -> DriverError:
         """What a CUresult means."""
 
         def ask(what: str) -> str:
-            text = c_char_p()
-            self._functions[what](code, byref(text))
-            return (text.value or b"").decode(errors="replace")
+            try:
+                return (self._functions[what](code)[1] or b"").decode(errors="replace")
+            except ValueError:  # cuda-bindings does not know this one
+                return ""
 
-        name = ask("cuGetErrorName") or f"error {code}"
-        return DriverError(code, name, ask("cuGetErrorString") or "the driver has no words for it", doing)
+        name = ask("cuGetErrorName") or f"error {int(code)}"
+        return DriverError(int(code), name, ask("cuGetErrorString") or "the driver has no words for it", doing)
 
     def version(self) -> tuple[int, int]:
         """The CUDA version up to which this driver goes: (13, 0)."""
-        number = c_int()
-        self.call("cuDriverGetVersion", byref(number), doing="asking the CUDA driver's version")
-        return number.value // 1000, number.value % 1000 // 10
+        number = self.call("cuDriverGetVersion", doing="asking the CUDA driver's version")
+        return number // 1000, number % 1000 // 10
 
     def primary_context(self, index: int) -> int:
         """The context of a device that torch and all other libraries share."""
-        device, context = c_int(), c_void_p()
-        self.call("cuDeviceGet", byref(device), index, doing=f"looking for cuda:{index}")
-        self.call("cuDevicePrimaryCtxRetain", byref(context), device, doing=f"taking the context of cuda:{index}")
-        return context.value or 0
+        device = self.call("cuDeviceGet", index, doing=f"looking for cuda:{index}")
+        return self.call("cuDevicePrimaryCtxRetain", device, doing=f"taking the context of cuda:{index}")
 
     @contextmanager
     def within(self, context: int) -> Iterator[None]:
         """Make a context current in this thread, as it is not in one that torch has not used yet."""
-        here = c_void_p()
-        self._get_current(byref(here))
-        if here.value == context:
+        if self.is_current(context):
             yield
             return
         self.call("cuCtxPushCurrent_v2", context, doing="making the device current")
         try:
             yield
         finally:
-            self.call("cuCtxPopCurrent_v2", byref(here), doing="leaving the device")
+            self.call("cuCtxPopCurrent_v2", doing="leaving the device")
 
     def is_current(self, context: int) -> bool:
         """Whether a context is current in this thread."""
-        here = c_void_p()
-        self._get_current(byref(here))
-        return here.value == context
+        return int(self._current()[1] or 0) == context
 
     def load(self, image: bytes) -> int:
         """The handle of a module, from what was compiled."""
-        module = c_void_p()
-        self.call("cuModuleLoadData", byref(module), image, doing="loading a compiled kernel")
-        return module.value or 0
+        return self.call("cuModuleLoadData", image, doing="loading a compiled kernel")
 
     def function(self, module: int, name: str) -> int:
         """The handle of a kernel."""
-        function = c_void_p()
-        self.call("cuModuleGetFunction", byref(function), module, name.encode(), doing=f"looking for the kernel {name}")
-        return function.value or 0
+        return self.call("cuModuleGetFunction", module, name.encode(), doing=f"looking for the kernel {name}")
 
     def attribute(self, function: int, which: int) -> int:
         """One of the numbers that a compiled kernel has, such as `REGISTERS`."""
-        value = c_int()
-        self.call("cuFuncGetAttribute", byref(value), which, function, doing="asking about a kernel")
-        return value.value
+        return self.call("cuFuncGetAttribute", which, function, doing="asking about a kernel")
 
     def allow_dynamic(self, function: int, size: int) -> None:
         """Let a kernel have more dynamic shared memory than the 48 KiB that all may have."""
-        doing = f"asking for {size} bytes of shared memory"
-        self.call("cuFuncSetAttribute", function, DYNAMIC, size, doing=doing)
+        self.call("cuFuncSetAttribute", function, DYNAMIC, size, doing=f"asking for {size} bytes of shared memory")
 
     def parameter_sizes(self, function: int) -> list[int] | None:
         """The size of each argument of a kernel, where the driver tells."""
-        if self._parameter is None:
-            return None
-        sizes, offset, size = [], c_size_t(), c_size_t()
-        while (code := self._parameter(function, len(sizes), byref(offset), byref(size))) == 0:
-            sizes.append(size.value)
-        if code != _INVALID_VALUE:
-            raise self.error(code, "asking for the arguments of a kernel")
-        return sizes
+        ask = self._functions.get("cuFuncGetParamInfo")
+        sizes: list[int] = []
+        while ask is not None:
+            try:
+                code, _, size = ask(function, len(sizes))
+            except RuntimeError:  # cuda-bindings has it, and the driver does not
+                return None
+            if code == _INVALID_VALUE:
+                return sizes
+            if code:
+                raise self.error(code, "asking for the arguments of a kernel")
+            sizes.append(size)
+        return None
+
+    def launch(self, function: int, grid: int, block: int, shared: int, stream: int, arguments: Any) -> int:
+        """A CUresult: who calls looks at it. `arguments`: an array of addresses."""
+        return self._launch(function, grid, 1, 1, block, 1, 1, shared, stream, arguments, 0)[0]
 
     def write(self, target: int, source: int, size: int, stream: int) -> None:
         """Copy from the host; `source` is pinned memory, which must stay as it is until that is done."""
@@ -194,15 +143,11 @@ class Driver:
 
     def pinned(self, size: int) -> int:
         """Host memory that copies can read by themselves."""
-        pointer = c_void_p()
-        self.call("cuMemAllocHost_v2", byref(pointer), size, doing=f"allocating {size} bytes of pinned memory")
-        return pointer.value or 0
+        return self.call("cuMemAllocHost_v2", size, doing=f"allocating {size} bytes of pinned memory")
 
     def event(self) -> int:
         """A point in the work of a stream, to be recorded."""
-        event = c_void_p()
-        self.call("cuEventCreate", byref(event), _NO_TIMING, doing="creating an event")
-        return event.value or 0
+        return self.call("cuEventCreate", _NO_TIMING, doing="creating an event")
 
     def record(self, event: int, stream: int) -> None:
         """The event is what the stream has been given so far."""
@@ -210,18 +155,11 @@ class Driver:
 
     def reached(self, event: int) -> bool:
         """Whether that much is done."""
-        code = self._functions["cuEventQuery"](event)
+        code = self._functions["cuEventQuery"](event)[0]
         if code not in (0, _NOT_READY):
             raise self.error(code, "asking whether a copy is done")
         return code == 0
 
     def capturing(self, stream: int) -> bool:
         """Whether a graph is being captured on the stream."""
-        status = c_int()
-        self.call("cuStreamIsCapturing", stream, byref(status), doing="asking whether a graph is captured")
-        return status.value != 0
-
-
-def pointers(arguments: Any) -> Any:
-    """What a launch takes: an array of the addresses of ctypes values."""
-    return (c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
+        return self.call("cuStreamIsCapturing", stream, doing="asking whether a graph is captured") != 0

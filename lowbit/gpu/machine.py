@@ -167,7 +167,7 @@ class Machine:
             self.driver.allow_dynamic(function.handle, shared)
             function.dynamic = shared
         stream = self._stream()
-        code = self.driver.launch(function.handle, grid, 1, 1, block, 1, 1, shared, stream, arguments.pointers, None)
+        code = self.driver.launch(function.handle, grid, block, shared, stream, arguments.pointers)
         if code:
             what = f"{grid} blocks of {block} threads with {shared} bytes of dynamic shared memory"
             raise self.driver.error(code, f"launching {function.name}, {what}")

@@ -7,6 +7,7 @@ to see runs in a process of its own: `sanitized("thread", ...)`.
 
 import atexit
 import contextlib
+import ctypes
 import functools
 import os
 import platform
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from lowbit.gpu import CompileError, Machine, machines
+from lowbit.gpu import CompileError, Machine, entries, machines
 from lowbit.gpu import cache as gpu_cache
 from lowbit.gpu.driver import Driver
 from lowbit.native import build
@@ -88,19 +89,38 @@ def _scratch() -> Path:
 @functools.cache
 def library() -> str:
     """The path of the library that stands in for the CUDA driver."""
+    return _library("libcuda-emulator.so", SONAME, ["fibers.cpp", "driver.cpp"])
 
+
+def _library(name: str, soname: str, files: Sequence[str], *linked: str) -> str:
     def make() -> bytes:
         with tempfile.TemporaryDirectory() as work:
             define = [f"-DEMULATOR_{variant().upper()}_SANITIZER"] if variant() else []
             plain = ["-O2", "-std=c++17", "-fPIC", "-shared", "-fvisibility=hidden", *WARNINGS, *define]
-            files = [str(HERE / "fibers.cpp"), str(HERE / "driver.cpp")]
-            _run([compiler() or "g++", *plain, *files, f"-Wl,-soname,{SONAME}", "-ldl", "-o", "driver.so"], Path(work))
-            return Path(work, "driver.so").read_bytes()
+            link = [*linked, f"-Wl,-soname,{soname}", "-ldl", "-o", "made.so"]
+            _run([compiler() or "g++", *plain, *[str(HERE / file) for file in files], *link], Path(work))
+            return Path(work, "made.so").read_bytes()
 
-    data = gpu_cache.kept("emulator", build.fingerprint([], _fingerprint(), variant(), _version()), make)
-    path = _scratch() / "libcuda-emulator.so"
+    data = gpu_cache.kept("emulator", build.fingerprint([], _fingerprint(), variant(), _version(), name), make)
+    path = _scratch() / name
     path.write_bytes(data)
     return str(path)
+
+
+def without_bindings() -> str:
+    """Why cuda-bindings cannot reach the emulator here, if so."""
+    if entries.of_bindings() is None:
+        return "cuda-bindings is not installed"
+    return "cuda-bindings has the driver of a GPU here" if torch.cuda.is_available() else ""
+
+
+@functools.cache
+def by_bindings() -> entries.Entries:
+    """The emulator's entry points by cuda-bindings, which takes a library of NVIDIA's name that is there already."""
+    ctypes.CDLL(_library("libcuda-named.so", entries.LIBRARY, ["named.cpp"], "-Wl,--no-as-needed", library()))
+    found = entries.of_bindings()
+    assert found is not None
+    return found
 
 
 @functools.cache
@@ -192,17 +212,19 @@ def _closing(text: str, at: int) -> int:
 
 
 class Emulator(Machine):
-    """A machine for CPU tensors. `schedule`: FORWARD, REVERSE or a seed; `current`: the stream that is in use."""
+    """A machine for CPU tensors. `schedule`: FORWARD, REVERSE or a seed; `current`: the stream that is in use.
 
-    def __init__(self, schedule: int = FORWARD):
-        driver = Driver(library())
-        self.current = 0
+    Its driver is reached by ctypes, or by cuda-bindings. `library` has the emulator's own entry points, too.
+    """
+
+    def __init__(self, schedule: int = FORWARD, bindings: bool = False):
+        self.library, self.current, self.schedule = ctypes.CDLL(library()), 0, schedule
+        driver = Driver(by_bindings() if bindings else entries.of_library(library()))
         super().__init__(driver, Compiler(), driver.primary_context(0), lambda: self.current)
-        driver.library.emulator_folder(str(_scratch()).encode())
-        self.schedule = schedule
+        self.library.emulator_folder(str(_scratch()).encode())
 
     def launch(self, function, grid, block, arguments, shared=0) -> None:
-        self.driver.library.emulator_schedule(self.schedule)
+        self.library.emulator_schedule(self.schedule)
         super().launch(function, grid, block, arguments, shared)
 
 
