@@ -10,6 +10,7 @@
 #define LB_ONE_AT_A_TIME _Pragma("unroll 1")
 #define LB_KEEP(pointer) asm("" : "+l"(pointer))  // as it is: what it was made of is not to be added up again at each use
 #define LB_KEEP_NUMBER(number) asm("" : "+r"(number))
+#define LB_BRANCH() asm volatile("")  // here a branch is one: a compiler may not do both ways and choose
 #define LB_GLOBAL(pointer) __builtin_assume(__isGlobal(pointer))  // else every access finds out what it accesses
 #define LB_SHARED(pointer) __builtin_assume(__isShared(pointer))  // the same of shared memory
 #define LB_REREAD() asm volatile("" ::: "memory")  // what was read before is not what memory has now
@@ -18,6 +19,7 @@
 #else
 #define LB_KEEP(pointer)
 #define LB_KEEP_NUMBER(number)
+#define LB_BRANCH()
 #define LB_GLOBAL(pointer)
 #define LB_SHARED(pointer)
 #define LB_REREAD()

@@ -93,9 +93,9 @@ extern "C" __global__ void __launch_bounds__(lb::THREADS) measure_columns(LB_ARG
   });
 }
 
-extern "C" __global__ void __launch_bounds__(lb::THREADS, 2) rows(LB_ARGUMENTS) {
+extern "C" __global__ void __launch_bounds__(lb::THREADS, 4) rows(LB_ARGUMENTS) {
   using namespace lb;
-  __shared__ double room[THREADS];
+  __shared__ Room<THREADS> room;
   const int32_t at = (int32_t)blockIdx.x / share;
   with(measurement, [&](auto m) {
     constexpr int M = decltype(m)::NUMBER;
@@ -105,18 +105,18 @@ extern "C" __global__ void __launch_bounds__(lb::THREADS, 2) rows(LB_ARGUMENTS) 
 
 extern "C" __global__ void __launch_bounds__(lb::THREADS) elements(LB_ARGUMENTS) {
   using namespace lb;
-  __shared__ double room[THREADS];
+  __shared__ Room<THREADS> room;
   const int32_t at = (int32_t)blockIdx.x / share;
   with(measurement, [&](auto m) {
     constexpr int M = decltype(m)::NUMBER;
     if constexpr (Sweep<M>::OVER == LB_GROUP) reduce_groups<M>(jobs[at], runs[at], workspace, share, room);
-    if constexpr (Sweep<M>::OVER == LB_COLUMN) reduce_columns<M>(jobs[at], runs[at], workspace, share);
+    if constexpr (Sweep<M>::OVER == LB_COLUMN) reduce_columns<M>(jobs[at], runs[at], workspace, share, room);
   });
 }
 
 extern "C" __global__ void __launch_bounds__(lb::THREADS) subtotal(LB_ARGUMENTS) {
   using namespace lb;
-  __shared__ double room[THREADS];
+  __shared__ Room<THREADS> room;
   Run &run = runs[blockIdx.x];
   with(measurement, [&](auto m) {
     constexpr int M = decltype(m)::NUMBER;
@@ -134,7 +134,7 @@ extern "C" __global__ void __launch_bounds__(lb::THREADS) subtotal(LB_ARGUMENTS)
 extern "C" __global__ void __launch_bounds__(lb::THREADS)
     total(Run *runs, const int32_t *places, int32_t count, int32_t max) {
   using namespace lb;
-  __shared__ double room[THREADS];
+  __shared__ Room<THREADS> room;
   const auto read = [&](int64_t i) { return runs[places[i]].skip ? 0.0 : runs[places[i]].total; };
   const double number = max ? halve_line<true>(count, room, read) : halve_line<false>(count, room, read);
   for (int i = (int)threadIdx.x; i < count; i += THREADS) runs[places[i]].total = number;
@@ -142,7 +142,7 @@ extern "C" __global__ void __launch_bounds__(lb::THREADS)
 
 extern "C" __global__ void __launch_bounds__(lb::THREADS) scalars(LB_ARGUMENTS) {
   using namespace lb;
-  __shared__ double room[THREADS];
+  __shared__ Room<THREADS> room;
   const Job &job = jobs[blockIdx.x];
   Run &run = runs[blockIdx.x];
   with(measurement, [&](auto m) {

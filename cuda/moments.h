@@ -86,12 +86,9 @@ LB_FN void begin_with(int64_t first, Job &job, Dynamic &now) {
   begin_moments<0>(first, job);
 }
 
-
-// What a stage makes of what lies beyond a row's end is no value.
-LB_FN void keep_inside([[maybe_unused]] const Place &place, [[maybe_unused]] float (&x)[V]) {
-  if constexpr (!LINEAR) {
-    LB_UNROLL for (int k = 0; k < V; ++k) x[k] = k < place.count ? x[k] : 0.0f;
-  }
+// Of the parameter and the moments; a gradient's values beyond a row's end are fetched as 0.
+template <int COUNT> LB_FN void clear(int k, float (&x)[COUNT][V]) {
+  LB_UNROLL for (int slot = 0; slot < 2 + MOMENTS; ++slot) x[slot][k] = slot == 1 ? x[1][k] : 0.0f;
 }
 
 template <int K> LB_FN void take_part(int part, const float (&x)[V], float (&to)[PART<K>]) {
@@ -121,7 +118,7 @@ template <int K, uint32_t WANTED> struct Fetched {
   }
 
   template <int COUNT>
-  LB_FN void decode(const Fetched &from, const Place &place, const Tables<K> &tables, float (&x)[COUNT][V]) {
+  LB_FN void decode(const Fetched &from, const Tables<K> &tables, float (&x)[COUNT][V]) {
     if constexpr (HERE) {
       using F = FormatOf<K>;
       constexpr int bits = PART<K> * BITS<K>;
@@ -133,14 +130,13 @@ template <int K, uint32_t WANTED> struct Fetched {
         Codec<F>::template decode<PART<K>>(own, from.scale[part], from.base[part], tables.own, values);
         LB_UNROLL for (int k = 0; k < PART<K>; ++k) x[2 + K][part * PART<K> + k] = values[k];
       }
-      keep_inside(place, x[2 + K]);
     }
-    Fetched<K + 1, WANTED>::decode(from.rest, place, tables.rest, x);
+    Fetched<K + 1, WANTED>::decode(from.rest, tables.rest, x);
   }
 };
 template <uint32_t WANTED> struct Fetched<MOMENTS, WANTED> {
   LB_FN void fetch(const Job &, const Place &, Fetched &) {}
-  template <int COUNT> LB_FN void decode(const Fetched &, const Place &, const Tables<MOMENTS> &, float (&)[COUNT][V]) {}
+  template <int COUNT> LB_FN void decode(const Fetched &, const Tables<MOMENTS> &, float (&)[COUNT][V]) {}
 };
 
 // The gradient as it is stored; a view may begin anywhere.
@@ -179,7 +175,7 @@ template <int K, uint32_t WANTED, int COUNT>
 LB_FN void load_moments(const Job &job, const Place &place, const Tables<K> &tables, float (&x)[COUNT][V]) {
   Fetched<K, WANTED> raw;
   Fetched<K, WANTED>::fetch(job, place, raw);
-  Fetched<K, WANTED>::decode(raw, place, tables, x);
+  Fetched<K, WANTED>::decode(raw, tables, x);
 }
 
 // Vectors, broadcast over their values.

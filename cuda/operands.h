@@ -59,6 +59,18 @@ LB_FN Place place(const Job &job, int64_t number) {
   return to;
 }
 
+// What lies beyond a row's end is no value: `act` is given its numbers. A branch that hardly any lane takes. To choose for
+// each value costs instructions and, between what is decoded and what is encoded, registers.
+template <class Act> LB_FN void beyond([[maybe_unused]] const Place &place, [[maybe_unused]] Act act) {
+  if constexpr (!LINEAR) {
+    if (place.count == V) return;
+    LB_BRANCH();
+    LB_UNROLL for (int k = 0; k < V; ++k) {
+      if (k >= place.count) act(k);
+    }
+  }
+}
+
 // ---- memory
 
 // Whether a thread is one of the first COUNT, of which there may be none.
@@ -208,35 +220,8 @@ LB_FN ParamWords narrow_any(const uint32_t (&draws)[V], const float (&p)[V]) {
   return words;
 }
 
-// The same, and whether all of it is finite: where it is not, a quick course is in doubt.
-template <bool QUICK>
-LB_FN ParamWords narrow_parameter(const Key &key, const Place &place, const float (&p)[V], bool &finite, Doubt &doubt) {
-  ParamWords words = {};
-  uint32_t draws[V] = {};
-  if (STOCHASTIC && PARAM != LB_FLOAT32) draw(key, place, draws);
-  if constexpr (QUICK && PARAM == LB_BFLOAT16 && V % 2 == 0 && MASTER != LB_SPLIT16) {
-    LB_UNROLL for (int k = 0; k < V; k += 2) {
-      const uint32_t a = bits_of(p[k]), b = bits_of(p[k + 1]);
-      const uint32_t low = a + (STOCHASTIC ? draws[k] : 0x7FFFu + (a >> 16 & 1u));
-      const uint32_t high = b + (STOCHASTIC ? draws[k + 1] : 0x7FFFu + (b >> 16 & 1u));
-      words.word[k / 2] = permute(low, high, 0x7632);
-    }
-    LB_UNROLL for (int k = 0; k < V; ++k) Doubt::must_be_finite(doubt, p[k]);
-    finite = true;
-    return words;
-  } else if constexpr (PARAM == LB_FLOAT32) {
-    LB_UNROLL for (int k = 0; k < V; ++k) words.word[k] = bits_of(p[k]);
-  } else {
-    words = narrow_any(draws, p);
-  }
-  finite = all_finite<PARAM>(words);
-  if (QUICK) doubt.otherwise |= !finite;
-  return words;
-}
-
-LB_FN void store_parameter(const Job &job, const Place &place, const float (&p)[V], const ParamWords &stored) {
-  put<V * SIZE<PARAM>, SIZE<PARAM>>(job.param, place.at * SIZE<PARAM>, stored, place.count);
-  if (MASTER == LB_NONE) return;
+// What is left of p beside what is stored of it.
+LB_FN CompanionWords narrow_rest(const float (&p)[V], const ParamWords &stored) {
   CompanionWords low = {};
   LB_UNROLL for (int k = 0; k < V; ++k) {
     const float own = value<PARAM>(stored.word, k);
@@ -253,7 +238,43 @@ LB_FN void store_parameter(const Job &job, const Place &place, const float (&p)[
       set_half_word(low.word, k, half);
     }
   }
-  put<V * COMPANION, COMPANION>(job.companion, place.at * COMPANION, low, place.count);
+  return low;
+}
+
+// The same, and whether all of it is finite: where it is not, a quick course is in doubt. Its rest at once: until all else
+// is encoded, that takes fewer registers than p.
+template <bool QUICK>
+LB_FN Parameter narrow_parameter(const Key &key, const Place &place, const float (&p)[V], bool &finite, Doubt &doubt) {
+  Parameter to = {};
+  uint32_t draws[V] = {};
+  if (STOCHASTIC && PARAM != LB_FLOAT32) draw(key, place, draws);
+  if constexpr (QUICK && PARAM == LB_BFLOAT16 && V % 2 == 0) {
+    constexpr bool SPLIT = MASTER == LB_SPLIT16;  // of finite bits it keeps the lower half as it is
+    LB_UNROLL for (int k = 0; k < V; k += 2) {
+      const uint32_t a = bits_of(p[k]), b = bits_of(p[k + 1]);
+      const uint32_t low = a + (SPLIT ? 0x8000u : STOCHASTIC ? draws[k] : 0x7FFFu + (a >> 16 & 1u));
+      const uint32_t high = b + (SPLIT ? 0x8000u : STOCHASTIC ? draws[k + 1] : 0x7FFFu + (b >> 16 & 1u));
+      to.raw.word[k / 2] = permute(low, high, 0x7632);
+      if (SPLIT) to.low.word[k / 2] = permute(a, b, 0x5410);
+    }
+    LB_UNROLL for (int k = 0; k < V; ++k) Doubt::must_be_finite(doubt, p[k]);
+    finite = true;
+    if (MASTER != LB_NONE && !SPLIT) to.low = narrow_rest(p, to.raw);
+    return to;
+  } else if constexpr (PARAM == LB_FLOAT32) {
+    LB_UNROLL for (int k = 0; k < V; ++k) to.raw.word[k] = bits_of(p[k]);
+  } else {
+    to.raw = narrow_any(draws, p);
+  }
+  finite = all_finite<PARAM>(to.raw);
+  if (QUICK) doubt.otherwise |= !finite;
+  if (MASTER != LB_NONE) to.low = narrow_rest(p, to.raw);
+  return to;
+}
+
+LB_FN void store_parameter(const Job &job, const Place &place, const Parameter &fresh) {
+  put<V * SIZE<PARAM>, SIZE<PARAM>>(job.param, place.at * SIZE<PARAM>, fresh.raw, place.count);
+  if (MASTER != LB_NONE) put<V * COMPANION, COMPANION>(job.companion, place.at * COMPANION, fresh.low, place.count);
 }
 
 // Whether a finite parameter would be so no longer: one that is broken already must not freeze its neighbours.

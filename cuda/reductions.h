@@ -27,7 +27,7 @@ template <class F> LB_FN void by_teams(int64_t lines, int lanes, int32_t share, 
 }
 
 template <int M> LB_FN void reduce_rows(const Job &job, const Run &run, uint8_t *workspace, int32_t share,
-                                        double (&room)[THREADS]) {
+                                        Room<THREADS> &room) {
   constexpr bool LARGEST = MAX<M>;
   const int64_t blocks = blocks_of_row(job), rows = job.rows;
   const float *partial = (const float *)(workspace + job.partial);
@@ -47,7 +47,7 @@ template <int M> LB_FN void reduce_rows(const Job &job, const Run &run, uint8_t 
   if (IN_ALL<M> && blocks == 1) {
     by_teams(strips_of(job), 1, share, [&](int64_t strip_number) {
       const auto read = [&](int64_t i) { return (double)partial[i]; };
-      if (strip_number < strips_of(job)) done(strip_number, strip<LARGEST, 8, 15>(rows, strip_number, STRIPS, read));
+      if (strip_number < strips_of(job)) done(strip_number, strip<LARGEST, 8>(rows, strip_number, STRIPS, room.waiting, read));
     });
     return;
   }
@@ -56,12 +56,12 @@ template <int M> LB_FN void reduce_rows(const Job &job, const Run &run, uint8_t 
   by_teams(lines, lanes, share, [&](int64_t line) {
     const auto row_number = [&](int64_t row) {
       const auto read = [&](int64_t i) { return row < rows ? (double)partial[row * blocks + i] : 0.0; };
-      return halve_team<LARGEST>(strip<LARGEST, 4, 3>(blocks, lane() % lanes, lanes, read), blocks, lanes);
+      return halve_team<LARGEST>(strip<LARGEST, 4>(blocks, lane() % lanes, lanes, room.inner, read), blocks, lanes);
     };
     double number;
     if constexpr (IN_ALL<M>) {  // lanes stay together: what is beyond the last row is 0 rather than left out
       const int64_t whole = power_of_two(rows > STRIPS ? rows : STRIPS);
-      number = strip<LARGEST, 1, 12>(whole, line < lines ? line : 0, STRIPS, row_number);
+      number = strip<LARGEST, 1>(whole, line < lines ? line : 0, STRIPS, room.waiting, row_number);
     } else {
       number = row_number(line);
     }
@@ -70,7 +70,7 @@ template <int M> LB_FN void reduce_rows(const Job &job, const Run &run, uint8_t 
 }
 
 template <int M> LB_FN void reduce_groups(const Job &job, const Run &run, uint8_t *workspace, int32_t share,
-                                          double (&room)[THREADS]) {
+                                          Room<THREADS> &room) {
   const int64_t groups = length_of(job, LB_GROUP), length = job.group_rows;
   const double *sums = (const double *)(workspace + job.sums);
   const auto size = [&](int64_t group) { return smaller(length, job.rows - group * length); };
@@ -90,24 +90,25 @@ template <int M> LB_FN void reduce_groups(const Job &job, const Run &run, uint8_
     const double *line = sums + group * length;
     const int64_t n = group < groups ? size(group) : 1;
     const auto read = [&](int64_t i) { return group < groups ? line[i] : 0.0; };
-    const double sum = halve_team<MAX<M>>(strip<MAX<M>, 4, 3>(n, lane() % lanes, lanes, read), n, lanes);
+    const double sum = halve_team<MAX<M>>(strip<MAX<M>, 4>(n, lane() % lanes, lanes, room.inner, read), n, lanes);
     if (group < groups && lane() % lanes == 0) done(group, sum);
   });
 }
 
-template <int M> LB_FN void reduce_columns(const Job &job, const Run &run, uint8_t *workspace, int32_t share) {
+template <int M> LB_FN void reduce_columns(const Job &job, const Run &run, uint8_t *workspace, int32_t share,
+                                           Room<THREADS> &room) {
   const double *sums = (const double *)(workspace + job.sums);
   by_teams(job.cols, 1, share, [&](int64_t column) {
     if (column >= job.cols) return;
     const auto read = [&](int64_t tile) { return sums[tile * job.cols + column]; };
-    const double sum = strip<MAX<M>, 8, 12>((job.rows + TILE - 1) / TILE, 0, 1, read);
+    const double sum = strip<MAX<M>, 8>((job.rows + TILE - 1) / TILE, 0, 1, room.waiting, read);
     fold_element<M>(job, run, workspace, column, mean<M>(sum, job.rows, 1));
   });
 }
 
 // What was measured over a tensor, for thread 0.
 template <int M>
-LB_FN double tensor_number(const Job &job, const Run &run, const uint8_t *workspace, double (&room)[THREADS]) {
+LB_FN double tensor_number(const Job &job, const Run &run, const uint8_t *workspace, Room<THREADS> &room) {
   if constexpr (MAX<M>) {
     return (double)float_of(run.most);
   } else {

@@ -30,12 +30,15 @@ template <int K> struct Stored {
   template <class F>
   LB_FN bool encode(const Place &place, const Key *keys, const Tables<K> &tables, float (&x)[LOADED][V], Doubt &doubt,
                     Stored &to) {
-    keep_inside(place, x[2 + K]);
-    keep_inside(place, to.scaled.source);
     bool bad = scale_moment<QUICK<F>, K>(doubt, to.scaled);
     to.codes = encode_moment<QUICK<F>, K>(keys[1 + K], place, tables, x[2 + K], to.scaled);
     if constexpr (FLOATS<K>) bad = !all_finite<FormatOf<K>::DTYPE>(to.codes);
     return bad | Stored<K + 1>::template encode<F>(place, keys, tables.rest, x, doubt, to.rest);
+  }
+
+  LB_FN void clear_sources(int k, Stored &to) {
+    to.scaled.source[k] = 0.0f;
+    Stored<K + 1>::clear_sources(k, to.rest);
   }
 
   LB_FN void store(const Job &job, const Place &place, const Stored &from) {
@@ -49,6 +52,7 @@ template <> struct Stored<MOMENTS> {
   LB_FN bool encode(const Place &, const Key *, const Tables<MOMENTS> &, float (&)[LOADED][V], Doubt &, Stored &) {
     return false;
   }
+  LB_FN void clear_sources(int, Stored &) {}
   LB_FN void store(const Job &, const Place &, const Stored &) {}
 };
 
@@ -74,11 +78,9 @@ constexpr bool PLAIN = PARAM == LB_BFLOAT16 && GRAD == LB_BFLOAT16 && MASTER == 
 constexpr bool WIDE = sizeof(Fetched<0, ~0u>) > 64;  // two moments in fp32, or many scales
 constexpr bool EARLY = ANEW && PLAIN && !WIDE && MOMENTS < 3;
 
-// For how many blocks of threads at once a multiprocessor's registers are to suffice: for eight, of 64 registers a thread,
-// and in ragged rows for fewer, where they would spill (docs/decisions/008-cuda.md).
-constexpr bool LOW_BITS = MASTER != LB_NONE;
-constexpr int RAGGED = PARAM == LB_FLOAT16 || (LOW_BITS && QUOTIENTS > 3) ? 4 : LOW_BITS || MOMENTS > 2 ? 5 : 7;
-constexpr int TOGETHER = LINEAR ? 8 : RAGGED;
+// For how many blocks of threads at once a multiprocessor's registers are to suffice: for eight, of 64 registers a thread;
+// in ragged rows with three moments for seven, where they would spill (docs/decisions/008-cuda.md).
+constexpr int TOGETHER = LINEAR || MOMENTS < 3 ? 8 : 7;
 
 LB_FN void fetch_operands(const Job &job, const Dynamic &now, const Place &here, Operands &to) {
   if (here.count == 0) {
@@ -93,14 +95,14 @@ LB_FN void fetch_operands(const Job &job, const Dynamic &now, const Place &here,
   Fetched<0, ~0u>::fetch(job, here, to.moments);
 }
 
-LB_FN void decode_operands(const Operands &from, const Place &here, const Tables<0> &tables, float (&x)[LOADED][V]) {
+LB_FN void decode_operands(const Operands &from, const Tables<0> &tables, float (&x)[LOADED][V]) {
   widen_gradient(from.gradient, x[1]);
-  As::decode(from.parameter, here, tables, x[0]);
-  Fetched<0, ~0u>::decode(from.moments, here, tables, x);
+  As::decode(from.parameter, tables, x[0]);
+  Fetched<0, ~0u>::decode(from.moments, tables, x);
 }
 
-LB_FN void store_fresh(const Job &job, const Place &place, const float (&x)[LOADED][V], const Fresh &from) {
-  As::store(job, place, x[0], from.parameter);
+LB_FN void store_fresh(const Job &job, const Place &place, const Fresh &from) {
+  As::store(job, place, from.parameter);
   Stored<0>::store(job, place, from.moments);
 }
 
@@ -115,7 +117,8 @@ LB_FN bool renew(const Job &job, const Operands &from, const Place &here, const 
   const As::Old old = from.parameter;
   Doubt doubt;
   bool bad = !finite_gradient(from.gradient), finite;
-  decode_operands(from, here, tables, x);
+  decode_operands(from, tables, x);
+  beyond(here, [&](int k) { clear(k, x); });  // or a code of 0, of which nothing was asked, might be in doubt
   LB_UNROLL for (int k = 0; k < V; ++k) {
     F values[SLOTS];
     LB_UNROLL for (int slot = 0; slot < LOADED; ++slot) values[slot] = Number<F>::made(x[slot][k], doubt);
@@ -125,6 +128,7 @@ LB_FN bool renew(const Job &job, const Operands &from, const Place &here, const 
   }
   bad |= QUICK<F> && Doubt::any(doubt);  // now, or its registers are taken until the end
   between();
+  beyond(here, [&](int k) { clear(k, x), Stored<0>::clear_sources(k, to.moments); });  // a rule may make something of 0
   Doubt later;
   to.parameter = As::template encode<QUICK<F>>(job, keys[0], here, tables, old, x[0], finite, later);
   if (!QUICK<F>) bad |= !finite && As::spoils(here, tables, old, to.parameter, x[0]);
@@ -281,14 +285,14 @@ extern "C" __global__ void __launch_bounds__(lb::UPDATERS, lb::TOGETHER)
     if (any<32>(doubt && (ANEW || to.count > 0))) {
       leave(1u << at / APART, *its);
     } else {
-      store_fresh(job, to, x, fresh);
+      store_fresh(job, to, fresh);
     }
     if (!EARLY) fetch_next(at);
   }
 }
 
 // Blocks of threads go through chunks by turns: all of them may have marks, or only neighbours.
-extern "C" __global__ void __launch_bounds__(lb::UPDATERS, lb::MOMENTS > 2 ? 4 : 5)
+extern "C" __global__ void __launch_bounds__(lb::UPDATERS, 5)
     again(const Job *jobs, const Dynamic *dynamic, const Run *runs, const int32_t *owner, uint8_t *workspace,
           const uint32_t *marks, int32_t chunks) {
   using namespace lb;
@@ -319,7 +323,7 @@ extern "C" __global__ void __launch_bounds__(lb::UPDATERS, lb::MOMENTS > 2 ? 4 :
       if (GUARDED && any<LANES>(bad)) {
         lost += lane() % LANES == 0 && place.count > 0;
       } else {
-        store_fresh(job, place, x, fresh);
+        store_fresh(job, place, fresh);
       }
     }
     if (lost) atomicAdd((unsigned long long *)job.skipped, (unsigned long long)lost);

@@ -53,15 +53,21 @@ template <int LANES, int V> LB_FN float block_sum(float (&x)[V]) { return halve_
 
 // ---- float64, along a line
 
-// Numbers t, t + apart, t + 2 apart ... of a line of n by halving; read(i) is number i. Partial sums wait in registers:
-// going through the numbers with the bits of their places reversed, the tree is a carry chain. BATCH numbers are asked
-// for before any has come; a strip has at most BATCH * 2**LEVELS.
-template <bool MAX, int BATCH, int LEVELS, class Read>
-LB_FN double strip(int64_t n, int64_t t, int64_t apart, Read read) {
+// Shared memory for the sums of a block of threads: in registers, the partial sums of a thread would be 30.
+template <int THREADS> struct Room {
+  double line[THREADS];
+  double waiting[15][THREADS], inner[3][THREADS];  // partial sums of each thread's strip, and of strips within strips
+};
+
+// Numbers t, t + apart, t + 2 apart ... of a line of n by halving; read(i) is number i. Going through the numbers with the
+// bits of their places reversed, the tree is a carry chain of the partial sums that wait. BATCH numbers are asked for before
+// any has come; a strip has at most BATCH * 2**LEVELS.
+template <bool MAX, int BATCH, int LEVELS, int THREADS, class Read>
+LB_FN double strip(int64_t n, int64_t t, int64_t apart, double (&waiting)[LEVELS][THREADS], Read read) {
   const int64_t whole = power_of_two(n), length = whole > apart ? whole / apart : 1;
   const int batch = length < BATCH ? (int)length : BATCH;
   const int64_t batches = length / batch, step = batches * apart;
-  double waiting[LEVELS] = {}, last = 0.0;
+  double last = 0.0;
   int64_t place = 0;  // of the batch, its bits reversed
   LB_ONE_AT_A_TIME for (int64_t number = 0; number < batches; ++number) {
     double x[BATCH];
@@ -75,14 +81,11 @@ LB_FN double strip(int64_t n, int64_t t, int64_t apart, Read read) {
       }
     }
     last = x[0];
-    bool carried = true;  // selects, not branches: compilers would make of these a table in memory
-    LB_UNROLL for (int level = 0; level < LEVELS; ++level) {
-      const bool pair = (number >> level & 1) != 0;
-      const double both = combined<MAX>(waiting[level], last);
-      waiting[level] = carried && !pair ? last : waiting[level];
-      last = carried && pair ? both : last;
-      carried = carried && pair;
+    int level = 0;
+    LB_ONE_AT_A_TIME for (; (number >> level & 1) != 0; ++level) {
+      last = combined<MAX>(waiting[level][threadIdx.x], last);
     }
+    if (number + 1 < batches) waiting[level][threadIdx.x] = last;
     int64_t bit = batches / 2;
     for (; (place & bit) != 0; bit /= 2) place ^= bit;
     place |= bit;
@@ -100,15 +103,16 @@ template <bool MAX> LB_FN double halve_team(double x, int64_t n, int lanes) {
 }
 
 // The whole block of THREADS threads on one line; thread 0 gets the result. `room` may be used again afterwards.
-template <bool MAX, int THREADS, class Read> LB_FN double halve_line(int64_t n, double (&room)[THREADS], Read read) {
+template <bool MAX, int THREADS, class Read> LB_FN double halve_line(int64_t n, Room<THREADS> &room, Read read) {
   const int t = (int)threadIdx.x;
-  room[t] = strip<MAX, 8, 12>(n, t, THREADS, read);
+  double (&line)[THREADS] = room.line;
+  line[t] = strip<MAX, 8>(n, t, THREADS, room.waiting, read);
   __syncthreads();
   LB_UNROLL for (int apart = THREADS / 2; apart > 0; apart /= 2) {
-    if (t < apart && apart < n) room[t] = combined<MAX>(room[t], room[t + apart]);
+    if (t < apart && apart < n) line[t] = combined<MAX>(line[t], line[t + apart]);
     __syncthreads();
   }
-  const double sum = room[0];
+  const double sum = line[0];
   __syncthreads();
   return sum;
 }

@@ -53,6 +53,7 @@ LB_FN bool measured(const Job &job, const Dynamic &now, const uint8_t *workspace
   if constexpr ((READS & 2u) != 0u) bad = load_gradient(now, here, x[1]);
   load_moments<0, READS>(job, here, tables, x);
   load_vectors<0, READS>(job, workspace, here, x);
+  beyond(here, [&](int k) { clear(k, x); });
   LB_UNROLL for (int k = 0; k < V; ++k) {
     float values[SLOTS] = {};
     LB_UNROLL for (int slot = 0; slot < SLOTS; ++slot) {
@@ -60,7 +61,7 @@ LB_FN bool measured(const Job &job, const Dynamic &now, const uint8_t *workspace
     }
     value[k] = Sweep<M>::run(values, job.constants, scalars);
   }
-  keep_inside(here, value);
+  beyond(here, [&](int k) { value[k] = 0.0f; });
   return bad;
 }
 

@@ -72,7 +72,7 @@ template <int K> struct StoredWeight {
 
   LB_FN int32_t rest_of(const Rest &rest, int k) { return (int8_t)(uint8_t)(rest.word[k / 4] >> k % 4 * 8); }
 
-  LB_FN void decode(const Old &from, const Place &place, const Tables<0> &tables, float (&p)[V]) {
+  LB_FN void decode(const Old &from, const Tables<0> &tables, float (&p)[V]) {
     const Scaling way = scaling(from.whole);
     LB_UNROLL for (int part = 0; part < ALL; ++part) {
       const Codes<F, EACH> own = codes_of(from.codes, part);
@@ -88,7 +88,6 @@ template <int K> struct StoredWeight {
       }
       LB_UNROLL for (int k = 0; k < EACH; ++k) p[part * EACH + k] = values[k];
     }
-    keep_inside(place, p);
   }
 
   template <bool QUICK>
@@ -96,7 +95,6 @@ template <int K> struct StoredWeight {
                    float (&p)[V], bool &finite, Doubt &doubt) {
     constexpr int STEPS = REST ? 256 : 1;
     constexpr float REACH = F::TOP + (REST ? 127.0f / 256.0f : 0.0f);
-    keep_inside(place, p);
     float sum = 0.0f;  // 0 * x is NaN for infinities and NaNs
     LB_UNROLL for (int k = 0; k < V; ++k) sum = fma(p[k], 0.0f, sum);
     finite = sum == 0.0f;
@@ -141,7 +139,7 @@ template <int K> struct StoredWeight {
 
   LB_FN bool spoils(const Place &place, const Tables<0> &tables, const Old &old, const New &, const float (&p)[V]) {
     float before[V];
-    decode(old, place, tables, before);
+    decode(old, tables, before);
     bool found = false;
     LB_UNROLL for (int k = 0; k < V; ++k) {
       const bool was = finite_bits(magnitude_bits(before[k]));
@@ -150,7 +148,7 @@ template <int K> struct StoredWeight {
     return found;
   }
 
-  LB_FN void store(const Job &job, const Place &place, const float (&)[V], New fresh) {
+  LB_FN void store(const Job &job, const Place &place, New fresh) {
     if (!LINEAR) clear_beyond(fresh.codes, place.count * CODE);
     put<CODE_BYTES<K>, CODE_EACH<K>>(job.param, code_index<K>(job, place), fresh.codes, code_count<K>(place));
     if (REST) put<V, 1>(job.rest, place.at, fresh.rest, place.count);
@@ -161,31 +159,30 @@ template <int K> struct StoredWeight {
     }
   }
 };
+
 // ---- either
 
 template <bool CODES> struct Kept : StoredWeight<CODES ? WEIGHT : 0> {};
 template <> struct Kept<false> {
   using Old = Parameter;
-  using New = ParamWords;
+  using New = Parameter;
   LB_FN Old fetch(const Job &job, const Place &place) { return fetch_parameter(job, place); }
-  LB_FN void decode(const Old &from, const Place &, const Tables<0> &, float (&p)[V]) { widen_parameter(from, p); }
+  LB_FN void decode(const Old &from, const Tables<0> &, float (&p)[V]) { widen_parameter(from, p); }
   template <bool QUICK>
   LB_FN New encode(const Job &, const Key &key, const Place &place, const Tables<0> &, const Old &, float (&p)[V],
                    bool &finite, Doubt &doubt) {
     return narrow_parameter<QUICK>(key, place, p, finite, doubt);
   }
   LB_FN bool spoils(const Place &place, const Tables<0> &, const Old &old, const New &fresh, const float (&)[V]) {
-    return spoiled(place, old.raw, fresh);
+    return spoiled(place, old.raw, fresh.raw);
   }
-  LB_FN void store(const Job &job, const Place &place, const float (&p)[V], const New &fresh) {
-    store_parameter(job, place, p, fresh);
-  }
+  LB_FN void store(const Job &job, const Place &place, const New &fresh) { store_parameter(job, place, fresh); }
 };
 
 // Fetched and decoded at once, for sweeps that store nothing.
 LB_FN void load_kept(const Job &job, const Place &place, const Tables<0> &tables, float (&p)[V]) {
   using As = Kept<STORED>;
-  As::decode(As::fetch(job, place), place, tables, p);
+  As::decode(As::fetch(job, place), tables, p);
 }
 
 }  // namespace lb

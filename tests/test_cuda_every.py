@@ -114,16 +114,8 @@ def faults(file: str, spec: str, by: str, arch: str) -> list[str]:
     found = compiled(file, spec, by, arch)
     if isinstance(found, CompileError):
         return [f"{by}: {found}"]
-    moments = int(spec.partition("MOMENTS = ")[2][0])
-    master = "MASTER = LB_NONE" not in spec
-    if "LINEAR = true" in spec:
-        update = 64
-    elif "PARAM = LB_FLOAT16" in spec or (master and int(spec.partition("QUOTIENTS = ")[2][0]) > 3):
-        update = 128
-    else:
-        update = 96 if master or moments > 2 else 72
-    most = {kernel: REGISTERS.get(kernel, 64) for kernel in found} | {"update": update}
-    most["again"] = 96 if moments < 3 else 128
+    many = "LINEAR = true" not in spec and int(spec.partition("MOMENTS = ")[2][0]) > 2  # ragged rows of three moments
+    most = {kernel: REGISTERS.get(kernel, 64) for kernel in found} | {"update": 72 if many else 64}
     return [
         f"{by}: {kernel} of {file} for {arch} may take {most[kernel]} registers, and takes {taken}"
         for kernel, taken in found.items()

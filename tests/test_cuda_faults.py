@@ -94,8 +94,11 @@ FAULTS = {
     "a lane skips its own values only": Fault("spoilt", "step.cu", "GUARDED && any<LANES>(bad)", "GUARDED && bad"),
     "a parameter's random bits for a moment": Fault("adamw", "step.cu", "keys[1 + K]", "keys[K]"),
     "lanes leave before the others": Fault("adamw", "step.cu", ": any<32>(count > 0);", ": count > 0;", "__"),
-    "what is beyond a row counts": Fault(
-        "vectors", "moments.h", "x[k] = k < place.count ? x[k] : 0.0f;", "x[k] = x[k];"
+    "the first value beyond a row counts": Fault(
+        "vectors", "operands.h", "if (k >= place.count) act(k);", "if (k > place.count) act(k);"
+    ),
+    "what a rule makes of nothing counts": Fault(
+        "vectors", "step.cu", "{ clear(k, x), Stored<0>::clear_sources(k, to.moments); }", "{ (void)k; }"
     ),
     "quick numbers that are in doubt are kept": Fault(
         "small", "step.cu", "any<32>(doubt && (ANEW || to.count > 0))", "any<32>(doubt && to.count > V)"

@@ -36,15 +36,16 @@ TREES = """
 #include "sums.h"
 using namespace lb;
 extern "C" __global__ void __launch_bounds__(256) lines(const double *x, int64_t n, double *to) {
-  __shared__ double room[256];
+  __shared__ Room<256> room;
   const auto read = [&](int64_t i) { return x[i]; };
   const double sum = halve_line<false>(n, room, read), most = halve_line<true>(n, room, read);
   if (threadIdx.x == 0) to[0] = sum, to[1] = most;
 }
 extern "C" __global__ void __launch_bounds__(32) teams(const double *x, int64_t n, double *to) {
+  __shared__ double waiting[15][32];
   for (int k = 0, lanes = 1; lanes <= 32; lanes *= 2, ++k) {  // n is not too much for any of them
     const auto read = [&](int64_t i) { return x[i]; };
-    const double sum = halve_team<false>(strip<false, 4, 12>(n, lane() % lanes, lanes, read), n, lanes);
+    const double sum = halve_team<false>(strip<false, 4>(n, lane() % lanes, lanes, waiting, read), n, lanes);
     if (lane() % lanes == 0) to[k * 32 + lane() / lanes] = sum;
   }
 }
@@ -396,7 +397,7 @@ def test_no_schedule_and_no_share_changes_a_bit():
 
 FAULTS = {
     "no barrier before a column is added up": ("    __syncthreads();\n    const int count", "    const int count"),
-    "values beyond a row's end": ("  keep_inside(here, value);\n", ""),
+    "values beyond a row's end": ("  beyond(here, [&](int k) { value[k] = 0.0f; });\n", ""),
     "one room for two turns": ("room[turn][t * V + k]", "room[0][t * V + k]"),
     "the last strip is left out": ("if (line < lines && lane", "if (line < lines - 1 && lane"),
     "no barrier before a block's largest number": ("    __syncthreads();\n    most = largest", "    most = largest"),

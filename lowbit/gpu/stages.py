@@ -211,7 +211,6 @@ class _Printer:
             "",
             f"constexpr int SCALARS = {len(self.scalars)}, KEPT = {len(self.program.scalars)};  // in all; persistent",
             f"constexpr int KEPT_VECTORS = {self.persistent};",
-            f"constexpr int QUOTIENTS = {self._quotients()};  // and roots, in a value's update, as it is written",
             "LB_FN constexpr int over([[maybe_unused]] int vector) {",
             *(f"  if (vector == {k}) return LB_{kind.upper()};" for k, kind in enumerate(over)),
             "  return -1;",
@@ -237,11 +236,6 @@ class _Printer:
             constants=tuple(self.constants),
             update_reads=self._reads(len(self.stages)),
         )
-
-    def _quotients(self) -> int:
-        updates = [text for text, stage in zip(self.texts, self.stages, strict=True) if stage.kind == "update"]
-        said = "".join(part for text in updates for part in (text.functor, *text.helpers.values()))
-        return said.count(" / ") + said.count("sqrt(")
 
     def _functors(self) -> dict[str, str]:
         texts: dict[str, str] = {}
