@@ -80,7 +80,7 @@ extern "C" __global__ void __launch_bounds__(lb::THREADS, lb::MEASURERS) measure
   });
 }
 
-extern "C" __global__ void __launch_bounds__(lb::THREADS) measure_columns(LB_ARGUMENTS) {
+extern "C" __global__ void __launch_bounds__(lb::THREADS, 4) measure_columns(LB_ARGUMENTS) {
   using namespace lb;
   __shared__ Tables<0> tables;
   __shared__ float room[2][THREADS * V];
@@ -103,7 +103,7 @@ extern "C" __global__ void __launch_bounds__(lb::THREADS, 4) rows(LB_ARGUMENTS) 
   });
 }
 
-extern "C" __global__ void __launch_bounds__(lb::THREADS) elements(LB_ARGUMENTS) {
+extern "C" __global__ void __launch_bounds__(lb::THREADS, 4) elements(LB_ARGUMENTS) {
   using namespace lb;
   __shared__ Room<THREADS> room;
   const int32_t at = (int32_t)blockIdx.x / share;
@@ -140,7 +140,7 @@ extern "C" __global__ void __launch_bounds__(lb::THREADS)
   for (int i = (int)threadIdx.x; i < count; i += THREADS) runs[places[i]].total = number;
 }
 
-extern "C" __global__ void __launch_bounds__(lb::THREADS) scalars(LB_ARGUMENTS) {
+extern "C" __global__ void __launch_bounds__(lb::THREADS, 4) scalars(LB_ARGUMENTS) {
   using namespace lb;
   __shared__ Room<THREADS> room;
   const Job &job = jobs[blockIdx.x];

@@ -53,7 +53,8 @@ LB_FN bool measured(const Job &job, const Dynamic &now, const uint8_t *workspace
   if constexpr ((READS & 2u) != 0u) bad = load_gradient(now, here, x[1]);
   load_moments<0, READS>(job, here, tables, x);
   load_vectors<0, READS>(job, workspace, here, x);
-  beyond(here, [&](int k) { clear(k, x); });
+  constexpr uint32_t CODES = READS & ((1u << (2 + MOMENTS)) - 1u) & (STORED ? ~2u : ~3u);
+  if constexpr (CODES != 0u) beyond(here, [&](int k) { clear(k, x); });  // a code of 0 is some number
   LB_UNROLL for (int k = 0; k < V; ++k) {
     float values[SLOTS] = {};
     LB_UNROLL for (int slot = 0; slot < SLOTS; ++slot) {

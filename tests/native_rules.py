@@ -68,7 +68,7 @@ def top(x, s, c):
 @update("p m v")
 def follow(p, g, m, v, u, s, c):
     m = lerp(m, g, c.rate)
-    v = lerp(v, g * g, c.rate)
+    v = lerp(v, c.one / (g * g + c.one), c.rate)  # largest where there is no gradient, and so beyond a row's end
     return p - c.lr * m / (sqrt(v) + u + s.top + c.eps), m, v
 
 
