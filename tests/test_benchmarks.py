@@ -11,10 +11,14 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import cpu_tables
+import gpu
 import gpu_check
+import gpu_codec
 import gpu_tables
 import timing
 import torch
+from cuda_cases import stepping
+from emulator import compiler
 
 ROOT = timing.ROOT
 
@@ -116,6 +120,23 @@ def test_the_gpu_benchmark_runs(on_no_gpu: tuple[str, dict[str, dict]]):
         assert not any(group["failed"] for group in results["groups"])
     verdicts = every["check"]["groups"][0]["verdicts"]
     assert len(verdicts) > 50 and set(verdicts.values()) == {"equal"}
+
+
+@pytest.mark.skipif(compiler() is None, reason="kernels are compiled by g++ here, and there is none")
+def test_the_gpu_benchmark_runs_on_the_emulator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Bits of codecs and steps, and products, which a CPU has no kernels for: the sections as a GPU would run them."""
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--smoke", "--sections", "check,linear", "--out", str(tmp_path)])
+    monkeypatch.setattr(gpu_check, "RULES", {"AdamW 8bit": gpu_check.RULES["AdamW 8bit"]})
+    monkeypatch.setattr(gpu_check.lowbit, "formats", lambda: ("int4", "nf4"))
+    monkeypatch.setattr(gpu_codec, "WEIGHTS", 2)
+    with stepping() as emulator:
+        assert gpu.main() == 0
+    assert {"update", "encode", "linear_few", "linear_transposed"} <= {*emulator.launched}
+    checked, products = (json.loads((tmp_path / f"gpu_{name}.json").read_text()) for name in ("check", "linear"))
+    verdicts = checked["groups"][0]["verdicts"]
+    assert len(verdicts) == 5 and set(verdicts.values()) == {"equal"} and checked["groups"][0]["backend"] == "cuda"
+    assert [group["title"] for group in products["groups"]] == ["1 rows", "32 rows"]
+    assert not any(group["failed"] for group in products["groups"])
 
 
 def test_the_gpu_benchmark_finds_wrong_bits():

@@ -46,6 +46,13 @@ BUDGETS = [
     ("StableSPAM 4bit", "update", 83, 10),
     ("Lion 8bit", "update", 39, 9),
 ]
+# Accesses of a turn: p and g are 128 bits for a lane's eight values, codes and scales have no more than these.
+ACCESSES = {
+    "AdamW 8bit": {"LDG 128": 2, "LDG 64": 2, "LDG 32": 2, "STG 128": 1, "STG 64": 2, "STG 32": 2},
+    "AdamW 4bit": {"LDG 128": 2, "LDG 32": 4, "STG 128": 1, "STG 32": 4},
+    "StableSPAM 4bit": {"LDG 128": 2, "LDG 32": 4, "STG 128": 1, "STG 32": 4},
+    "Lion 8bit": {"LDG 128": 2, "LDG 64": 1, "LDG 32": 1, "STG 128": 1, "STG 64": 1, "STG 32": 1},
+}
 
 
 # ---- compilers
@@ -83,10 +90,13 @@ def nvrtcs() -> dict[int, nvrtc.Nvrtc]:
     return found
 
 
+@functools.cache
 def compiler(name: str) -> Callable[[Specialisation, str], tuple[bytes, str]]:
     if name == "nvcc":
         if not shutil.which("nvcc"):
             pytest.skip("there is no nvcc")
+        said = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+        assert (found := re.search(r"release (\d+)\.", said)) and int(found[1]) >= 13, f"nvcc is too old: {said}"
         return by_nvcc
     library = nvrtcs().get(int(name.removeprefix("nvrtc")))
     if library is None:
@@ -188,6 +198,7 @@ def test_instructions_for_each_value_keep_to_the_budget(name: str, kernel: str, 
     assert 0 < one.per_value <= most, one
     assert moved is None or one.mix.bytes / one.values == pytest.approx(moved, rel=1e-6), one
     assert one.mix.accesses.get("LDG 128", 0) > 0
+    assert kernel != "update" or one.mix.accesses == ACCESSES[name]
 
 
 def test_a_planted_narrow_access_is_seen():

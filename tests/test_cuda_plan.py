@@ -1,5 +1,6 @@
 """What the host keeps from step to step for CUDA steps: structs, buckets, tables; when they are made, and freed."""
 
+import copy
 import gc
 import re
 import subprocess
@@ -113,6 +114,21 @@ def test_no_kernel_has_variables_of_its_own():
     """They would be one for all optimizers, and two captured graphs could not be replayed at the same time."""
     for name, text in {**sources(), "spec.h": print_spec(special(a_job()))}.items():
         assert "__constant__" not in text and not re.search(r"^__device__[^(]*;", text, re.MULTILINE), name
+
+
+def test_a_gradient_that_is_not_aligned_demotes_nothing_else():
+    """Rows of whole blocks stay such; a parameter or state that is not aligned takes the course of ragged rows."""
+    job = a_job()
+    room = torch.zeros(64 * 256 + 1, dtype=torch.bfloat16)
+    askew = room[1:].view(64, 256)
+    assert askew.data_ptr() % 4 == 2
+    kinds = {}
+    for what in ("gathered", "param"):  # `gathered` is a gradient that is not the parameter's own
+        other = copy.copy(job)
+        other.gathered = job.grad
+        setattr(other, what, askew)
+        kinds[what] = special(other)
+    assert kinds["gathered"] == special(job) and kinds["gathered"].linear and not kinds["param"].linear
 
 
 # ---- when a plan is made

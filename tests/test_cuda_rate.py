@@ -1,6 +1,7 @@
 """A learning rate that is a tensor on the device, on the emulator: kernels read it there, and nobody waits for it."""
 
 import math
+import textwrap
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,7 +9,8 @@ import pytest
 import torch
 from cases import CASES, Case, assert_same, everything, parameters
 from cases import one_thread as one_thread
-from cuda_cases import Counting, needs_compiler, stepping
+from cuda_cases import Counting, needs_compiler, patched, stepping
+from emulator import sanitized
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_cuda_graph import capture, give
@@ -87,6 +89,44 @@ def test_a_rate_on_the_device_is_a_rate(case: Case, machine: Counting):
     found, opt = trained(case, rates[:3], dtype, states="bf16")
     assert_same(found, expected)
     assert machine.launched["follow"] >= 3 and opt.param_groups[0]["lr"].dtype == dtype
+
+
+CASE = next(case for case in CASES if case.name == "adamw")
+
+
+def test_a_planted_fault_shows_in_a_rate():
+    rates = of_fp32(RATES[:3])
+    with stepping():
+        expected, _ = trained(CASE, rates, None, states="bf16")
+    with patched("constants.cu", "a - b", "b - a"), stepping() as machine:
+        machine._modules.clear()
+        found, _ = trained(CASE, rates, torch.float32, states="bf16")
+    with pytest.raises(AssertionError):
+        assert_same(found, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sanitizer", ["thread", "address"])
+def test_sanitizers_find_nothing_where_a_rate_is_followed(sanitizer: str):
+    done = sanitized(sanitizer, WATCHED)
+    assert done.returncode == 0 and "well" in done.stdout, done.stderr[-4000:]
+
+
+def test_a_missing_barrier_is_found_where_a_rate_is_followed():
+    before, after = "                                          : mine.number;\n  __syncthreads();", "  : mine.number;"
+    code = f"with patched('constants.cu', {before!r}, {after!r}):\n" + textwrap.indent(
+        WATCHED.partition("\n")[2], "    "
+    )
+    done = sanitized("thread", WATCHED.partition("\n")[0] + "\n" + code)
+    assert done.returncode and "data race" in done.stderr and "Traceback" not in done.stderr, done.stderr[-4000:]
+
+
+WATCHED = """from test_cuda_rate import *
+with stepping(schedule=2) as machine:
+    trained(CASE, of_fp32(RATES[:2]), torch.float32, states="bf16")
+    assert machine.launched["follow"]
+print("well")
+"""
 
 
 def test_rates_and_schedules_come_and_go(machine: Counting):

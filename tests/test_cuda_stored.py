@@ -4,6 +4,7 @@ import pytest
 from cases import injected
 from cases import one_thread as one_thread
 from cuda_cases import needs_compiler, patched, stepping
+from emulator import sanitized
 from native_cases import differences
 from stored_cases import COVERING, DIMENSIONS, OTHERS, STORES, Setting, run
 
@@ -54,3 +55,18 @@ def test_a_fault_that_is_planted_is_found(name: str):
     store, before, after = FAULTS[name]
     with patched("weights.h", before, after):
         assert wrong(PLAIN._replace(store=store, shapes="large"))
+
+
+@pytest.mark.parametrize("sanitizer", ["thread", pytest.param("address", marks=pytest.mark.slow)])
+def test_sanitizers_find_nothing_in_stored_weights(sanitizer: str):
+    names = ["nvfp4", "split8"] if sanitizer == "thread" else ["nvfp4", "split8", "nf4", "mxfp8"]
+    code = f"""
+from test_cuda_stored import *
+for name in {names}:
+    with stepping(schedule=2) as device:
+        run(PLAIN._replace(store=name, wrong="nan"), "native")
+    assert device.launched["update"]
+print("well")
+"""
+    done = sanitized(sanitizer, code)
+    assert done.returncode == 0 and "well" in done.stdout, done.stderr[-4000:]

@@ -255,6 +255,8 @@ def test_none_newer_than_the_driver_is_taken(nowhere, tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "toolkit"))
     with pytest.raises(NoCompiler, match=r"is of CUDA 13, and the driver goes up to 12.*nvidia-cuda-nvrtc-cu12"):
         nvrtc.find(12)
+    with pytest.raises(NoCompiler, match=r"the driver goes up to 11.*: update the driver, to CUDA 12 or later"):
+        nvrtc.find(11)
     monkeypatch.setenv("CUDA_PATH", str(tmp_path / "old"))
     assert nvrtc.find(12).path == str(old)
 

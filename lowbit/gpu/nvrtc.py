@@ -214,9 +214,11 @@ def find(newest: int | None = None) -> Nvrtc:
             return nvrtc
         problems.append(f"{path} is of CUDA {nvrtc.version[0]}, and the driver goes up to {newest}")
     package = "nvidia-cuda-nvrtc-cu12" if newest == 12 else "nvidia-cuda-nvrtc"
+    way = f"torch for CUDA brings it, or pip install {package}"
+    if newest is not None and newest < 12:
+        way = "update the driver, to CUDA 12 or later"
     raise NoCompiler(
-        f"kernels are compiled by NVRTC, and there is none ({'; '.join(problems) or 'nothing found'}): torch for CUDA "
-        f"brings it, or pip install {package}"
+        f"kernels are compiled by NVRTC, and there is none ({'; '.join(problems) or 'nothing found'}): {way}"
     )
 
 
