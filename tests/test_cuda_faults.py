@@ -63,12 +63,12 @@ class Fault(NamedTuple):
 
 
 FAULTS = {
-    # step.cu
+    # step.cu, turns.h
     "tables are read before they are filled": Fault(
-        "adamw", "step.cu", "told.length;\n    }\n  }\n  __syncthreads();", "told.length;\n    }\n  }", "thread"
+        "adamw", "turns.h", "told.length;\n    }\n  }\n  __syncthreads();", "told.length;\n    }\n  }", "thread"
     ),
     "addresses are moved before they are there": Fault(
-        "adamw", "step.cu", "__syncthreads();\n  if (DRAWS) stream_keys", "if (DRAWS) stream_keys", "thread"
+        "adamw", "turns.h", "__syncthreads();\n  if (DRAWS) stream_keys", "if (DRAWS) stream_keys", "thread"
     ),
     "what is above 0 becomes 0": Fault("large", "formats.h", "saturated(source * 0x1p100f)", "0.0f"),
     "each lane its own scale": Fault("adamw", "moments.h", "largest<SCALE_LANES<K>>(most_of<QUICK", "(most_of<QUICK"),
@@ -92,18 +92,18 @@ FAULTS = {
         "address",
     ),
     "a lane skips its own values only": Fault("spoilt", "step.cu", "GUARDED && any<LANES>(bad)", "GUARDED && bad"),
-    "a parameter's random bits for a moment": Fault("adamw", "step.cu", "keys[1 + K]", "keys[K]"),
-    "lanes leave before the others": Fault("adamw", "step.cu", ": any<32>(count > 0);", ": count > 0;", "__"),
+    "a parameter's random bits for a moment": Fault("adamw", "turns.h", "keys[1 + K]", "keys[K]"),
+    "lanes leave before the others": Fault("adamw", "turns.h", ": any<32>(count > 0);", ": count > 0;", "__"),
     "the first value beyond a row counts": Fault(
         "vectors", "operands.h", "if (k >= place.count) act(k);", "if (k > place.count) act(k);"
     ),
     "what a rule makes of nothing counts": Fault(
-        "vectors", "step.cu", "{ clear(k, x), Stored<0>::clear_sources(k, to.moments); }", "{ (void)k; }"
+        "vectors", "turns.h", "{ clear(k, x), Stored<0>::clear_sources(k, to.moments); }", "{ (void)k; }"
     ),
     "quick numbers that are in doubt are kept": Fault(
         "small", "step.cu", "any<32>(doubt && (ANEW || to.count > 0))", "any<32>(doubt && to.count > V)"
     ),
-    "a lane judged by values that another turn has left": Fault("ended", "step.cu", "if (!EARLY) to = {};", ""),
+    "a lane judged by values that another turn has left": Fault("ended", "turns.h", "if (!EARLY) to = {};", ""),
     "what is left alone is done again": Fault("loud", "step.cu", "*told.marks = 0u;", ""),
     "marks that are set before all are cleared": Fault(
         "small",
@@ -112,18 +112,18 @@ FAULTS = {
         "if (lane() == 0) atomicOr(marks + blockIdx.x, 1u);",
         "thread",
     ),
-    "a turn that begins in a row that has ended": Fault("ended", "step.cu", "own.row += 1, own.col -=", "own.col -="),
+    "a turn that begins in a row that has ended": Fault("ended", "turns.h", "own.row += 1, own.col -=", "own.col -="),
     "a turn that begins in the rows of the one before": Fault(
-        "large", "step.cu", "own.row += told.rows", "own.row += 0"
+        "large", "turns.h", "own.row += told.rows", "own.row += 0"
     ),
-    "a turn that begins at a row's end": Fault("large", "step.cu", "own.col >= told.length", "own.col > told.length"),
+    "a turn that begins at a row's end": Fault("large", "turns.h", "own.col >= told.length", "own.col > told.length"),
     "two parameters in each other's place": Fault(
         "shares", "operands.h", "permute(low, high, 0x7632)", "permute(low, high, 0x3276)"
     ),
     "each chunk the same random bits": Fault(
-        "large", "step.cu", "told.job.first + (chunk - told.job.first_chunk) * CHUNK", "told.job.first"
+        "large", "turns.h", "told.job.first + (chunk - told.job.first_chunk) * CHUNK", "told.job.first"
     ),
-    "a column that is not written down": Fault("adamw", "step.cu", "= {to.row, to.col};", "= {to.row, 0};"),
+    "a column that is not written down": Fault("adamw", "turns.h", "= {to.row, to.col};", "= {to.row, 0};"),
     "a chunk's numbers are written while others read those of the one before": Fault(
         "small", "step.cu", "if (prepared) __syncthreads();", "if (prepared) (void)0;", "thread"
     ),
