@@ -45,12 +45,15 @@ template <int K> LB_FN void prepare_tables([[maybe_unused]] Tables<K> &tables) {
   }
 }
 
-template <int K> LB_FN const Tables<MOMENTS> &last_tables(const Tables<K> &tables) {
-  if constexpr (K < MOMENTS) return last_tables<K + 1>(tables.rest);
-  else return tables;
+// Of what is no moment, with number K: behind those of all moments.
+template <int K, int AT> LB_FN const auto &own_table(const Tables<AT> &tables) {
+  if constexpr (AT < MOMENTS) {
+    return own_table<K>(tables.rest);
+  } else {
+    const OwnTables<K, true> &its = tables;
+    return its.own;
+  }
 }
-
-template <int K> LB_FN const OwnTables<K, true> &own_tables(const Tables<0> &tables) { return last_tables<0>(tables); }
 
 // Where a lane's codes and their scale are.
 template <int K> LB_FN int64_t code_index(const Job &job, const Place &place) {

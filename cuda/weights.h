@@ -84,7 +84,7 @@ template <int K> struct StoredWeight {
           values[k] = value_of_steps(code * 256 + rest_of(from.rest, part * EACH + k), scale);
         }
       } else {
-        Codec<F>::template decode<EACH>(own, scale, 1.0f, own_tables<K>(tables).own, values);
+        Codec<F>::template decode<EACH>(own, scale, 1.0f, own_table<K>(tables), values);
       }
       LB_UNROLL for (int k = 0; k < EACH; ++k) p[part * EACH + k] = values[k];
     }
@@ -129,7 +129,7 @@ template <int K> struct StoredWeight {
         own = pack<F, EACH>(c);
       } else {  // beyond the top there may be values: a scale of e4m3 ends
         own = Codec<F>::template encode<EACH, STOCHASTIC, false, false>(values, values, inverse, 0.0f, own_draws,
-                                                                        own_tables<K>(tables).own);
+                                                                        own_table<K>(tables));
       }
       if constexpr (ALL == 1) to.codes = own;
       else to.codes.word[part * EACH * CODE / 32] |= own.word[0] << part * EACH * CODE % 32;
