@@ -1,6 +1,8 @@
-"""The launcher, on the emulator's driver: arguments, grids, memory, streams, graphs, the cache, and errors."""
+"""The launcher, on the emulator's driver, by ctypes and cuda-bindings: arguments, memory, streams, graphs, errors."""
 
 import ctypes
+import os
+import re
 import subprocess
 import sys
 import threading
@@ -44,12 +46,12 @@ class Mixed(Structure):
     _fields_ = [("a", c_int8), ("b", c_double), ("c", c_uint16 * 3)]
 
 
-@pytest.fixture(params=["ctypes", "cuda-bindings"])
-def gpu(request: pytest.FixtureRequest) -> Emulator:
-    bindings = request.param == "cuda-bindings"
-    if bindings and (reason := emulator.without_bindings()):
-        pytest.skip(reason)
-    return Emulator(bindings=bindings)
+BY_BINDINGS = "LOWBIT_DRIVER_BY_BINDINGS"  # set in the process that `test_cuda_bindings_do_the_same` starts
+
+
+@pytest.fixture
+def gpu() -> Emulator:
+    return Emulator(bindings=BY_BINDINGS in os.environ)
 
 
 @pytest.fixture
@@ -388,6 +390,21 @@ def test_no_driver_is_a_sentence_by_cuda_bindings():
     code = "from lowbit.gpu.driver import Driver\ntry: Driver()\nexcept Exception as error: print(type(error), error)"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "NoDriver" in said and "there is no CUDA driver here" in said and "or use CPU tensors" in said
+
+
+@pytest.mark.skipif(BY_BINDINGS in os.environ, reason="this is that process")
+def test_cuda_bindings_do_the_same():
+    """All tests of this file. In a process of its own: NVRTC, too, would take a library that has NVIDIA's name."""
+    if reason := emulator.without_bindings():
+        pytest.skip(reason)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
+    done = subprocess.run(command, env={**os.environ, BY_BINDINGS: "1"}, capture_output=True, text=True)
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert done.returncode == 0 and passed and int(passed[1]) > 40, done.stdout[-4000:] + done.stderr[-1000:]
+
+
+def test_the_way_to_the_driver_is_told(gpu):
+    assert gpu.driver.by.startswith("cuda-bindings " if BY_BINDINGS in os.environ else "ctypes")
 
 
 def test_cuda_bindings_come_first(monkeypatch):
