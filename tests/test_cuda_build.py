@@ -122,7 +122,7 @@ COMPILERS = ["nvcc", "nvrtc12", "nvrtc13"]
 
 
 def matrix() -> Iterator:
-    """All compilers for H100s; for others each in turn, and the rest of them among the slow tests.
+    """All compilers for H100s; for others, and for variants ("name, which"), each in turn; the rest in the slow tests.
 
     Codecs are many and much alike: on each architecture one compiler in turn, all but one architecture among the slow
     tests.
@@ -136,7 +136,7 @@ def matrix() -> Iterator:
                         continue
                     chosen = j == k % len(ARCHITECTURES)
                 else:
-                    chosen = in_turn or (arch == "sm_90a" and not name.startswith("few"))
+                    chosen = in_turn or (arch == "sm_90a" and ", " not in name)
                 yield pytest.param(by, arch, name, marks=[] if chosen else [pytest.mark.slow])
 
 
