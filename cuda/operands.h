@@ -241,8 +241,8 @@ LB_FN CompanionWords narrow_rest(const float (&p)[V], const ParamWords &stored) 
   return low;
 }
 
-// The same, and whether all of it is finite: where it is not, a quick course is in doubt. Its rest at once: until all else
-// is encoded, that takes fewer registers than p.
+// The parameter as it will be stored, and whether it is finite: where it is not, a quick course is in doubt. Its rest at
+// once: until all else is encoded, that takes fewer registers than p.
 template <bool QUICK>
 LB_FN Parameter narrow_parameter(const Key &key, const Place &place, const float (&p)[V], bool &finite, Doubt &doubt) {
   Parameter to = {};

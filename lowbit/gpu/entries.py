@@ -1,9 +1,8 @@
 """The CUDA driver's entry points: by NVIDIA's cuda-bindings where those are installed, else by ctypes.
 
 Either way an entry point takes the inputs of its C function, in their order, and returns a tuple: the CUresult and then
-what else came out. torch's CUDA wheels bring cuda-bindings, which knows where the driver lies on every system and takes
-half the time of ctypes for a launch. Without it nothing is missing: the C interface stays as it is, so that nothing is
-built here for a version of torch, Python or CUDA.
+what else came out. torch's CUDA wheels bring cuda-bindings, which knows where the driver lies on every system. Without
+it nothing is missing: the C interface stays as it is, so nothing is built here for a version of torch, Python or CUDA.
 """
 
 from __future__ import annotations
@@ -96,7 +95,7 @@ def of_bindings() -> Entries | None:
         return None
     try:
         bindings = importlib.import_module("cuda.bindings.driver")  # cuda-bindings 12.6 and later
-        version = importlib.import_module("cuda.bindings").__version__
+        version = getattr(importlib.import_module("cuda.bindings"), "__version__", "of no version")
     except ImportError:
         return None
     functions = {name: _of_bindings(bindings, name, arguments) for name, arguments in FUNCTIONS.items()}

@@ -1,4 +1,4 @@
-// What stands in for the CUDA driver: the entry points that lowbit/gpu/driver.py calls, with the driver's own names,
+// What stands in for the CUDA driver: the entry points that lowbit/gpu/entries.py names, with the driver's own names,
 // arguments and errors, on a machine that runs kernels as fibers. A module is the bytes of a library that emulator.py
 // has made of a kernel's text. Streams are numbers: all that is asked for is done at once, or noted while a stream is
 // captured.
