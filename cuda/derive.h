@@ -35,8 +35,7 @@ LB_FN Block block_of(uint32_t raw, float outer) {
 // The block of a value.
 LB_FN int64_t number_of(const Matrix &m, int64_t row, int64_t col) {
   if constexpr (!Way::TILED) return row * m.scales + col / WIDTH;
-  const int64_t across = m.cols >> 32 ? col / m.width : (int64_t)((uint32_t)col / (uint32_t)m.width);
-  return (m.tile == 1 ? row : row / m.tile) * m.scales + across;
+  return divided(row, m.tile) * m.scales + divided(col, m.width);
 }
 
 LB_FN int64_t outer_number(const Matrix &m, int64_t row, int64_t col) {

@@ -65,6 +65,36 @@ LB_FN uint32_t nothing_plus(uint32_t sums, uint32_t numbers) {
   return sums;
 }
 
+// Two numbers to 16 bits each, rounded to nearest, and one back; a NaN's payload is the machine's.
+#ifdef __CUDACC__
+LB_FN uint32_t two_bf16(float low, float high) {
+  uint32_t both;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  return both;
+}
+LB_FN uint32_t two_fp16(float low, float high) {
+  uint32_t both;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  return both;
+}
+LB_FN float value_fp16(uint32_t raw) {
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"((uint16_t)raw));
+  return value;
+}
+#else
+LB_FN float value_fp16(uint32_t raw) { return widen_fp16((uint16_t)raw); }
+LB_FN uint32_t two_bf16(float low, float high) { return narrow_bf16(low) | (uint32_t)narrow_bf16(high) << 16; }
+LB_FN uint32_t two_fp16(float low, float high) { return narrow_fp16(low) | (uint32_t)narrow_fp16(high) << 16; }
+#endif
+
+// The upper half of a product.
+#ifdef __CUDACC__
+LB_FN uint32_t upper_product(uint32_t a, uint32_t b) { return __umulhi(a, b); }
+#else
+LB_FN uint32_t upper_product(uint32_t a, uint32_t b) { return (uint32_t)((uint64_t)a * b >> 32); }
+#endif
+
 // ---- tables in shared memory
 
 // The entry `offset & MASK` bytes from the beginning: a mask is all that an address takes, since accesses add up the rest.

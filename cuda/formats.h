@@ -158,6 +158,7 @@ template <class Fmt> struct Integers {
   LB_FN void prepare(Shared &) {}
 
   static constexpr int EACH = 32 / Fmt::BITS;
+  static constexpr float LEAST = Fmt::SIGNED ? -(float)Fmt::LIMIT : 0.0f;
   // A signed code plus HALF is not negative. Encoding adds it where codes are packed by addition.
   static constexpr uint32_t HALF = Fmt::SIGNED ? 1u << (Fmt::BITS - 1) : 0u, BIAS = Fmt::BITS < 8 ? HALF : 0u;
 
@@ -191,7 +192,7 @@ template <class Fmt> struct Integers {
   // The code, plus BIAS, in the low bits of what is returned; the bits above are those of INTEGER.
   template <bool STOCHASTIC, bool LIVE, bool BOUNDED, bool POSITIVE>
   LB_FN uint32_t code(float x, float source, float inverse, uint32_t draw) {
-    constexpr float LIMIT = (float)Fmt::LIMIT, LEAST = Fmt::SIGNED ? -LIMIT : 0.0f;
+    constexpr float LIMIT = (float)Fmt::LIMIT;
     constexpr bool RAISED = LIVE || !Fmt::SIGNED;
     float u = unit_of<BOUNDED>(source, inverse);
     // A value a little beyond the top is rounded to it, but may not be rounded up from there.
@@ -259,7 +260,7 @@ template <class Fmt> struct Ways<Fmt, false> {
     const int32_t magnitude = (int32_t)magnitude_bits(u);
     int32_t held = magnitude > Fmt::CELL_LOW ? magnitude : Fmt::CELL_LOW;
     held = held < Fmt::CELL_HIGH ? held : Fmt::CELL_HIGH;
-    const bool negative = (int32_t)bits_of(u) < 0;
+    const bool negative = !Fmt::SIGN_MAGNITUDE && (int32_t)bits_of(u) < 0;
     const int32_t at = ((held - Fmt::CELL_LOW) >> Fmt::CELL_SHIFT) + (negative ? Fmt::CELL_HALF : 0);
     const uint32_t cell = NEAR ? ways.cells[NEAR ? at : 0] : Fmt::cells(at);
     const uint32_t over = ((uint32_t)held & BELOW) >= (cell & 0xFFFFFFu) ? 1u : 0u;
@@ -298,6 +299,7 @@ template <class Fmt> struct Codebook {
   }
 
   static constexpr int EACH = 32 / Fmt::BITS;
+  static constexpr float LEAST = Fmt::SIGN_MAGNITUDE ? -Fmt::TOP : Fmt::BOTTOM;
   static constexpr uint32_t SIGN = Fmt::SIGN_MAGNITUDE ? 1u << (Fmt::BITS - 1) : 0u;
 
   // The rung before it is raised.
@@ -362,7 +364,7 @@ template <class Fmt> struct Floats {
       } else if constexpr (Fmt::DTYPE == LB_BFLOAT16) {
         x[i] = float_of(i % 2 ? codes.word[i / 2] & 0xFFFF0000u : codes.word[i / 2] << 16);
       } else {
-        x[i] = widen_fp16((uint16_t)(codes.word[i / 2] >> i % 2 * 16));
+        x[i] = value_fp16(codes.word[i / 2] >> i % 2 * 16 & 0xFFFFu);
       }
     }
   }
@@ -375,13 +377,21 @@ template <class Fmt> struct Floats {
       LB_UNROLL for (int i = 0; i < V; ++i) packed.word[i] = bits_of(x[i]);
       return packed;
     }
+    constexpr bool BF16 = Fmt::DTYPE == LB_BFLOAT16;
+    if constexpr (!STOCHASTIC && !LIVE && !BOUNDED) {
+      LB_UNROLL for (int i = 0; i < V; i += 2) {
+        const float high = V == 1 ? 0.0f : x[(i + 1) % V];
+        packed.word[i / 2] = BF16 ? two_bf16(x[i], high) : two_fp16(x[i], high);
+      }
+      return packed;
+    }
     uint32_t c[V];  // the number is the upper half where HIGH
-    constexpr bool HIGH = Fmt::DTYPE == LB_BFLOAT16 && BOUNDED && !LIVE;
+    constexpr bool HIGH = BF16 && BOUNDED && !LIVE;
     LB_UNROLL for (int i = 0; i < V; ++i) {
       if constexpr (HIGH) {
         const uint32_t raw = bits_of(x[i]);
         c[i] = raw + (STOCHASTIC ? draws[i] : 0x7FFFu + (raw >> 16 & 1u));
-      } else if constexpr (Fmt::DTYPE == LB_BFLOAT16) {
+      } else if constexpr (BF16) {
         c[i] = STOCHASTIC ? narrow_bf16(x[i], draws[i]) : narrow_bf16(x[i]);
       } else {
         c[i] = STOCHASTIC ? narrow_fp16(x[i], draws[i]) : narrow_fp16(x[i]);

@@ -7,9 +7,20 @@
 
 namespace lb {
 
-constexpr int V = 8, THREADS = 256;  // values of a lane, lanes of a block
+constexpr int V = 8, THREADS = 256;  // values of a lane in a turn, lanes of a block
 constexpr bool BACK = ROTATION < 0;
 constexpr int TURNED = BACK ? -ROTATION : ROTATION;
+
+// What is divided by again and again; lowbit/backends/cuda_codec.py knows by what to multiply instead, and how far to shift.
+struct Divisor {
+  uint32_t magic, shift;
+  int64_t by;
+};
+
+LB_FN int64_t divided(int64_t n, const Divisor &d) {
+  const uint32_t low = (uint32_t)n;
+  return n >> 31 ? n / d.by : (int64_t)((upper_product(low, d.magic) + low) >> d.shift);
+}
 
 // lowbit/backends/cuda_codec.py states the same layout. What nobody asks for is null.
 struct Matrix {
@@ -24,44 +35,82 @@ struct Matrix {
   uint8_t *mask;         // a bit for each value: written; or read, where values are rotated back
   int64_t rows, cols, filled, stride;  // stride: of the numbering of elements, for random bits
   int64_t row_bytes, scales;           // of a row's codes; scales of a row
-  int64_t across;                      // lanes of a row
-  int64_t tile, width;                 // rows and columns of a block
+  int64_t lanes;                       // that have values; those of rows that are filled up too
+  Divisor across;                      // lanes of a row
+  Divisor tile, width;                 // rows and columns of a block
   uint32_t key[2];                     // of random bits
   uint32_t signs[2];                   // of the hash that a rotation takes its signs from
   uint32_t flips;                      // whether it changes signs
   float edge;                          // of the mask
+  int32_t turns;                       // of a block of threads
 };
 
-// The place of a lane. Lanes beyond the last row come along, with nothing to do.
+// The number of a lane in a turn, among all. LINEAR: the matrix is one row, every lane has all of its values, and they and
+// their codes lie on multiples of their size; there are less than 2**31 lanes.
+template <bool NARROW> struct Ordinals {
+  using Type = int64_t;
+};
+template <> struct Ordinals<true> {
+  using Type = uint32_t;
+};
+using Ordinal = Ordinals<LINEAR>::Type;
+
+// The place of a lane in a turn. Lanes beyond the last row come along, with nothing to do.
 struct Place {
   int64_t row, col;
   int count;  // values, V at most
-  LB_FN Place of(const Matrix &m) {
-    const int64_t number = (int64_t)blockIdx.x * THREADS + threadIdx.x;
+  LB_FN Place of(const Matrix &m, Ordinal number) {
+    if (LINEAR) return {0, (int64_t)((uint64_t)number * V), number < (Ordinal)m.lanes ? V : 0};
     Place p;
-    p.row = m.rows == 1 ? (number >= m.across ? 1 : 0)
-            : (number | m.across) >> 32 ? number / m.across
-                                        : (uint32_t)number / (uint32_t)m.across;
-    p.col = (number - p.row * m.across) * V;
+    p.row = m.rows == 1 ? (number >= m.lanes ? 1 : 0) : divided(number, m.across);
+    p.col = (number - p.row * m.across.by) * V;
     p.count = p.row < m.rows ? held(m.cols - p.col) : 0;
     return p;
   }
   LB_FN int held(int64_t left) { return (int)(left < 0 ? 0 : left < V ? left : V); }
 };
 
+LB_FN Ordinal first_number(const Matrix &m) { return (Ordinal)blockIdx.x * (Ordinal)m.turns * THREADS + threadIdx.x; }
+
+// A lane's turns, as long as its warp has values: f(its number, that of its next turn, or one beyond all).
+template <class F> LB_FN void by_turns(const Matrix &m, F f) {
+  const Ordinal lanes = (Ordinal)m.lanes, first = first_number(m), of_warp = first - (Ordinal)lane();
+  const Ordinal ahead = of_warp < lanes ? (lanes - of_warp + (THREADS - 1)) / THREADS : 0;
+  int left = ahead < (Ordinal)m.turns ? (int)ahead : m.turns;
+  LB_KEEP_NUMBER(left);  // else it is made anew each turn
+  LB_ONE_AT_A_TIME for (Ordinal number = first; left > 0; --left, number += THREADS) {
+    f(number, left > 1 ? number + THREADS : lanes);
+  }
+}
+
 // ---- values in memory; those beyond the end of a row are 0
 
-template <int N> LB_FN void read(const void *values, int64_t at, int count, float (&x)[N]) {
+template <int BYTES> LB_FN Words<BYTES> load_part(const void *from, int count) {
+  if (!LINEAR) return load<BYTES>(from, count);
+  Words<BYTES> to = {};
+  if (count) to = load_aligned<BYTES>(from);
+  return to;
+}
+
+template <int BYTES> LB_FN void store_part(void *to, const Words<BYTES> &from, int count) {
+  if (!LINEAR) return store<BYTES>(to, from, count);
+  if (count) store_aligned<BYTES>(to, from);
+}
+
+template <int N> LB_FN Codes<Values, N> fetch(const void *values, int64_t at, int count) {
   constexpr int SIZE = Values::BITS / 8;
-  const Codes<Values, N> raw = load<N * SIZE>((const char *)values + at * SIZE, count * SIZE);
-  Codec<Values>::template decode<N>(raw, 1.0f, 0.0f, {}, x);
+  return load_part<N * SIZE>((const char *)values + at * SIZE, count * SIZE);
+}
+
+template <int N> LB_FN void read(const void *values, int64_t at, int count, float (&x)[N]) {
+  Codec<Values>::template decode<N>(fetch<N>(values, at, count), 1.0f, 0.0f, {}, x);
 }
 
 template <int N> LB_FN void write(void *values, int64_t at, int count, const float (&x)[N]) {
   constexpr int SIZE = Out::BITS / 8;
   const uint32_t draws[N] = {};
   const auto raw = Codec<Out>::template encode<N, false, false, false>(x, x, 1.0f, 0.0f, draws, {});
-  store<N * SIZE>((char *)values + at * SIZE, raw, count * SIZE);
+  store_part<N * SIZE>((char *)values + at * SIZE, raw, count * SIZE);
 }
 
 // ---- the rotation: signs, then sums and differences at growing distances, then the norm; back, signs come last
@@ -93,13 +142,23 @@ LB_FN void rotate(const Matrix &m, int64_t col, float (&x)[V]) {
   if (BACK) flip(m, col, x);
 }
 
-// A lane's values, rotated. All lanes of a warp come here.
-LB_FN void read_lane(const Matrix &m, const Place &p, float (&x)[V]) {
-  const int count = p.count ? Place::held(m.filled - p.col) : 0;
-  read<V>(m.values, p.row * m.filled + p.col, count, x);
+// A lane's values as they are read.
+struct Raw {
+  Codes<Values, V> words;
+  uint32_t bits;  // of the mask, if there is one
+  LB_FN Raw of(const Matrix &m, const Place &p) {
+    const int count = LINEAR || p.count == 0 ? p.count : Place::held(m.filled - p.col);
+    const bool masked = BACK && m.mask && count;
+    return {fetch<V>(m.values, p.row * m.filled + p.col, count),
+            masked ? m.mask[p.row * ((m.filled + 7) / 8) + p.col / 8] : 0u};
+  }
+};
+
+// The numbers, rotated. All lanes of a warp come here.
+LB_FN void widen(const Matrix &m, const Place &p, const Raw &raw, float (&x)[V]) {
+  Codec<Values>::template decode<V>(raw.words, 1.0f, 0.0f, {}, x);
   if (BACK && m.mask) {
-    const uint32_t bits = count ? m.mask[p.row * ((m.filled + 7) / 8) + p.col / 8] : 0u;
-    LB_UNROLL for (int i = 0; i < V; ++i) x[i] = x[i] * (bits >> i & 1u ? 1.0f : 0.0f);
+    LB_UNROLL for (int i = 0; i < V; ++i) x[i] = x[i] * (raw.bits >> i & 1u ? 1.0f : 0.0f);
   }
   if (ROTATION) rotate(m, p.col, x);
 }

@@ -28,14 +28,10 @@ LB_FN void terms(int what, const Block &b, const Tables &shared, float (&x)[V]) 
 }
 
 // `to`: [rows, scales, pieces]; of units, nothing.
-extern "C" __global__ void __launch_bounds__(THREADS) measure(const Matrix m, const int what, const int pieces, double *to) {
-  __shared__ Tables shared;
-  Codec<Fmt>::prepare(shared);
-  __syncthreads();
-  Place p = Place::of(m);
+LB_FN void measure_turn(const Matrix &m, Place p, int what, int pieces, double *to, const Tables &shared) {
   const uint32_t number = (uint32_t)(p.col / V) / TEAM, block = number / (uint32_t)pieces;  // in its row
-  const int64_t own = (int64_t)block * m.width, first = number % (uint32_t)pieces * (int64_t)LB_BLOCK + lane() % TEAM * V;
-  const int64_t end = own + m.width < m.cols ? own + m.width : m.cols;
+  const int64_t own = (int64_t)block * m.width.by, first = number % (uint32_t)pieces * (int64_t)LB_BLOCK + lane() % TEAM * V;
+  const int64_t end = own + m.width.by < m.cols ? own + m.width.by : m.cols;
   p.col = own + first;
   p.count = p.row < m.rows ? Place::held(end - p.col) : 0;
   float x[V];
@@ -44,7 +40,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) measure(const Matrix m, co
     uint32_t most = 0u;
     LB_UNROLL for (int i = 0; i < V; ++i) most = magnitude_bits(x[i]) > most ? magnitude_bits(x[i]) : most;
     most = largest<TEAM>(most);
-    if (p.row < m.rows && lane() % TEAM == 0) to[p.row * (m.across / TEAM) + number] = (double)float_of(most);
+    if (p.row < m.rows && lane() % TEAM == 0) to[p.row * (m.across.by / TEAM) + number] = (double)float_of(most);
     return;
   }
   const Block b = p.count ? given(m, p.row, p.col) : Block{0.0f, 0.0f, 0.0f, 0u};
@@ -56,5 +52,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) measure(const Matrix m, co
   terms(what, b, shared, x);
   LB_UNROLL for (int i = 0; i < V; ++i) x[i] = i < p.count ? x[i] : 0.0f;
   const float sum = block_sum<TEAM, V>(x);
-  if (p.row < m.rows && lane() % TEAM == 0) to[p.row * (m.across / TEAM) + number] = (double)sum;
+  if (p.row < m.rows && lane() % TEAM == 0) to[p.row * (m.across.by / TEAM) + number] = (double)sum;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) measure(const Matrix m, const int what, const int pieces, double *to) {
+  __shared__ Tables shared;
+  Codec<Fmt>::prepare(shared);
+  __syncthreads();
+  by_turns(m, [&](Ordinal number, Ordinal) { measure_turn(m, Place::of(m, number), what, pieces, to, shared); });
 }

@@ -37,6 +37,7 @@ template <class T> __device__ T atomicMax(T *, T);
 template <class T> __device__ T atomicOr(T *, T);
 
 __device__ __attribute__((const)) unsigned __isGlobal(const void *);
+__device__ __attribute__((const)) unsigned __umulhi(unsigned, unsigned);
 __device__ float fmaxf(float, float);
 __device__ float fminf(float, float);
 __device__ float fabsf(float);

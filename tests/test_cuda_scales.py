@@ -257,17 +257,37 @@ SETTINGS = {
     "six": ("mxfp6-e2m3", {}),
     "eden": ("nvfp4-eden", {"run": 32, "rotation": Rotation(32, 5)}),
     "rows": ("int4-quest", {}),
+    "apart": ("int4:48", {}),
 }
 FAULTS = {
-    "a mask of what another lane has": ("quest", "codec.cu", "/ 8) + p.col / 8] = (uint8_t)(b", "/ 8)] = (uint8_t)(b"),
-    "bits of what is beyond a row": ("quest", "codec.cu", "(bits & ((1u << p.count) - 1u))", "(bits)"),
+    "a mask of what another lane has": ("quest", "coding.h", "/ 8) + p.col / 8] = (uint8_t)(b", "/ 8)] = (uint8_t)(b"),
+    "bits of what is beyond a row": ("quest", "coding.h", "(bits & ((1u << p.count) - 1u))", "(bits)"),
     "6 bits cut off at words": (
         "six",
         "formats.h",
         "codes.word[word + 1] |= code >> (32 - from);",
         "codes.word[word + 1] |= 0u;",
     ),
-    "a sum for the tensor's largest": ("nvfp4", "codec.cu", "p, x))), false, room)", "p, x))), true, room)"),
+    "a sum for the tensor's largest": (
+        "nvfp4",
+        "passes.cu",
+        "over_block(most, false, room)",
+        "over_block(most, true, room)",
+    ),
+    "each lane its own largest": ("apart", "passes.cu", "range.above = over_block(range.above, false, room);", ""),
+    "the first turn's values in all turns": (
+        "outer",
+        "codec.cu",
+        "ahead = Raw::of(m, next);\n    encode_turn",
+        "encode_turn",
+    ),
+    "quotients of another divisor": (
+        "quest",
+        "places.h",
+        "d.magic) + low) >> d.shift",
+        "d.magic) + low) >> (d.shift + 1)",
+    ),
+    "NaN as the largest": ("quest", "coding.h", "source[i] = in_units(x[i], inverse);", "(void)0;"),
     "what is not finite counts": (
         "nvfp4",
         "derive.h",

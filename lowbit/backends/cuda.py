@@ -24,7 +24,20 @@ from ..scales import Scales, best, block_of, multiplier
 from .cuda_codec import EXTRA as EXTRA
 from .cuda_codec import THREADS as THREADS
 from .cuda_codec import VALUES as VALUES
-from .cuda_codec import WARP, finder, is_linear, launch, matrix, module, point, print_spec, team, turn
+from .cuda_codec import (
+    WARP,
+    finder,
+    is_line,
+    is_linear,
+    launch,
+    matrix,
+    module,
+    point,
+    print_spec,
+    share,
+    team,
+    turn,
+)
 from .cuda_codec import Matrix as Matrix
 from .cuda_step import capture as capture
 from .cuda_step import prepare as prepare
@@ -78,12 +91,8 @@ def _encode(
     values = None if dtype is None else torch.empty(shape, dtype=dtype, device=x.device)
     if not x.numel():
         return values, parts or {}
-    spec = print_spec(
-        fmt, x.dtype, noise is not None and not run, live, rotation.size if rotation else 0, dtype or torch.float32, run
-    )
-    kernels = module(x.device, spec)
     together = fmt.block[1] if how == "warp" and fmt.compressed else VALUES
-    made, lanes = matrix(
+    made = matrix(
         fmt,
         shape,
         max(together, fmt.scaling.outer if how == "warp" else 0, rotation.size if rotation else 0),
@@ -98,6 +107,8 @@ def _encode(
     own = parts if parts is not None else _empty(fmt, shape, x.device, codes=False, scales=how == "passes")
     point(made, values=x, out=values, codes=own.get("codes"), mask=own.get("inside"))
     made.edge = edge or 0.0
+    random, turned = noise is not None and not run, rotation.size if rotation else 0
+    spec = print_spec(fmt, x.dtype, random, live, turned, dtype or torch.float32, run, line=is_line(made))
     if how == "host":
         found = best(fmt, _Measured(fmt, x))
         inverse, held = found.inverse.contiguous(), found.multiplier.contiguous()
@@ -106,13 +117,13 @@ def _encode(
     else:
         point(made, scale=own.get("scale"), extra=own.get(EXTRA.get(fmt.kind, "")), outer=own.get("tensor_scale"))
     if how == "passes":
-        blocks, threads = made.rows * made.scales, THREADS if made.width > WARP else 32
-        kernels.machine.launch(kernels.function("scales"), blocks, threads, (made,))
+        before, threads = module(x.device, spec, "passes.cu"), THREADS if made.width.by > WARP else 32
+        before.machine.launch(before.function("scales"), made.rows * made.scales, threads, (made,))
     if how == "warp" and fmt.scaling.peak and not fmt.scaling.outer:
         most = torch.zeros(1, dtype=torch.int32, device=x.device)
         point(made, most=most)
-        launch(kernels, "largest_of_all", lanes, made)
-    launch(kernels, "encode", lanes, made)
+        launch(module(x.device, spec, "passes.cu"), "largest_of_all", made)
+    launch(module(x.device, spec), "encode", made)
     return values, own if parts is not None else {}
 
 
@@ -191,10 +202,11 @@ def decode(fmt: Format, parts: dict[str, Tensor], cols: int, dtype: torch.dtype 
     values = torch.empty(rows, cols, dtype=dtype, device=codes.device)
     if values.numel():
         scale = multiplier(fmt, parts).contiguous() if fmt.scaling.stored == "double" else parts.get("scale")
-        made, lanes = matrix(fmt, (rows, cols), max(VALUES, fmt.scaling.outer))
+        made = matrix(fmt, (rows, cols), max(VALUES, fmt.scaling.outer))
         point(made, out=values, codes=codes, scale=scale, outer=parts.get("tensor_scale"))
         point(made, extra=parts.get(EXTRA.get(fmt.kind, "")))
-        launch(module(values.device, print_spec(fmt, torch.float32, out=dtype)), "decode", lanes, made)
+        spec = print_spec(fmt, torch.float32, out=dtype, line=is_line(made))
+        launch(module(values.device, spec), "decode", made)
     return values
 
 
@@ -211,11 +223,11 @@ def rotate(
     x = x.detach().resolve_neg().contiguous()
     values = torch.empty(x.shape[0], rotation.padded(x.shape[1]), dtype=dtype, device=x.device)
     if x.numel():
-        made, lanes = matrix(FLOATS, (values.shape[0], values.shape[1]), rotation.size, x.shape[1], alone=True)
+        made = matrix(FLOATS, (values.shape[0], values.shape[1]), rotation.size, x.shape[1], alone=True)
         turn(made, rotation)
         point(made, values=x, out=values, mask=None if mask is None else (mask := mask.contiguous()))
         spec = print_spec(FLOATS, x.dtype, rotation=-rotation.size if back else rotation.size, out=dtype)
-        launch(module(x.device, spec), "encode", lanes, made)
+        launch(module(x.device, spec), "encode", made)
     return values
 
 
@@ -255,10 +267,11 @@ class _Measured:
     def codes(self, found: Scales) -> Tensor:
         parts = _empty(self.fmt, self.shape, self.x.device, scales=False)
         if self.x.numel():
-            made, lanes = matrix(self.fmt, self.shape)
+            made = matrix(self.fmt, self.shape)
             inverse, held = found.inverse.contiguous(), found.multiplier.contiguous()
             point(made, values=self.x, scale=held, inverse=inverse, codes=parts["codes"])
-            launch(module(self.x.device, print_spec(self.fmt, self.x.dtype, given=True)), "encode", lanes, made)
+            spec = print_spec(self.fmt, self.x.dtype, given=True, line=is_line(made))
+            launch(module(self.x.device, spec), "encode", made)
         return parts["codes"]
 
     def _total(self, what: str, found: Scales) -> Tensor:
@@ -278,12 +291,12 @@ class _Measured:
         if not self.x.numel():
             return
         pieces = pieces or -(-min(self.block[1], self.shape[1]) // STEP_BLOCK)
-        made, _ = matrix(self.fmt, self.shape, alone=True)
-        made.across = made.scales * pieces * team(self.fmt)
+        made = matrix(self.fmt, self.shape, alone=True)
+        share(made, made.scales * pieces * team(self.fmt))
         if found is not None:
             inverse, held = found.inverse.contiguous(), found.multiplier.contiguous()
             point(made, scale=held, inverse=inverse)
         point(made, values=self.x, out=out)
         kernels = module(self.x.device, print_spec(self.fmt, self.x.dtype, given=True), "statistic.cu")
         pointer = c_void_p(None if to is None else to.data_ptr())
-        launch(kernels, "measure", self.shape[0] * made.across, made, c_int(STATISTIC[what]), c_int(pieces), pointer)
+        launch(kernels, "measure", made, c_int(STATISTIC[what]), c_int(pieces), pointer)

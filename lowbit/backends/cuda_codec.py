@@ -1,8 +1,8 @@
-"""What kernels of whole matrices (cuda/codec.cu, statistic.cu) are told: constants, and a struct at a launch."""
+"""What kernels of whole matrices (cuda/codec.cu, passes.cu, statistic.cu) are told: constants, a struct at a launch."""
 
 from __future__ import annotations
 
-from ctypes import Structure, c_float, c_int64, c_uint32, c_void_p
+from ctypes import Structure, c_float, c_int32, c_int64, c_uint32, c_void_p
 from functools import lru_cache
 from typing import Literal
 
@@ -18,14 +18,15 @@ from ..rotation import Rotation
 from ..scales import block_of, exponents, last_power
 
 THREADS = 256
-VALUES = 8  # of a lane
+VALUES = 8  # of a lane in a turn
+ENOUGH, TURNS = 4096, 8  # blocks of threads: what goes beyond makes turns instead, so many at most
 WARP = 32 * VALUES
 EXTRA = {"affine": "zero", "log": "base"}
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 assert set(DTYPE) == {str(dtype).removeprefix("torch.") for dtype in NAMES}
 HEADERS = (
     *("stdint.h", "abi.h", "words.h", "arithmetic.h", "scaling.h", "scale_bytes.h"),
-    *("device.h", "quick.h", "formats.h", "sums.h", "places.h", "derive.h"),
+    *("device.h", "quick.h", "formats.h", "sums.h", "places.h", "derive.h", "coding.h"),
 )
 
 
@@ -81,8 +82,12 @@ def print_spec(
     out: torch.dtype = torch.float32,
     run: int = 0,
     given: bool | None = None,
+    line: bool = False,
 ) -> str:
-    """The text of spec.h for cuda/codec.cu and statistic.cu; formats whose scales the host finds are always given."""
+    """The text of spec.h for cuda/codec.cu, passes.cu and statistic.cu.
+
+    `given`: formats whose scales the host finds always are; `line`: see `is_line`.
+    """
     given = finder(fmt) == "host" if given is None else given
     constants = {
         "STOCHASTIC": stochastic,
@@ -93,6 +98,7 @@ def print_spec(
         "ROTATION": rotation,
         "RUN": run,
         "TEAM": team(fmt),
+        "LINEAR": line,
     }
     types = (fmt, "Fmt"), (format(NAMES[dtype]), "Values"), (format(NAMES[out]), "Out")
     printed = "".join(print_format(one, name) for one, name in types)
@@ -139,6 +145,25 @@ def module(device: torch.device, spec: str, file: str = "codec.cu") -> Module:
 # ---- what is launched
 
 
+class Divisor(Structure):
+    """As in cuda/places.h: quotients of numbers below 2**31 by the round-up method (Granlund and Montgomery, 1994)."""
+
+    _fields_ = [("magic", c_uint32), ("shift", c_uint32), ("by", c_int64)]
+
+    @staticmethod
+    def of(by: int) -> Divisor:
+        """What divides by a number from 1 on.
+
+        >>> seven = Divisor.of(7)
+        >>> ((100 * seven.magic >> 32) + 100) >> seven.shift
+        14
+        """
+        if by >= 1 << 31:  # of which all those quotients are 0
+            return Divisor(0, 31, by)
+        shift = (by - 1).bit_length()
+        return Divisor(((1 << shift) - by << 32) // by + 1, shift, by)
+
+
 class Matrix(Structure):
     """As in cuda/places.h."""
 
@@ -147,18 +172,19 @@ class Matrix(Structure):
             (name, c_void_p)
             for name in ("values", "out", "codes", "scale", "inverse", "extra", "outer", "most", "mask")
         ),
-        *((name, c_int64) for name in ("rows", "cols", "filled", "stride", "row_bytes", "scales", "across")),
-        *((name, c_int64) for name in ("tile", "width")),
+        *((name, c_int64) for name in ("rows", "cols", "filled", "stride", "row_bytes", "scales", "lanes")),
+        *((name, Divisor) for name in ("across", "tile", "width")),
         *((name, c_uint32 * 2) for name in ("key", "signs")),
         ("flips", c_uint32),
         ("edge", c_float),
+        ("turns", c_int32),
     ]
 
 
 def matrix(
     fmt: Format, shape: tuple[int, int], run: int = VALUES, filled: int | None = None, alone: bool = False
-) -> tuple[Matrix, int]:
-    """The struct of a matrix [rows, cols] with all but pointers and keys, and how many lanes it takes.
+) -> Matrix:
+    """The struct of a matrix [rows, cols] with all but pointers and keys.
 
     Args:
         fmt: the format of its codes.
@@ -173,10 +199,22 @@ def matrix(
     whole = not alone and filled == cols and cols % step_width(cols) == 0 and cols % run == 0 and cols % block == 0
     if rows > 1 and tile == 1 and whole:  # one long row: no division
         rows, cols, filled, stride, scales = 1, rows * cols, rows * cols, rows * cols, rows * scales
-    across = -(-cols // run) * run // VALUES
-    made = Matrix(rows=rows, cols=cols, filled=filled, stride=stride, scales=scales, across=across)
-    made.row_bytes, made.tile, made.width = row_bytes(cols, fmt.bits), tile, block
-    return made, rows * across
+    made = Matrix(rows=rows, cols=cols, filled=filled, stride=stride, scales=scales)
+    made.row_bytes, made.tile, made.width = row_bytes(cols, fmt.bits), Divisor.of(tile), Divisor.of(block)
+    share(made, -(-cols // run) * run // VALUES)
+    return made
+
+
+def share(made: Matrix, across: int) -> None:
+    """Give each row so many lanes; and what is beyond ENOUGH blocks of threads, to turns."""
+    made.lanes, made.across = made.rows * across, Divisor.of(across)
+    made.turns = max(1, min(-(-made.lanes // THREADS) // ENOUGH, TURNS))
+
+
+def is_line(made: Matrix) -> bool:
+    """Whether a matrix, its pointers set, is one line of whole lanes for kernels (LINEAR in cuda/places.h)."""
+    whole = made.rows == 1 and made.cols == made.filled == made.lanes * VALUES and made.lanes < 1 << 31
+    return whole and not any((pointer or 0) % 16 for pointer in (made.values, made.out, made.codes))
 
 
 def turn(made: Matrix, rotation: Rotation) -> None:
@@ -192,6 +230,7 @@ def point(made: Matrix, **tensors: Tensor | None) -> None:
             setattr(made, name, tensor.data_ptr())
 
 
-def launch(module: Module, name: str, lanes: int, *arguments: object) -> None:
-    """One lane for each VALUES values."""
-    module.machine.launch(module.function(name), -(-lanes // THREADS), THREADS, arguments)
+def launch(module: Module, name: str, made: Matrix, *arguments: object) -> None:
+    """Launch a kernel on a matrix: one lane for VALUES values of each of its turns."""
+    blocks = -(-made.lanes // (THREADS * made.turns))
+    module.machine.launch(module.function(name), blocks, THREADS, (made, *arguments))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,10 +10,12 @@ import torch
 
 from .. import optim
 from ..backends import cuda
+from ..backends.cuda_codec import VALUES, finder
 from ..formats import format, formats
 from ..gpu import linear
 from ..gpu.inspect import Specialisation
 from ..gpu.specialise import print_spec, special
+from ..gpu.stages import launches
 from ..nn.stored import StoredWeight
 from ..stages import Job, Turn
 
@@ -37,7 +40,15 @@ _OTHERS: dict[str, dict[str, Any]] = {
     "stored nf4": {"store": "nf4"},
 }
 
+# Formats whose codes are drawn at random too; whose scales take a pass before, one of each kind; whose blocks are
+# measured.
+RANDOM = ("int4", "nf4", "e4m3", "mxfp4")
+PASSES = ("int4:48", "sqrt8:7", "nf4:3", "int4-affine:5", "solo4:100", "nvfp4")
 MEASURED = ("int8:row", "ternary", "nvfp4-2d", "mxfp6-e2m3", "e4m3:3x5")
+_PASS = {
+    "passes": {"scales": 1},
+    "warp": {"largest_of_all": VALUES},
+}  # values of a turn, by who finds a format's scales
 
 
 def shipped() -> list[Specialisation]:
@@ -51,15 +62,25 @@ def shipped() -> list[Specialisation]:
 
 
 def _codecs() -> list[Specialisation]:
-    """Of every format, for matrices in bf16, to the nearest value; what is longest; what scales are made from."""
-    spec = {name: cuda.print_spec(format(name), torch.bfloat16) for name in formats()}
-    eden = cuda.print_spec(format("nvfp4-eden"), torch.bfloat16, True, rotation=128, run=128)
-    back = cuda.print_spec(format("fp32"), torch.bfloat16, rotation=-128)
-    made = {**spec, "nvfp4-eden corrected": eden, "rotation back": back}
-    given = [(name, cuda.print_spec(format(name), torch.bfloat16, given=True)) for name in MEASURED]
+    """Of every format, for matrices in bf16, to the nearest value; what is longest; what scales are made from.
+
+    Of `encode` the codes are counted, not what they stand for; `decode` writes that, in bf16.
+    """
+    print_spec = functools.partial(cuda.print_spec, dtype=torch.bfloat16, out=torch.bfloat16)
+    spec = {name: print_spec(format(name), line=True) for name in formats()}
+    random = {f"{name} stochastic": print_spec(format(name), stochastic=True, line=True) for name in RANDOM}
+    eden = print_spec(format("nvfp4-eden"), stochastic=True, rotation=128, run=128)
+    ragged = print_spec(format("nf4"))
+    back = print_spec(format("fp32"), rotation=-128)
+    made = {**spec, **random, "nf4 ragged rows": ragged, "nvfp4-eden corrected": eden, "rotation back": back}
+    codecs = {name: ({"encode": VALUES, "decode": VALUES}, {"encode": frozenset({"STG 128"})}) for name in made}
+    codecs["rotation back"] = {"encode": VALUES}, {}  # its values are all that it writes
+    before = [(name, print_spec(format(name), line=True)) for name in PASSES]
+    given = [(name, print_spec(format(name), given=True)) for name in MEASURED]
     return [
-        *(Specialisation(f"codec {name}", "codec.cu", text, {}) for name, text in made.items()),
-        *(Specialisation(f"statistic {name}", "statistic.cu", text, {}) for name, text in given),
+        *(Specialisation(f"codec {name}", "codec.cu", text, *codecs[name]) for name, text in made.items()),
+        *(Specialisation(f"passes {name}", "passes.cu", text, _PASS[finder(format(name))]) for name, text in before),
+        *(Specialisation(f"statistic {name}", "statistic.cu", text, {"measure": VALUES}) for name, text in given),
     ]
 
 
@@ -81,7 +102,8 @@ def _steps(
     if not isinstance(job, Job):  # a matrix rule in parts: what comes before the first matrix stage
         job = job.begin()
     kind, name = special(job), ", ".join(filter(None, [f"{type(made).__name__} {states}", more]))
-    found = [Specialisation(name, "step.cu", print_spec(kind), {"update": kind.values})]
+    found = [Specialisation(name, "step.cu", print_spec(kind), {"update": kind.values, "again": kind.values})]
     if kind.program.measures:
-        found.append(Specialisation(f"{name} measures", "measure.cu", print_spec(kind), {}))
+        sweeps = {launch.kernel: kind.values for launch in launches(kind.program) if launch.over in ("chunks", "tiles")}
+        found.append(Specialisation(f"{name} measures", "measure.cu", print_spec(kind), sweeps))
     return found

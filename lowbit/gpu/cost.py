@@ -59,5 +59,6 @@ def read(special: Specialisation, arch: str, cubin: bytes, log: str) -> Iterator
     code = inspect.disassemble(cubin) if special.values and inspect.nvdisasm() else {}
     for kernel, taken in sorted(inspect.resources(log).items()):
         values = special.values.get(kernel, 0)
-        mix = Mix.of(inspect.hot_loop(code[kernel])) if values and code else None
+        apart = special.apart.get(kernel, frozenset())
+        mix = Mix.of(inspect.hot_loop(code[kernel], apart)) if values and code else None
         yield Report(special.name, kernel, arch, taken, mix, values)

@@ -20,7 +20,7 @@ import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +38,15 @@ class InspectError(RuntimeError):
 class Specialisation:
     """Kernels as they are compiled for one purpose: a file of cuda/, and the `spec.h` that it includes.
 
-    `values`: of the kernels whose main loop is counted, how many values a thread handles in one turn.
+    `values`: of the kernels whose main loop is counted, how many values a thread handles in one turn; `apart`: for some
+    of them, accesses of results that not every launch asks for (`STG 128`), which the count leaves out.
     """
 
     name: str
     file: str
     spec: str
     values: Mapping[str, int]
+    apart: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,15 @@ class Instruction:
         sizes = [found.group(1) for part in self.opcode.split(".") if (found := _SIZE.fullmatch(part))]
         return int(sizes[-1]) if sizes else 32
 
+    @property
+    def access(self) -> str:
+        """What and how much one lane accesses.
+
+        >>> Instruction("LDG.E.128").access
+        'LDG 128'
+        """
+        return f"{self.name} {self.width}"
+
 
 _SIZE = re.compile(r"[US]?(8|16|64|128|256)")
 CLASSES = {
@@ -123,7 +134,7 @@ class Mix:
     def of(instructions: Sequence[Instruction]) -> Mix:
         """Count them; what is in none of `CLASSES` is integer."""
         classes = Counter(_CLASS.get(one.name, "integer") for one in instructions)
-        accesses = Counter(f"{one.name} {one.width}" for one in instructions if one.name in GLOBAL)
+        accesses = Counter(one.access for one in instructions if one.name in GLOBAL)
         return Mix(len(instructions), dict(classes), dict(accesses))
 
     @property
@@ -182,23 +193,29 @@ def disassemble(cubin: bytes) -> dict[str, list[Instruction]]:
     }
 
 
-def hot_loop(kernel: Sequence[Instruction]) -> list[Instruction]:
+def hot_loop(kernel: Sequence[Instruction], apart: frozenset[str] = frozenset()) -> list[Instruction]:
     """The instructions of one turn of a kernel's main loop, on its aligned path; of all of it if it has no loop.
 
-    Accesses of 16 bits are a general path too, unless the aligned path cannot do without.
+    Narrow accesses are a general path, unless the aligned path cannot do without: those of 16 bits where numbers of
+    columns are gathered, of 8 bits where a scale is a byte.
     """
-    narrow, all_of_it = _hot_loop(kernel, 16), _hot_loop(kernel, 8)
-    return narrow if _wide(narrow) and _wide(narrow) == _wide(all_of_it) else all_of_it
+    turns = (_hot_loop(kernel, narrow, apart) for narrow in (16, 8, 0))
+    return max(turns, key=lambda found: (_wide(found[0]), found[1]))[0]
 
 
 def _wide(instructions: Iterable[Instruction]) -> int:
     return sum(i.name in GLOBAL and i.width >= 128 for i in instructions)
 
 
-def _hot_loop(kernel: Sequence[Instruction], narrow: int) -> list[Instruction]:
+def _accesses(instructions: Iterable[Instruction], most: int = 256) -> int:
+    return sum(i.name in GLOBAL and i.width <= most for i in instructions)
+
+
+def _hot_loop(kernel: Sequence[Instruction], narrow: int, apart: frozenset[str]) -> tuple[list[Instruction], bool]:
+    """And whether it is a loop, not all of a kernel."""
     blocks = _blocks(kernel)
-    edges = {start: [to for to in _successors(kernel, blocks, start) if to in blocks] for start in blocks}
-    hot = {start for start, block in blocks.items() if not any(_cold(i, narrow) for i in block)}
+    edges = _edges(kernel, blocks)
+    hot = {start for start, block in blocks.items() if not any(_cold(i, narrow, apart) for i in block)}
     ways = {start: [to for to in edges[start] if to in hot] for start in hot}
     back: dict[int, list[int]] = {start: [] for start in hot}
     for start, targets in ways.items():
@@ -216,9 +233,12 @@ def _hot_loop(kernel: Sequence[Instruction], narrow: int) -> list[Instruction]:
     paths = [_likely(head, body, ways, blocks, risks) for head, body in loops if body]
     turns = [[i for start in path for i in blocks[start]] for path in paths]
     if not any(map(_wide, turns)):
-        body = reached & _reach({start for start in reached if not edges[start]}, back)
-        turns = [[i for start in _likely(0, body, ways, blocks, risks) for i in blocks[start]]]
-    return min(turns, key=lambda turn: (-_wide(turn), len(turn)))
+        ends = {start for start in reached if not edges[start] and blocks[start][-1].name != "RET"}
+        straight = [i for start in _likely(0, reached & _reach(ends, back), ways, blocks, risks) for i in blocks[start]]
+        if _wide(straight) or not any(map(_accesses, turns)):
+            return straight, False
+        return max(turns, key=_accesses), True
+    return min(turns, key=lambda turn: (-_wide(turn), len(turn))), True
 
 
 def _likely(
@@ -228,12 +248,12 @@ def _likely(
     blocks: Mapping[int, Sequence[Instruction]],
     risks: set[int],
 ) -> list[int]:
-    """The blocks of the way through a loop that has most wide accesses, then fewest risks, then most instructions.
+    """The blocks of a way through a loop: of most wide accesses, fewest narrow ones, fewest risks, most instructions.
 
     Of two branches only one is taken, where they depend on what is the same for a whole warp. One that has risks where
     the other has none is what kernels fall back to.
     """
-    best: dict[int, tuple[tuple[int, int, int], list[int]]] = {}
+    best: dict[int, tuple[tuple[int, int, int, int], list[int]]] = {}
     entered: set[int] = set()
     stack = [head] if head in body else []
     while stack:  # depth first: a way that leads back to a block that is entered and not left begins another turn
@@ -246,13 +266,15 @@ def _likely(
         stack.pop()
         if at in best:
             continue
-        (wide, safe, count), rest = max((best[to] for to in ahead if to in best), default=((0, 0, 0), []))
-        best[at] = (wide + _wide(blocks[at]), safe - (at in risks), count + len(blocks[at])), [at, *rest]
+        (wide, narrow, safe, count), rest = max((best[to] for to in ahead if to in best), default=((0, 0, 0, 0), []))
+        own = (_wide(blocks[at]), -_accesses(blocks[at], 16), -(at in risks), len(blocks[at]))
+        best[at] = (wide + own[0], narrow + own[1], safe + own[2], count + own[3]), [at, *rest]
     return best[head][1] if head in best else []
 
 
-def _cold(i: Instruction, narrow: int) -> bool:
-    return _slow(i, narrow) or i.opcode.startswith("WARPSYNC.COLLECTIVE")
+def _cold(i: Instruction, narrow: int, apart: frozenset[str]) -> bool:
+    asked = i.name in GLOBAL and i.access in apart
+    return asked or _slow(i, narrow) or i.opcode.startswith("WARPSYNC.COLLECTIVE")
 
 
 def _slow(i: Instruction, narrow: int) -> bool:
@@ -272,6 +294,16 @@ def _blocks(kernel: Sequence[Instruction]) -> dict[int, Sequence[Instruction]]:
     return {a * WORD: kernel[a:b] for a, b in zip(starts, [*starts[1:], len(kernel)], strict=True)}
 
 
+def _edges(kernel: Sequence[Instruction], blocks: Mapping[int, Sequence[Instruction]]) -> dict[int, list[int]]:
+    """Where each block goes on to. A computed jump (BRX) names no targets: taken are those that nothing else names."""
+    edges = {start: [to for to in _successors(kernel, blocks, start) if to in blocks] for start in blocks}
+    named = {0}.union(*edges.values())
+    for start, block in blocks.items():
+        if block[-1].name == "BRX":
+            edges[start] = [at for at in blocks if at not in named]
+    return edges
+
+
 def _successors(
     kernel: Sequence[Instruction], blocks: Mapping[int, Sequence[Instruction]], start: int
 ) -> Iterator[int]:
@@ -286,9 +318,7 @@ def _successors(
         barrier = last.operands.partition(",")[0]
         meeting = {i.target for i in kernel if i.name == "BSSY" and i.operands.partition(",")[0] == barrier}
         yield from [after] if after in meeting else [at for at in meeting if at is not None]
-    elif last.name == "BRX":
-        raise InspectError("a kernel with a computed jump (BRX): its loops are not known")
-    elif last.name not in ("EXIT", "RET") or last.predicate:
+    elif last.name not in ("EXIT", "RET", "BRX") or last.predicate:
         yield after
 
 
