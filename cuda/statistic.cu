@@ -2,8 +2,8 @@
 // a piece having 256 values at most. The host adds pieces and rows up and makes scales of the sums (lowbit/scales.py).
 //
 // A lane has V = 8 neighbouring values; as many lanes as a piece needs, a power of two, are its team. Bytes per value: 4,
-// 2 or 2 that are read, and 8 / (values of a piece). Instructions per value: 3 for the largest, 4 to 6 for sums, 12 to 20
-// where values are rounded. Units are written, 4 bytes a value.
+// 2 or 2 that are read, and 8 / (values of a piece). Instructions per value: 26 at most, as `lowbit doctor` counts;
+// what takes most is to write units, 4 bytes a value.
 //
 // derive.h and places.h say what spec.h has; and TEAM, the lanes of a piece.
 #include "derive.h"

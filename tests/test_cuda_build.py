@@ -171,7 +171,8 @@ def test_a_kernel_compiles_without_a_warning_and_keeps_to_registers(by: str, arc
         assert (taken.spills, taken.stack) == (0, 0), kernel
         most = OF[name] if kernel == "linear_few" and name in OF else REGISTERS.get(kernel, 64)
         assert 0 < taken.registers <= most, kernel
-        assert not any(access.split()[1] == "8" for access in (one.mix.accesses if one.mix else {})), kernel
+        bytewise = special.file in ("codec.cu", "passes.cu")  # scales and zero points of a byte, masks
+        assert bytewise or not any(access.split()[1] == "8" for access in (one.mix.accesses if one.mix else {})), kernel
 
 
 LOCAL = 'extern "C" __global__ void k(float *p, int n) { float a[64]; for (int i = 0; i < 64; ++i) a[i] = p[i]; ' + (

@@ -243,6 +243,48 @@ def test_codes_and_values_at_once(name):
             same(got[1][part], want[1][part], (name, part))
 
 
+@pytest.mark.parametrize("by", [1, 2, 3, 5, 7, 8, 641, 4097, 2**30 - 1, 2**30, 2**30 + 1, 2**31 - 1, 2**31, 2**40])
+def test_quotients(by):
+    """As cuda/places.h computes them, of numbers below 2**31; the others it divides."""
+    divisor = cuda_codec.Divisor.of(by)
+    assert divisor.by == by
+    near = {k * by + d for k in (0, 1, 2, 3, 1000, (2**31 - 1) // by) for d in (-1, 0, 1)}
+    for n in {0, 2**31 - 1, *range(100)} | {n for n in near if 0 <= n < 2**31}:
+        total = (n * divisor.magic >> 32) + n
+        assert total < 2**32 and total >> divisor.shift == n // by, n
+
+
+@pytest.mark.parametrize("shape", [(130, 256), (70, 300), (1, 2048 * 9 + 8)])
+@pytest.mark.parametrize("name", ["nf4", "nvfp4", "int4:48", "fp32", "int8:32x32"])
+def test_turns(name, shape, monkeypatch):
+    """Of one block of threads and of many; the last is short, and one has what is not finite."""
+    fmt = format(name)
+    x = values(fmt, shape)
+    x[0, 5], x[-1, -1], x[len(x) // 2, 2100 % shape[1]] = math.inf, math.nan, -0.0
+    for enough in (1, 4, 10**6):
+        monkeypatch.setattr(cuda_codec, "ENOUGH", enough)
+        made = cuda_codec.matrix(fmt, shape)
+        assert (made.turns > 1) == (enough * 2 <= -(-made.lanes // cuda_codec.THREADS))
+        check(fmt, x)
+
+
+def test_lines():
+    """Which matrices are one line of whole lanes: aligned, and no row ends in the midst of a lane or a block."""
+    fmt, whole = format("nf4:128"), torch.zeros(4 * 256 + 8)
+
+    def line(shape, x=whole, fmt=fmt, **more):
+        made = cuda_codec.matrix(fmt, shape, **more)
+        cuda_codec.point(made, values=x)
+        return cuda_codec.is_line(made)
+
+    assert line((4, 256)) and line((1, 8)) and line((1, 1032)) and line((2, 512))
+    assert not line((4, 256), whole[1:]) and line((4, 256), whole[4:])
+    assert not line((4, 252)) and not line((4, 64)) and not line((1, 12)) and line((4, 64), fmt=format("fp32"))
+    assert not line((4, 256), alone=True) and not line((4, 256), filled=250) and line((1, 256), alone=True)
+    assert not line((4, 256), fmt=format("e2m1:16x16"))
+    assert not line((1 << 20, 1 << 14)) and line((1 << 20, (1 << 14) - 256))  # lanes are numbered in 31 bits
+
+
 def test_what_kernels_do_not_take():
     assert not cuda.takes(format("sqrt8:4x4"))
     assert not cuda.takes(format("mxfp4"), live=True)

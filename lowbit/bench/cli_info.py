@@ -124,7 +124,12 @@ def _print_kernels(kernels: list[Report]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"kernels for {kernels[0].arch}", title_justify="left")
+    table = Table(
+        title=f"kernels for {kernels[0].arch}",
+        title_justify="left",
+        caption="–: work that does not grow with the values, or by one for each 256 of them; or not launched for this",
+        caption_justify="left",
+    )
     for head in ("for", "kernel", "registers", "spills", "stack", "shared", "instructions/value", "global accesses"):
         table.add_column(head, justify="left" if head in ("for", "kernel", "global accesses") else "right")
     for one in kernels:
