@@ -40,8 +40,9 @@ LB_FN uint32_t permute(uint32_t low, uint32_t high, uint32_t order) {  // of eig
   for (int k = 0; k < 4; ++k) made |= (uint32_t)(both >> (order >> 4 * k & 7) * 8 & 255) << 8 * k;
   return made;
 }
-LB_FN float add_down(float a, float b) {  // a + b, rounded down, where b's ulp is 1 and |a| is small against it
-  return floor(a) + b;
+LB_FN float add_down(float a, float b) {  // a + b, rounded down, where b > 0 and |a| is small against it
+  const float sum = a + b;
+  return sum - b > a ? float_of(bits_of(sum) - 1u) : sum;
 }
 LB_FN float larger(float a, float b) { return maximum(a, b); }
 LB_FN float smaller(float a, float b) { return minimum(a, b); }
@@ -234,8 +235,9 @@ struct alignas(8) Bin {
   uint32_t rung;    // of what is not beyond it
 };
 
-template <class Fmt, bool BINS> struct Ways;  // to a rung
-template <class Fmt> struct Ways<Fmt, true> {
+enum Search { CELLS, BINS, GRID };
+template <class Fmt, Search BY> struct Ways;  // to a rung
+template <class Fmt> struct Ways<Fmt, BINS> {
   Bin bins[Fmt::BINS];
   LB_FN void prepare(Ways &ways) {
     for (int k = (int)threadIdx.x; k < Fmt::BINS; k += (int)blockDim.x) {
@@ -249,7 +251,32 @@ template <class Fmt> struct Ways<Fmt, true> {
     return bin.rung + (bits_of(bin.threshold - u) >> 31);  // the sign of a difference is exact
   }
 };
-template <class Fmt> struct Ways<Fmt, false> {
+template <class Fmt> struct Ways<Fmt, GRID> {
+  LB_FN void prepare(Ways &) {}
+  static constexpr uint32_t SHIFT = 23 - Fmt::MANTISSA, LEAST = (uint32_t)(Fmt::NORMAL + 127) << 23;
+  // The binade of u, that of the smallest normal number at least: steps are the same in all of it. What is added to u then
+  // has their size for its ulp, and a sum has the number of steps in its low bits.
+  LB_FN uint32_t binade_of(float u) {
+    const uint32_t own = bits_of(u) & 0x7F800000u;
+    return own > LEAST ? own : LEAST;
+  }
+  LB_FN uint32_t rung_of(float sum, uint32_t binade) {
+    return (bits_of(sum) + (binade >> SHIFT) - (LEAST >> SHIFT)) & ((1u << (Fmt::BITS - 1)) - 1u);
+  }
+  LB_FN uint32_t rung(float u, const Ways &) {
+    const uint32_t binade = binade_of(u);
+    return rung_of(u + float_of(binade + (SHIFT << 23)), binade);
+  }
+  // From the rung at or below, up by chance.
+  LB_FN uint32_t drawn(float u, uint32_t draw) {
+    const uint32_t binade = binade_of(u);
+    const float large = float_of(binade + (SHIFT << 23)), step = float_of(binade - (uint32_t)(Fmt::MANTISSA << 23));
+    const float sum = add_down(u, large), above = u - (sum - large);
+    const uint32_t rung = rung_of(sum, binade) + (above >= share_of(draw) * step ? 1u : 0u);
+    return rung < Fmt::RUNGS - 1 ? rung : Fmt::RUNGS - 1;
+  }
+};
+template <class Fmt> struct Ways<Fmt, CELLS> {
   static constexpr bool NEAR = Fmt::CELLS <= 512;
   uint32_t cells[NEAR ? Fmt::CELLS : 1];
   LB_FN void prepare(Ways &ways) {
@@ -269,7 +296,7 @@ template <class Fmt> struct Ways<Fmt, false> {
 };
 
 template <class Fmt> struct Codebook {
-  using To = Ways<Fmt, (Fmt::BINS > 0)>;
+  using To = Ways<Fmt, (Fmt::BINS > 0 ? BINS : Fmt::MANTISSA > 0 ? GRID : CELLS)>;
   struct Shared {
     float values[1 << Fmt::BITS];
     To ways;
@@ -308,6 +335,7 @@ template <class Fmt> struct Codebook {
     constexpr bool HELD = !BOUNDED || STOCHASTIC;
     if (HELD) u = smaller(u, Fmt::TOP);
     if (!Fmt::SIGN_MAGNITUDE && (HELD || (!Fmt::SIGNED && (!POSITIVE || Fmt::BOTTOM > 0.0f)))) u = larger(u, Fmt::BOTTOM);
+    if constexpr (STOCHASTIC && Fmt::MANTISSA > 0) return Ways<Fmt, GRID>::drawn(u, draw);
     const uint32_t rung = To::rung(u, shared.ways);
     if (!STOCHASTIC) return rung;
     // From the nearest rung to the one at or below, and up again by chance.

@@ -12,7 +12,7 @@ import torch
 from lowbit import rows
 from lowbit.backends import cuda, cuda_codec, reference
 from lowbit.formats import Format, format, formats
-from lowbit.gpu.formats import ENTRY, Bins, alive, bins
+from lowbit.gpu.formats import ENTRY, Bins, alive, bins, grid
 from lowbit.rotation import SIZES, Rotation, rotate
 
 sys.path.insert(0, str(Path(__file__).parent / "emulator"))
@@ -142,6 +142,22 @@ def test_every_threshold(name):
     x = x * x if fmt.square else x
     for scale in (1.0, 2.0**-40):
         check(fmt.with_block(block), x * scale)
+
+
+GRIDS = {"e4m3": (3, -6), "e5m2": (2, -14), "e2m3": (3, 0), "e3m2": (2, -2), "e2m1": (1, 0), "mxfp8": (3, -6)}
+
+
+@pytest.mark.parametrize("name", formats())
+def test_grids_are_floats_that_round_half_to_even(name):
+    """Mantissa and smallest normal exponent are those of the formats' names; e3m0 has no mantissa to be even."""
+    fmt = format(name)
+    found = grid(fmt)
+    assert found == GRIDS.get(name, found) and (found is None or fmt.sign_magnitude)
+    if name in ("nf4", "dyn8", "bnb-fp4", "e3m0", "int8", "log4", "int4-quest"):
+        assert found is None
+    if found and torch.finfo(torch.float8_e4m3fn).bits == fmt.bits:
+        dtype = torch.float8_e5m2 if found[0] == 2 else torch.float8_e4m3fn
+        assert 2.0 ** found[1] == torch.finfo(dtype).smallest_normal and 2.0 ** -found[0] == torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("name", [name for name in PLAIN if bins(format(name))])

@@ -1,9 +1,10 @@
 """Formats as kernels take them: each printed as a C++ struct of constants, with the tables that its codes need.
 
-A codebook's code is found in one of two ways, and the host chooses. With 16 rungs or fewer, if it can be done, the
+A codebook's code is found in one of three ways, and the host chooses. With 16 rungs or fewer, if it can be done, the
 range of u (a value in units of its scale) is cut into *bins* with at most one threshold each: a bin's number is cheap
-to come by, and one comparison does the rest. Else u is looked up by its leading bits in the *cells* that the CPU uses
-too (lowbit/native/tables.py). Either number never falls as |u| rises, so what lies in another bin than u is on the
+to come by, and one comparison does the rest. Floats with few bits are a *grid*: an addition rounds to it, as the machine
+rounds to its own. Else u is looked up by its leading bits in the *cells* that the CPU uses too
+(lowbit/native/tables.py). The numbers of bins and cells never fall as |u| rises, so what lies in another bin than u is on the
 side of u where its bin is; that is the whole proof, and tests/test_cuda_codec.py looks at every threshold.
 """
 
@@ -13,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
+from itertools import pairwise
 from struct import pack, unpack
 
 from ..formats import Format
@@ -69,6 +71,28 @@ def bins(fmt: Format) -> Bins | None:
     return None
 
 
+@lru_cache(maxsize=256)
+def grid(fmt: Format) -> tuple[int, int] | None:
+    """(Bits of the mantissa, exponent of the smallest normal number) of a format of floats that rounds half to even."""
+    if not fmt.sign_magnitude:
+        return None
+    ladder = [Fraction(value) for value, _ in fmt.ladder]
+    for mantissa in range(1, fmt.bits - 1):
+        normal = 1 << mantissa
+        made = [ladder[1] * (k if k < normal else normal + k % normal << k // normal - 1) for k in range(len(ladder))]
+        middles = [float((low + high) / 2) for low, high in pairwise(made)]
+        # What lies in the midst of two goes to the even one: a threshold itself belongs to the lower.
+        half_to_even = tuple(middle if k % 2 == 0 else _below(middle) for k, middle in enumerate(middles))
+        if made == ladder and half_to_even == fmt.thresholds:
+            return mantissa, ladder[normal].numerator.bit_length() - ladder[normal].denominator.bit_length()
+    return None
+
+
+def _below(x: float) -> float:
+    """The fp32 number below one that is above 0."""
+    return unpack("<f", pack("<I", bits_of(x) - 1))[0]
+
+
 def _number(x: float) -> str:
     return unpack("<f", pack("<f", x))[0].hex() + "f"
 
@@ -110,7 +134,7 @@ def print_format(fmt: Format, name: str) -> str:
     arrays: dict[str, Sequence[int]] = {}
     if fmt.kind == "codebook":
         ladder, codes = zip(*fmt.ladder, strict=True)
-        cut = bins(fmt)
+        cut, floats = bins(fmt), grid(fmt)
         arrays["values"] = [bits_of(v) for v in fmt.values]
         arrays["ladder"] = [bits_of(v) for v in ladder]
         constants |= {
@@ -119,13 +143,15 @@ def print_format(fmt: Format, name: str) -> str:
             "SAME": codes == tuple(range(len(codes))),  # rung k has code k
             "BOTTOM": ladder[0],
             "BINS": len(cut.entries) if cut else 0,
+            "MANTISSA": floats[0] if floats else 0,  # of a grid
+            "NORMAL": floats[1] if floats else 0,
         }
         if not constants["SAME"]:
             arrays["codes"] = codes
         if cut:
             constants |= {"TIMES": cut.times, "PLUS": 2.0**23 + cut.plus}
             arrays["bins"] = [n for threshold, rung in cut.entries for n in (bits_of(threshold), rung)]
-        else:
+        elif not floats:
             found = cells(fmt.thresholds)
             constants |= {
                 "CELLS": len(found.cells),
