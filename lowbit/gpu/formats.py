@@ -2,10 +2,11 @@
 
 A codebook's code is found in one of three ways, and the host chooses. With 16 rungs or fewer, if it can be done, the
 range of u (a value in units of its scale) is cut into *bins* with at most one threshold each: a bin's number is cheap
-to come by, and one comparison does the rest. Floats with few bits are a *grid*: an addition rounds to it, as the machine
-rounds to its own. Else u is looked up by its leading bits in the *cells* that the CPU uses too
-(lowbit/native/tables.py). The numbers of bins and cells never fall as |u| rises, so what lies in another bin than u is on the
-side of u where its bin is; that is the whole proof, and tests/test_cuda_codec.py looks at every threshold.
+to come by, and one comparison does the rest. Floats with few bits are a *grid*: an addition rounds to it, as the
+machine rounds to its own. Else u is looked up by its leading bits in the *cells* that the CPU uses too
+(lowbit/native/tables.py). The numbers of bins and cells never fall as |u| rises, so what lies in another one than u is
+on the side of u where its bin or cell is; that is the whole proof, and tests/test_cuda_codec.py looks at every
+threshold.
 """
 
 from __future__ import annotations
