@@ -109,12 +109,17 @@ def doctor_main(args: argparse.Namespace, argv: list[str]) -> int:
 
 def _kernels(arch: str) -> tuple[list[Report], list[str]]:
     """What every shipped kernel costs on an architecture, and what is missing to know it."""
+    from rich.console import Console
+    from rich.progress import track
+
     from ..gpu import cost, inspect, nvrtc
     from .kernels import shipped
 
     try:
         compiler = nvrtc.find()
-        found = [one for special in shipped() for one in cost.report(special, arch, compiler)]
+        said = Console(stderr=True)  # it takes a minute
+        specials = track(shipped(), f"compiling for {arch}", console=said, transient=True, disable=not said.is_terminal)
+        found = [one for special in specials for one in cost.report(special, arch, compiler)]
     except (nvrtc.NoCompiler, nvrtc.CompileError, inspect.InspectError) as error:
         return [], [f"the kernels are not compiled for {arch}: {error}"]
     return found, [] if inspect.nvdisasm() else [inspect.NO_NVDISASM]
