@@ -4,8 +4,9 @@
 // A lane has V = 8 neighbouring values of a row, and the lanes that share a scale are neighbours: one pass over memory,
 // in which codes, values and a mask may all be written. Bytes per value: 4, 2 or 2 of what is read, bits / 8 of codes,
 // (1 to 8) / block of scales, 4, 2 or 2 of values, 1/8 of a mask. Instructions per value on sm_90a, bf16 in and out, where
-// rows are one line, as `lowbit doctor` counts: to make codes 18 (int8), 19 (int4), 23 (nf4), 27 (e4m3), 30 to 41 (MX, NVFP4),
-// 14 to 23 more at random, 110 with a second candidate or powers; to decode 7 to 11, powers 37. An H100 has 25 for 2.5 bytes.
+// rows are one line, as `lowbit doctor` counts: to make codes 18 (int8), 19 (int4), 23 (nf4), 27 (e4m3), 30 to 41 (MX and
+// NVFP4), 14 to 23 more at random, 110 with a second candidate or powers; to decode 7 to 11, powers 37. An H100 has 25 in
+// the time of 2.5 bytes.
 // Two passes take: blocks in rows that do not fit a warp or are no power of two (`scales`, then `encode`), and scales
 // below one of the tensor (`largest`, then `encode`). Where a block has several rows, or its scale is found or stored in
 // yet other ways, the host makes scales of what statistic.cu has measured (lowbit/scales.py), and they are GIVEN.

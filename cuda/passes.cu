@@ -1,8 +1,8 @@
-// The pass before codec.cu's, for scales that no warp finds while it encodes: of blocks in rows that do not fit a warp or are
-// no power of two (`scales`), and of what lies below one scale of the whole tensor (`largest_of_all`).
+// The pass before codec.cu's, for scales that no warp finds while it encodes: of blocks in rows that do not fit a warp or
+// are no power of two (`scales`), and of what lies below one scale of the whole tensor (`largest_of_all`).
 //
-// Bytes per value: 4, 2 or 2 that are read, and what a block is stored with. Instructions per value: 13 to
-// 23, a value at a time; 5 for the largest.
+// Bytes per value: 4, 2 or 2 that are read, and what a block is stored with. Instructions per value: 13 to 23, a value at
+// a time; 5 for the largest.
 //
 // derive.h and places.h say what spec.h has.
 #include "derive.h"

@@ -26,6 +26,7 @@ STRICT = ["-Werror", "all-warnings", "-Xptxas", "-v,-warn-spills,-warn-lmem-usag
 # Registers of a thread at most; 64 where nothing is said. Two blocks of 128 threads fit a multiprocessor with 255.
 REGISTERS = {"linear": 255, "linear_transposed": 255, "linear_few": 255}
 REGISTERS["again"] = 96  # few blocks of threads have work
+REGISTERS["rows"] = 80  # one number for 256 values
 # Of some specialisations' main kernels. Of few rows, two blocks of 256 threads fit.
 OF = {f"few {name} rows": 128 for name in ("int4, 8", "int4, 16", "nf4, 8", "int8, 8", "e2m1, 8")}
 

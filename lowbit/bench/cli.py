@@ -64,7 +64,7 @@ def run(argv: list[str]) -> int:
     try:
         if argv[0] not in commands:
             top.parse_args(argv[:1])  # --help, --version and unknown options
-            top.error(f"unknown command {argv[0]!r}{nearest(argv[0], list(commands))} there are {', '.join(commands)}")
+            top.error(f"unknown command {argv[0]!r}{nearest(argv[0], list(commands))}; there are {', '.join(commands)}")
         add, main = commands[argv[0]]
         parser = Parser(f"lowbit {argv[0]}", formatter_class=argparse.RawDescriptionHelpFormatter)
         add(parser)

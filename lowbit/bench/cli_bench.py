@@ -102,7 +102,7 @@ def main(args: argparse.Namespace, argv: list[str]) -> int:
 
     from . import report, runner
 
-    say = Console(stderr=True, soft_wrap=True, highlight=False)
+    say = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)  # 'lowbit[bench]' is no style
     out = _folder(args)
     plan, workers, threads = make_plan(args, shlex.join(argv), out)
     if not args.quiet:
