@@ -17,7 +17,8 @@ LB_FN Block known(const Matrix &m, int64_t row, int64_t col) {
 // those of 0. Other scales than the largest magnitude's may leave values beyond the top.
 template <class Format>
 LB_FN Codes<Format, V> encode_lane(float (&x)[V], const Block &b, const uint32_t (&draws)[V], const Tables &shared) {
-  constexpr bool FORGOTTEN = Format::SIGNED && !LIVE && RUN == 0;  // nothing asks for x any more; then no copy is kept of it
+  // Whether nothing asks for x any more: then no copy is kept of it.
+  constexpr bool FORGOTTEN = Format::SIGNED && !Format::SQUARE && !LIVE && RUN == 0;
   constexpr bool LADDER = Format::KIND == LB_KIND_INTEGER || Format::KIND == LB_KIND_CODEBOOK;
   float source[V], inverse = b.inverse;
   if constexpr (!AT_ONCE || !LADDER) {

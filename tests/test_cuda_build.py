@@ -386,6 +386,13 @@ def test_a_computed_jump_goes_where_nothing_else_does():
     assert got == ["LDG.E.128", "BRX", "FMUL", "FMUL", "STG.E.128", "EXIT"]
 
 
+def test_a_computed_jump_that_is_not_taken_goes_on():
+    text = "head: LDG.E.128 R0\n@P0 BRX R2\nFADD R1\nBRA @meet\nFMUL R1\nmeet: STG.E.128 R0\nEXIT"
+    assert "FADD" in [one.opcode for one in inspect.hot_loop(kernel(text))]
+    with pytest.raises(InspectError, match="computed jump"):
+        inspect.hot_loop(kernel("LDG.E.128 R0\nBRX R2\n"))
+
+
 def test_results_that_not_every_launch_asks_for_are_left_out():
     text = "head: LDG.E.128 R0\n@P0 BRA @none\nFMUL R1\nSTG.E.128 R1\nnone: STG.E R0\n@P1 BRA @head\nEXIT"
     opcodes = lambda apart: [one.opcode for one in inspect.hot_loop(kernel(text), frozenset(apart))]  # noqa: E731

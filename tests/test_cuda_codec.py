@@ -4,6 +4,7 @@ import math
 import sys
 from collections.abc import Sequence
 from ctypes import sizeof
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 from lowbit import rows
 from lowbit.backends import cuda, cuda_codec, reference
-from lowbit.formats import Format, format, formats
+from lowbit.formats import Format, Scaling, format, formats
 from lowbit.gpu.formats import ENTRY, Bins, alive, bins, grid
 from lowbit.rotation import SIZES, Rotation, rotate
 
@@ -155,6 +156,9 @@ def test_grids_are_floats_that_round_half_to_even(name):
     assert found == GRIDS.get(name, found) and (found is None or fmt.sign_magnitude)
     if name in ("nf4", "dyn8", "bnb-fp4", "e3m0", "int8", "log4", "int4-quest"):
         assert found is None
+    if found and fmt.plain:  # of steps that are no powers of two
+        table = tuple(0.75 * value for value in fmt.table)
+        assert grid(replace(fmt, name="other", table=table)) is None
     if found and torch.finfo(torch.float8_e4m3fn).bits == fmt.bits:
         dtype = torch.float8_e5m2 if found[0] == 2 else torch.float8_e4m3fn
         assert 2.0 ** found[1] == torch.finfo(dtype).smallest_normal and 2.0 ** -found[0] == torch.finfo(dtype).eps
@@ -303,6 +307,7 @@ def test_lines():
 
 def test_what_kernels_do_not_take():
     assert not cuda.takes(format("sqrt8:4x4"))
+    assert not cuda.takes(replace(format("log4"), block=(1, 32), scaling=Scaling("e8m0", rounding="up")))
     assert not cuda.takes(format("mxfp4"), live=True)
 
 

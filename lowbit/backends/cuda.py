@@ -58,7 +58,9 @@ def find(device: torch.device) -> None:
 
 def takes(fmt: Format, live: bool = False) -> bool:
     """Whether this backend codes and decodes a format; `live` as for `encode`."""
-    return fmt.scaling == PLAIN and finder(fmt) != "host" if live else finder(fmt) != "host" or is_linear(fmt)
+    if live or not fmt.signed:  # kernels keep what is above 0 alive
+        return fmt.scaling == PLAIN and finder(fmt) != "host"
+    return finder(fmt) != "host" or is_linear(fmt)
 
 
 # ---- to codes, and to values

@@ -74,6 +74,9 @@ def _codecs() -> list[Specialisation]:
     back = print_spec(format("fp32"), rotation=-128)
     made = {**spec, **random, "nf4 ragged rows": ragged, "nvfp4-eden corrected": eden, "rotation back": back}
     codecs = {name: ({"encode": VALUES, "decode": VALUES}, {"encode": frozenset({"STG 128"})}) for name in made}
+    codecs |= {
+        name: ({"encode": VALUES, "decode": VALUES}, {}) for name in ("fp32", "bf16", "fp16")
+    }  # as wide as values
     codecs["rotation back"] = {"encode": VALUES}, {}  # its values are all that it writes
     before = [(name, print_spec(format(name), line=True)) for name in PASSES]
     given = [(name, print_spec(format(name), given=True)) for name in MEASURED]

@@ -78,8 +78,12 @@ def grid(fmt: Format) -> tuple[int, int] | None:
     if not fmt.sign_magnitude:
         return None
     ladder = [Fraction(value) for value, _ in fmt.ladder]
+    if len(ladder) < 2 or ladder[1].numerator & ladder[1].numerator - 1:  # steps are powers of two
+        return None
     for mantissa in range(1, fmt.bits - 1):
         normal = 1 << mantissa
+        if normal >= len(ladder):
+            break
         made = [ladder[1] * (k if k < normal else normal + k % normal << k // normal - 1) for k in range(len(ladder))]
         middles = [float((low + high) / 2) for low, high in pairwise(made)]
         # What lies in the midst of two goes to the even one: a threshold itself belongs to the lower.

@@ -300,7 +300,9 @@ def _edges(kernel: Sequence[Instruction], blocks: Mapping[int, Sequence[Instruct
     named = {0}.union(*edges.values())
     for start, block in blocks.items():
         if block[-1].name == "BRX":
-            edges[start] = [at for at in blocks if at not in named]
+            if not (targets := [at for at in blocks if at not in named]):
+                raise InspectError("a computed jump (BRX) to where other instructions lead, too")
+            edges[start] += targets
     return edges
 
 
